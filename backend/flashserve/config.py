@@ -1,0 +1,281 @@
+"""``model.json``: parsed into a frozen EngineConfig, then resolved against the model and the device.
+
+Names are vLLM's engine arguments where the meaning is the same, so a vLLM backend's ``model.json`` mostly just
+works; what flashserve cannot honour is refused by name. Nothing is accepted and ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from flashserve.errors import ConfigError
+
+# Keys of vLLM whose other values need features that flashserve does not have; the listed value is what it does.
+ONLY_VALUE: dict[str, tuple[Any, ...]] = {
+    "tensor_parallel_size": (1,),
+    "pipeline_parallel_size": (1,),
+    "trust_remote_code": (False,),
+    "quantization": (None,),
+    "enable_lora": (False,),
+    "enable_chunked_prefill": (True,),
+    "disable_log_requests": (True,),
+    "enforce_eager": (True,),
+    "tokenizer_mode": ("auto",),
+    "load_format": ("auto", "safetensors"),
+    "kv_cache_dtype": ("auto",),
+}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Every setting of one model's engine. None means: chosen by :func:`resolve`."""
+
+    model: str
+    """A folder (relative ones are resolved against the model's version folder) or a Hugging Face id."""
+    tokenizer: str | None = None
+    """Another folder or id with the tokenizer; default: the model's own."""
+    revision: str | None = None
+    """Git revision of a Hugging Face id."""
+    dtype: str = "auto"
+    """auto (the checkpoint's; float16 becomes bfloat16 on a CPU), float32, bfloat16, float16."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N."""
+    max_model_len: int | None = None
+    """Prompt plus output tokens of one request; default: the model's context, or what the KV cache holds."""
+    max_num_seqs: int | None = None
+    """Requests that run at once; default 256 on a GPU, 128 on a CPU."""
+    max_num_batched_tokens: int | None = None
+    """Token budget of a step; default 8192 on a GPU, 512 on a CPU (about 0.1 s of a 135M model there)."""
+    block_size: int = 16
+    """Tokens per KV block."""
+    num_gpu_blocks_override: int | None = None
+    """KV blocks, on any device; default: what the memory allows."""
+    kv_cache_memory_bytes: int | None = None
+    """KV cache size in bytes; default: a share of the device's memory."""
+    gpu_memory_utilization: float = 0.9
+    """Share of the device's memory that this engine may use, weights included. On a CPU it does not apply."""
+    enable_prefix_caching: bool = True
+    max_waiting_requests: int = 1024
+    """Beyond it a new request gets UNAVAILABLE with a retry-after."""
+    max_waiting_tokens: int = 4_194_304
+    """Prompt tokens that may wait in all."""
+    watermark: float = 0.01
+    """Share of the KV blocks that admission leaves free, so that it does not cause a preemption at once."""
+    seed: int = 0
+    """Of the seeds that requests without their own get."""
+    generation_config: str = "auto"
+    """auto: sampling defaults from the model's generation_config.json; vllm: vLLM's neutral defaults."""
+    drain_timeout_s: float = 5.0
+    """What running requests get to finish after an unload or a shutdown."""
+    num_threads: int | None = None
+    """CPU threads of the engine; default: all cores this process may use."""
+    triton_http: str | None = None
+    """host:port of this tritonserver's HTTP endpoint, polled to notice an unload; default: the launcher's
+    FLASHSERVE_TRITON_HTTP, else localhost:8000."""
+
+    @classmethod
+    def from_file(cls, path: Path) -> EngineConfig:
+        """Read ``model.json``. Raises ConfigError that names the file and the key."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read {path.name}: {error.strerror}; a model folder needs 1/model.json") from error
+        except ValueError as error:
+            raise ConfigError(f"{path.name} is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path.name} must hold a JSON object, not {type(values).__name__}")
+        return cls.from_mapping(values, path.parent)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], base: Path | None = None) -> EngineConfig:
+        """Check keys and types; resolve a relative model folder against ``base``."""
+        accepted: dict[str, Any] = {}
+        known = {f.name: f for f in fields(cls)}
+        for key, value in values.items():
+            if key in known:
+                accepted[key] = _checked(key, value, str(known[key].type))
+            elif key in ONLY_VALUE:
+                if value not in ONLY_VALUE[key]:
+                    raise ConfigError(f"{key}={value!r} is not supported; only {ONLY_VALUE[key][0]!r} is")
+            else:
+                close = difflib.get_close_matches(key, [*known, *ONLY_VALUE], n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise ConfigError(f"unknown key {key!r} in model.json{hint}")
+        if "model" not in accepted:
+            raise ConfigError('model.json needs "model": a folder or a Hugging Face id')
+        config = cls(**accepted)
+        config._check_ranges()
+        if base is not None and (base / config.model).is_dir():
+            config = replace(config, model=str((base / config.model).resolve()))
+        return config
+
+    def _check_ranges(self) -> None:
+        positive = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_threads",
+                    "num_gpu_blocks_override", "kv_cache_memory_bytes", "max_waiting_requests", "max_waiting_tokens")
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
+        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _one_of("generation_config", self.generation_config, ("auto", "vllm"))
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], not {self.gpu_memory_utilization}")
+        if not 0 <= self.watermark < 1:
+            raise ConfigError(f"watermark must be in [0, 1), not {self.watermark}")
+        if not 0 <= self.drain_timeout_s <= 3600:
+            raise ConfigError(f"drain_timeout_s must be in [0, 3600], not {self.drain_timeout_s}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+def _checked(key: str, value: Any, annotation: str) -> Any:
+    """``value`` if its JSON type fits the field's annotation (an int fits a float)."""
+    allowed: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,),
+                                            "None": (type(None),)}
+    names = annotation.split(" | ")
+    types = tuple(t for name in names for t in allowed[name])
+    if not isinstance(value, types) or (isinstance(value, bool) and "bool" not in names):
+        raise ConfigError(f"{key} must be {annotation.replace('None', 'null')}, not {value!r}")
+    return value
+
+
+# --- resolution: facts in, one frozen value out -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the model's own files say (``models.registry`` reads them)."""
+
+    path: str
+    architecture: str
+    context_len: int
+    vocab_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    checkpoint_dtype: str
+    weight_bytes: int
+    """Size of the weights in the dtype in force."""
+    eos_token_ids: tuple[int, ...]
+    tokenizer_file: str
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What the machine says (``runner.device`` asks it)."""
+
+    kind: str
+    """cpu or cuda."""
+    name: str
+    total_bytes: int
+    free_bytes: int
+    num_threads: int
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """What the engine really uses; printed once at start."""
+
+    config: EngineConfig
+    model: ModelFacts
+    device: DeviceFacts
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_blocks: int
+    notes: tuple[str, ...] = field(default=())
+    """What resolution changed against the defaults, in words, for the log."""
+
+    @property
+    def block_size(self) -> int:
+        return self.config.block_size
+
+    def summary(self) -> str:
+        """One line for the log."""
+        kv_mib = self.num_blocks * kv_block_bytes(self.model, self.block_size, self.dtype) / 2**20
+        line = (
+            f"{self.model.architecture} on {self.device.name} ({self.dtype}), context {self.max_model_len}, "
+            f"{self.max_num_seqs} requests at once, {self.max_num_batched_tokens} tokens per step, "
+            f"{self.num_blocks} KV blocks of {self.block_size} tokens ({kv_mib:.0f} MiB)"
+        )
+        return "; ".join((line, *self.notes))
+
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DEFAULT_SEQS = {"cpu": 128, "cuda": 256}
+DEFAULT_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
+CPU_KV_SHARE = 0.15  # of the free memory: a server's machine has other users, and pages cost nothing until touched
+
+
+def kv_block_bytes(model: ModelFacts, block_size: int, dtype: str) -> int:
+    """Bytes of one KV block over all layers: keys and values."""
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * block_size * DTYPE_BYTES[dtype]
+
+
+def resolve_dtype(config_dtype: str, checkpoint_dtype: str, device_kind: str) -> str:
+    """float16 checkpoints run in bfloat16 on a CPU, where float16 matrix products are slow or missing."""
+    if config_dtype != "auto":
+        return config_dtype
+    if device_kind == "cpu" and checkpoint_dtype == "float16":
+        return "bfloat16"
+    return checkpoint_dtype
+
+
+def resolve(config: EngineConfig, model: ModelFacts, device: DeviceFacts) -> ResolvedConfig:
+    """Fill in every open setting, in this order: dtype, context, batch, blocks; each may depend on the former.
+
+    Raises ConfigError when the settings contradict each other or the memory.
+    """
+    notes: list[str] = []
+    dtype = resolve_dtype(config.dtype, model.checkpoint_dtype, device.kind)
+    if config.max_model_len is not None and config.max_model_len > model.context_len:
+        raise ConfigError(f"max_model_len={config.max_model_len} exceeds the model's context of {model.context_len}")
+    max_model_len = config.max_model_len or model.context_len
+    max_num_seqs = config.max_num_seqs or DEFAULT_SEQS[device.kind]
+    budget = config.max_num_batched_tokens or max(DEFAULT_BATCHED_TOKENS[device.kind], max_num_seqs)
+    if budget < max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens={budget} must be at least max_num_seqs={max_num_seqs}: "
+            "each running request needs one token per step"
+        )
+    num_blocks = _num_blocks(config, model, device, dtype, max_num_seqs * max_model_len)
+    capacity = num_blocks * config.block_size
+    if capacity < max_model_len:
+        if config.max_model_len is not None or capacity < config.block_size * 2:
+            raise ConfigError(
+                f"max_model_len={max_model_len} needs {-(-max_model_len // config.block_size)} KV blocks, "
+                f"there are {num_blocks}: lower max_model_len or raise kv_cache_memory_bytes"
+            )
+        notes.append(f"context cut from {max_model_len} to {capacity} tokens, which is what the KV cache holds")
+        max_model_len = capacity
+    return ResolvedConfig(config, model, device, dtype, max_model_len, max_num_seqs, budget, num_blocks, tuple(notes))
+
+
+def _num_blocks(config: EngineConfig, model: ModelFacts, device: DeviceFacts, dtype: str, useful_tokens: int) -> int:
+    """KV blocks: as configured, else what fits, and never more than all requests at full length can use."""
+    if config.num_gpu_blocks_override is not None:
+        return config.num_gpu_blocks_override
+    budget = config.kv_cache_memory_bytes
+    if budget is None:
+        if device.kind == "cpu":
+            budget = int(device.free_bytes * CPU_KV_SHARE)
+        else:
+            # free_bytes is measured after the weights are on the device.
+            used = device.total_bytes - device.free_bytes
+            budget = int(device.total_bytes * config.gpu_memory_utilization) - used
+    block = kv_block_bytes(model, config.block_size, dtype)
+    if budget < block * 2:
+        raise ConfigError(
+            f"no memory for the KV cache: {max(0, budget) / 2**20:.0f} MiB are left, one block takes "
+            f"{block / 2**20:.1f} MiB; raise kv_cache_memory_bytes or gpu_memory_utilization"
+        )
+    return min(budget // block, -(-useful_tokens // config.block_size))
