@@ -84,7 +84,9 @@ class EngineConfig:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"cannot read {path.name}: {error.strerror}; a model folder needs 1/model.json") from error
+            raise ConfigError(
+                f"cannot read {path.name}: {error.strerror}; a model folder needs 1/model.json"
+            ) from error
         except ValueError as error:
             raise ConfigError(f"{path.name} is not valid JSON: {error}") from error
         if not isinstance(values, dict):
@@ -115,8 +117,17 @@ class EngineConfig:
         return config
 
     def _check_ranges(self) -> None:
-        positive = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_threads",
-                    "num_gpu_blocks_override", "kv_cache_memory_bytes", "max_waiting_requests", "max_waiting_tokens")
+        positive = (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+            "num_threads",
+            "num_gpu_blocks_override",
+            "kv_cache_memory_bytes",
+            "max_waiting_requests",
+            "max_waiting_tokens",
+        )
         for name in positive:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -138,8 +149,13 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def _checked(key: str, value: Any, annotation: str) -> Any:
     """``value`` if its JSON type fits the field's annotation (an int fits a float)."""
-    allowed: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,),
-                                            "None": (type(None),)}
+    allowed: dict[str, tuple[type, ...]] = {
+        "int": (int,),
+        "float": (int, float),
+        "str": (str,),
+        "bool": (bool,),
+        "None": (type(None),),
+    }
     names = annotation.split(" | ")
     types = tuple(t for name in names for t in allowed[name])
     if not isinstance(value, types) or (isinstance(value, bool) and "bool" not in names):

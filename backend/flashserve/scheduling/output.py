@@ -40,7 +40,7 @@ class ScheduledRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
     token_ids: list[int]
     """The tokens to compute; empty for a decode row: the runner reads its own last sample of the slot."""
     new_block_ids: list[int]
-    """Appended to the slot's block table (the whole table in the step of its admission)."""
+    """Appended to the slot's block table (the whole table with the first row after an admission)."""
     samples: bool
     """Whether the row's last token's logits are sampled: it is the last known token of its request."""
 

@@ -1,0 +1,376 @@
+"""Continuous batching: which requests get which share of the next step.
+
+One idea, no phases. Each request has ``num_computed_tokens``; a step brings some requests closer to their known
+tokens, within a token budget. Decoding is the case in which one token is missing.
+
+Order within a step: every decoding request gets its token; what is left of the budget goes to prefills, those with
+the least left to compute first, so that a short prompt never waits for the whole of a long one.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from flashserve.errors import INTERNAL, UNAVAILABLE
+from flashserve.protocol import ErrorInfo, FinishReason, GenerateRequest, Stats, TokenOutput
+from flashserve.scheduling.block_manager import BlockManager, root_hash
+from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput, StepOutput
+from flashserve.scheduling.request import Request
+from flashserve.scheduling.waiting_queue import WaitingQueue
+
+MAX_PARTIAL_PREFILLS = 8  # prompts in work at once; each holds its blocks, so more would only cause preemptions
+MAX_PASSED_OVER = 16  # steps after which a prefill that shorter ones overtook goes first: 1/17 of the budget at worst
+NO_IDS: list[int] = []  # shared by all decode rows; rows are frozen, nobody appends
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """The scheduler's limits, all resolved."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...] = ()
+    max_waiting_requests: int = 1024
+    max_waiting_tokens: int = 4_194_304
+    watermark_blocks: int = 1
+    seed: int = 0
+    cache_root: str = ""
+    """Fingerprint of model, dtype and layout: KV is only shared under the same one."""
+
+
+class Scheduler:
+    """Owns all requests. ``schedule`` and ``update`` alternate; with run-ahead, one step may be in flight.
+
+    A request is in exactly one of: the waiting queue, ``_prefilling``, ``_decoding``; or it has ended.
+    """
+
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
+        self.config = config
+        self.blocks = blocks
+        self._requests: dict[int, Request] = {}
+        self._waiting = WaitingQueue(config.max_waiting_requests, config.max_waiting_tokens)
+        self._prefilling: dict[int, Request] = {}
+        self._decoding: dict[int, Request] = {}
+        self._deadlines: list[tuple[float, int]] = []
+        self._free_slots = list(reversed(range(config.max_num_seqs)))
+        self._freed_slots: list[int] = []
+        self._outputs: list[TokenOutput] = []
+        self._seeds = random.Random(config.seed)
+        self._steps = 0
+        self._prompt_tokens = self._generation_tokens = 0
+        self._cache_queries = self._cache_hits = 0
+        self._preemptions = self._prefill_chunks = 0
+
+    # --- requests come and go -----------------------------------------------------------------------------
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._requests)
+
+    def add(self, message: GenerateRequest) -> None:
+        """Queue a request, or answer it with UNAVAILABLE when the queue is full."""
+        if not self._waiting.has_room(len(message.prompt_token_ids)):
+            retry = self._waiting.retry_after_ms()
+            text = f"the queue is full: {len(self._waiting)} requests with {self._waiting.num_tokens} tokens wait"
+            self._outputs.append(
+                TokenOutput(message.request_id, NO_IDS, "error", error=ErrorInfo(UNAVAILABLE, text, retry))
+            )
+            return
+        seed = message.params.seed
+        request = Request.from_message(
+            message,
+            seed=self._seeds.getrandbits(63) if seed is None else seed,
+            eos_token_ids=self.config.eos_token_ids,
+            max_model_len=self.config.max_model_len,
+            root=root_hash(self.config.cache_root, message.cache_salt),
+        )
+        self._requests[request.id] = request
+        self._waiting.push(request)
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, request.id))
+
+    def abort(self, request_ids: Iterable[int]) -> None:
+        """End requests in whatever state they are. Unknown ids ended already: their outputs are on the way."""
+        for request_id in request_ids:
+            request = self._requests.get(request_id)
+            if request is not None:
+                self._end(request, "abort")
+
+    def fail_step(self, plan: SchedulerOutput, message: str) -> None:
+        """End the step's requests with INTERNAL; cached blocks may hold garbage, so the prefix cache is emptied."""
+        for row in plan.rows:
+            request = self._requests.get(row.request_id)
+            if request is not None:
+                self._end(request, "error", error=ErrorInfo(INTERNAL, message))
+        self.blocks.forget_all()
+
+    def take_outputs(self) -> list[TokenOutput]:
+        """What happened since the last call, in order."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    # --- schedule -----------------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> SchedulerOutput | None:
+        """The next step, or None if nothing can run now. Requests whose deadline has passed end first."""
+        self._expire(now)
+        rows = self._decode_rows()
+        admissions: list[Admission] = []
+        budget = self._fill_with_prefills(rows, admissions, self.config.max_num_batched_tokens - len(rows), now)
+        if not rows:
+            return None
+        self._steps += 1
+        freed, self._freed_slots = self._freed_slots, []
+        return SchedulerOutput(
+            step=self._steps,
+            admissions=admissions,
+            rows=rows,
+            num_tokens=self.config.max_num_batched_tokens - budget,
+            freed_slots=freed,
+        )
+
+    def _expire(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_id = heapq.heappop(self._deadlines)
+            request = self._requests.get(request_id)
+            if request is not None:
+                self._end(request, "deadline")
+
+    def _decode_rows(self) -> list[ScheduledRow]:
+        self._make_room_for_decodes()
+        block_size = self.blocks.block_size
+        rows = []
+        for request in self._decoding.values():
+            start = request.num_computed_tokens
+            if request.num_pending and start + 1 >= request.max_total_tokens:
+                continue  # the sample in flight is its last: the length limit ends it without another row
+            new_blocks = NO_IDS
+            if start == len(request.block_ids) * block_size:
+                new_blocks = self.blocks.allocate(1)
+                request.block_ids += new_blocks
+            request.num_computed_tokens = start + 1
+            request.num_pending += 1
+            rows.append(ScheduledRow(request.id, request.slot, start, 1, NO_IDS, new_blocks, True))
+        return rows
+
+    def _make_room_for_decodes(self) -> None:
+        """Preempt until every decoding request that enters a new block can have one.
+
+        The oldest request of the best priority is never the victim of another, and fits alone (max_model_len is
+        at most what all blocks hold), so there is always progress.
+        """
+        block_size = self.blocks.block_size
+        needy = sum(r.num_computed_tokens == len(r.block_ids) * block_size for r in self._decoding.values())
+        while needy > self.blocks.num_free:
+            victim = max(
+                (r for group in (self._prefilling, self._decoding) for r in group.values()),
+                key=lambda r: (r.priority, r.arrival, r.id),
+            )
+            needy -= victim.id in self._decoding and victim.num_computed_tokens == len(victim.block_ids) * block_size
+            self._preempt(victim)
+
+    def _preempt(self, request: Request) -> None:
+        """Back to the queue; it is recomputed, through the prefix cache as far as its blocks survive."""
+        self._release(request)
+        request.num_computed_tokens = 0
+        request.preemptions += 1
+        self._preemptions += 1
+        self._waiting.push(request)
+
+    def _fill_with_prefills(
+        self, rows: list[ScheduledRow], admissions: list[Admission], budget: int, now: float
+    ) -> int:
+        """Spend ``budget`` on prompts; returns what is left of it."""
+        while budget > 0:
+            self._admit_waiting(admissions, now)
+            if not self._prefilling:
+                break
+            request = min(self._prefilling.values(), key=_prefill_order)
+            count = min(budget, request.num_remaining)
+            rows.append(self._prefill_row(request, count))
+            budget -= count
+        else:
+            for request in self._prefilling.values():
+                request.passed_over += 1
+        return budget
+
+    def _admit_waiting(self, admissions: list[Admission], now: float) -> None:
+        while len(self._prefilling) < MAX_PARTIAL_PREFILLS and self._free_slots:
+            request = self._waiting.head()
+            if request is None or request.num_pending:  # a preempted one whose last sample is still in flight
+                return
+            cached = self._cached_prefix(request)
+            total = -(-len(request.token_ids) // self.blocks.block_size)
+            missing = total - len(cached)
+            left = self.blocks.num_free - self.blocks.count_free(cached) - missing
+            if left < self.config.watermark_blocks and (self._prefilling or self._decoding or left < 0):
+                return
+            self._waiting.admit_head(now)
+            self._start(request, cached, missing, now)
+            admissions.append(self._admission(request))
+
+    def _cached_prefix(self, request: Request) -> list[int]:
+        """Cached blocks of the known tokens, short of the last token: its logits are needed."""
+        if not self.blocks.enable_prefix_caching:
+            return []
+        block_size = self.blocks.block_size
+        return self.blocks.find_prefix(request.hash_blocks((len(request.token_ids) - 1) // block_size, block_size))
+
+    def _start(self, request: Request, cached: list[int], missing: int, now: float) -> None:
+        self.blocks.acquire(cached)
+        # A prompt gets all its blocks now, so that a prefill never waits for memory half-way.
+        request.block_ids = cached + self.blocks.allocate(missing)
+        request.unsent_block_ids = list(request.block_ids)
+        request.num_computed_tokens = len(cached) * self.blocks.block_size
+        request.slot = self._free_slots.pop()
+        request.passed_over = 0
+        if request.first_scheduled is None:
+            request.first_scheduled = now
+            request.cached_tokens = request.num_computed_tokens
+            if self.blocks.enable_prefix_caching:
+                self._cache_queries += request.num_prompt_tokens
+                self._cache_hits += request.cached_tokens
+        self._prefilling[request.id] = request
+
+    def _admission(self, request: Request) -> Admission:
+        assert request.slot is not None
+        return Admission(
+            request_id=request.id,
+            slot=request.slot,
+            params=request.params,
+            seed=request.seed,
+            num_prompt_tokens=request.num_prompt_tokens,
+            end_token_ids=tuple(request.end_token_ids),
+        )
+
+    def _prefill_row(self, request: Request, count: int) -> ScheduledRow:
+        start = request.num_computed_tokens
+        end = start + count
+        assert request.slot is not None
+        new_blocks, request.unsent_block_ids = request.unsent_block_ids, NO_IDS
+        request.passed_over = 0
+        request.num_computed_tokens = end
+        self._register_blocks(request, start, end)
+        samples = end == len(request.token_ids)
+        if samples:
+            request.num_pending += 1
+            del self._prefilling[request.id]
+            self._decoding[request.id] = request
+        else:
+            self._prefill_chunks += 1
+        return ScheduledRow(request.id, request.slot, start, count, request.token_ids[start:end], new_blocks, samples)
+
+    # --- update -------------------------------------------------------------------------------------------
+
+    def update(self, plan: SchedulerOutput, output: StepOutput, now: float) -> None:
+        """Take in the samples of a step: append, check for the end, report."""
+        block_size = self.blocks.block_size
+        outputs = self._outputs
+        for row, token_ids in zip(plan.rows, output.token_ids, strict=True):
+            if not token_ids:
+                continue
+            request = self._requests.get(row.request_id)
+            if request is None:
+                continue  # it ended while the step ran
+            request.num_pending -= 1
+            request.token_ids.append(token_ids[0])
+            request.last_token = now
+            self._generation_tokens += 1
+            if request.first_token is None:
+                request.first_token = now
+                self._prompt_tokens += request.num_prompt_tokens
+            if request.slot is not None and row.num_tokens == 1 and (row.start + 1) % block_size == 0:
+                self._register_blocks(request, row.start, row.start + 1)
+            reason = _finish_reason(request, token_ids[0])
+            if reason is None:
+                outputs.append(TokenOutput(row.request_id, token_ids))
+            else:
+                self._end(request, reason, token_ids)
+
+    def _register_blocks(self, request: Request, start: int, end: int) -> None:
+        """Make the blocks findable that computing tokens ``start .. end - 1`` fills.
+
+        Done when the step is planned: a row of the same step may already read them, since the runner writes the
+        KV of all rows before any row attends.
+        """
+        block_size = self.blocks.block_size
+        first, last = start // block_size, end // block_size
+        if not self.blocks.enable_prefix_caching or first == last:
+            return
+        hashes = request.hash_blocks(last, block_size)
+        for index in range(first, last):
+            self.blocks.register(request.block_ids[index], hashes[index])
+
+    def _end(
+        self,
+        request: Request,
+        reason: FinishReason,
+        token_ids: list[int] = NO_IDS,
+        error: ErrorInfo | None = None,
+    ) -> None:
+        """The one way a request ends: everything it holds goes back, and its last output goes out."""
+        if request.slot is None:
+            self._waiting.remove(request)
+        else:
+            self._release(request)
+        del self._requests[request.id]
+        self._outputs.append(TokenOutput(request.id, token_ids, reason, request.timings(), error))
+
+    def _release(self, request: Request) -> None:
+        """A running request gives back its slot and its blocks."""
+        assert request.slot is not None
+        self._prefilling.pop(request.id, None)
+        self._decoding.pop(request.id, None)
+        self.blocks.release(request.block_ids)
+        request.block_ids = []
+        self._free_slots.append(request.slot)
+        self._freed_slots.append(request.slot)
+        request.slot = None
+
+    # --- what others see ----------------------------------------------------------------------------------
+
+    def stats(self) -> Stats:
+        return Stats(
+            running=len(self._prefilling) + len(self._decoding),
+            waiting=len(self._waiting),
+            free_blocks=self.blocks.num_free,
+            total_blocks=self.blocks.num_blocks,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            prefix_cache_queries=self._cache_queries,
+            prefix_cache_hits=self._cache_hits,
+            preemptions=self._preemptions,
+            prefill_chunks=self._prefill_chunks,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError if a request, slot or block is lost or in two places (for tests; linear time)."""
+        running = [*self._prefilling.values(), *self._decoding.values()]
+        ids = sorted([r.id for r in running] + [r.id for r in self._waiting])
+        if ids != sorted(self._requests):
+            raise RuntimeError(f"requests {ids} are queued or running, {sorted(self._requests)} are known")
+        slots = [r.slot for r in running if r.slot is not None]
+        if len(slots) != len(running) or sorted([*slots, *self._free_slots]) != list(range(self.config.max_num_seqs)):
+            raise RuntimeError(f"slots {slots} are taken and {self._free_slots} are free")
+        self.blocks.check_integrity(r.block_ids for r in running)
+        if any(r.block_ids for r in self._waiting):
+            raise RuntimeError("a waiting request holds blocks")
+
+
+def _prefill_order(request: Request) -> tuple[int, int, float]:
+    """Shortest remaining first within a priority; one that was passed over for long goes before."""
+    remaining = 0 if request.passed_over > MAX_PASSED_OVER else request.num_remaining
+    return (request.priority, remaining, request.arrival)
+
+
+def _finish_reason(request: Request, token_id: int) -> FinishReason | None:
+    if token_id in request.end_token_ids and request.num_generated > request.params.min_tokens:
+        return "stop"
+    if len(request.token_ids) >= request.max_total_tokens:
+        return "length"
+    return None

@@ -1,0 +1,83 @@
+"""The bounded queue of requests that do not run: new ones, and preempted ones."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator
+
+from flashserve.scheduling.request import Request
+
+ADMISSION_PACE_WEIGHT = 0.1  # of the newest interval in the moving average: about the last ten admissions count
+MIN_RETRY_MS, MAX_RETRY_MS = 100, 60_000
+
+
+class WaitingQueue:
+    """Ordered by (priority, deadline, arrival). Removal is lazy: the heap forgets a request when it surfaces."""
+
+    def __init__(self, max_requests: int, max_tokens: int) -> None:
+        self.max_requests = max_requests
+        self.max_tokens = max_tokens
+        self.num_tokens = 0
+        self._heap: list[tuple[int, float, float, int]] = []
+        self._waiting: dict[int, Request] = {}
+        self._last_admission: float | None = None
+        self._admission_interval_s = 0.1  # until the first two admissions give a better one
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._waiting.values())
+
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether one more request fits. An empty queue takes any request: it would never fit better."""
+        if not self._waiting:
+            return True
+        return len(self._waiting) < self.max_requests and self.num_tokens + num_tokens <= self.max_tokens
+
+    def push(self, request: Request) -> None:
+        """Queue a request; a preempted one is not refused, whatever the bounds."""
+        deadline = math.inf if request.deadline is None else request.deadline
+        heapq.heappush(self._heap, (request.priority, deadline, request.arrival, request.id))
+        self._waiting[request.id] = request
+        self.num_tokens += request.num_prompt_tokens
+
+    def head(self) -> Request | None:
+        """The request that is next, or None."""
+        while self._heap:
+            request = self._waiting.get(self._heap[0][3])
+            if request is not None:
+                return request
+            heapq.heappop(self._heap)
+        return None
+
+    def admit_head(self, now: float) -> Request:
+        """Take the head out, and note the pace of admissions for :meth:`retry_after_ms`."""
+        request = self.head()
+        if request is None:
+            raise RuntimeError("no request is waiting")
+        heapq.heappop(self._heap)
+        self._drop(request)
+        if self._last_admission is not None:
+            # Counted from the request's arrival if nothing waited before it: idle time says nothing of the pace.
+            interval = now - max(self._last_admission, request.arrival)
+            self._admission_interval_s += ADMISSION_PACE_WEIGHT * (interval - self._admission_interval_s)
+        self._last_admission = now
+        return request
+
+    def remove(self, request: Request) -> None:
+        """Take out a request that ended while it waited."""
+        self._drop(request)
+        if len(self._heap) > 64 + 2 * len(self._waiting):  # lazy entries must not pile up behind a blocked head
+            self._heap = [entry for entry in self._heap if entry[3] in self._waiting]
+            heapq.heapify(self._heap)
+
+    def _drop(self, request: Request) -> None:
+        del self._waiting[request.id]
+        self.num_tokens -= request.num_prompt_tokens
+
+    def retry_after_ms(self) -> int:
+        """When a refused client should try again: after an eighth of the queue was admitted at the recent pace."""
+        estimate = 1000 * self._admission_interval_s * max(1, len(self._waiting) / 8)
+        return int(min(MAX_RETRY_MS, max(MIN_RETRY_MS, estimate)))
