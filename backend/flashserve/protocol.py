@@ -71,7 +71,7 @@ StubMessage = GenerateRequest | Abort
 
 
 class RequestTimings(msgspec.Struct, frozen=True, array_like=True):
-    """What the engine saw of one request, sent with its end. None: the moment never came."""
+    """What the engine saw of one request, sent with its first token and its end. None: not (yet) come."""
 
     arrival: float
     first_scheduled: float | None

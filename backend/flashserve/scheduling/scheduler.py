@@ -280,14 +280,16 @@ class Scheduler:
             request.token_ids.append(token_ids[0])
             request.last_token = now
             self._generation_tokens += 1
+            timings = None
             if request.first_token is None:
                 request.first_token = now
                 self._prompt_tokens += request.num_prompt_tokens
+                timings = request.timings()
             if request.slot is not None and row.num_tokens == 1 and (row.start + 1) % block_size == 0:
                 self._register_blocks(request, row.start, row.start + 1)
             reason = _finish_reason(request, token_ids[0])
             if reason is None:
-                outputs.append(TokenOutput(row.request_id, token_ids))
+                outputs.append(TokenOutput(row.request_id, token_ids, None, timings))
             else:
                 self._end(request, reason, token_ids)
 

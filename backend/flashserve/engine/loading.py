@@ -1,0 +1,32 @@
+"""From a configuration to an engine that is ready to step."""
+
+from __future__ import annotations
+
+from flashserve.config import EngineConfig, ResolvedConfig, resolve, resolve_dtype
+from flashserve.engine.core import EngineCore, build_core
+
+
+def load_engine(config: EngineConfig) -> tuple[ResolvedConfig, EngineCore]:
+    """Read the model's facts, resolve the configuration, load the weights, warm up.
+
+    Raises ConfigError when the model or the settings cannot be served.
+    """
+    from flashserve.models.registry import fingerprint, read_model_facts
+
+    if config.device == "null":
+        from flashserve.runner.null_runner import NULL_DEVICE, NullRunner
+
+        resolved = resolve(config, read_model_facts(config, "cpu"), NULL_DEVICE)
+        return resolved, build_core(resolved, NullRunner(resolved.model.vocab_size), cache_root="null")
+
+    from flashserve.runner.device import read_device_facts
+    from flashserve.runner.model_runner import ModelRunner
+
+    device = read_device_facts(config.device)
+    facts = read_model_facts(config, device.kind)
+    resolved = resolve(config, facts, device)
+    runner = ModelRunner(resolved)
+    runner.load()
+    runner.warm_up()
+    dtype = resolve_dtype(config.dtype, facts.checkpoint_dtype, device.kind)
+    return resolved, build_core(resolved, runner, fingerprint(facts.path, dtype, f"block{config.block_size}"))

@@ -1,0 +1,117 @@
+"""The engine process: loads the model, then steps while there is work and sleeps while there is none.
+
+Started by the stub's supervisor with one end of a socket. One thread does everything: a busy second thread would
+cost the steps a third of their speed (they share the interpreter's lock), and a sleeping one would gain nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+
+from flashserve.config import EngineConfig, ResolvedConfig
+from flashserve.engine.core import EngineBroken, EngineCore
+from flashserve.engine.loading import load_engine
+from flashserve.errors import FlashserveError
+from flashserve.ipc.channel import Channel, ChannelClosed
+from flashserve.protocol import EngineFailed, EngineLimits, EngineReady, ErrorInfo, StubMessage
+
+log = logging.getLogger("flashserve.engine")
+
+PR_SET_PDEATHSIG = 1
+IDLE_COLLECT_S = 10.0  # garbage is collected while idle, never in a step: a full collection takes up to 50 ms
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry of ``python -m flashserve.engine``; the exit status is for the log only."""
+    parser = argparse.ArgumentParser(prog="flashserve.engine", description="The engine process of one model.")
+    parser.add_argument("--fd", type=int, required=True, help="descriptor of the connected socket")
+    parser.add_argument("--parent", type=int, required=True, help="process id of the stub; this process ends with it")
+    parser.add_argument("--config", required=True, help="the EngineConfig as JSON")
+    args = parser.parse_args(argv)
+    _end_with_parent(args.parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the stub decides when to end
+    config = EngineConfig.from_mapping(json.loads(args.config))
+    logging.basicConfig(
+        level=logging.INFO,
+        format=f"%(asctime)s %(levelname).1s engine[{os.path.basename(config.model)}] %(message)s",
+        stream=sys.stderr,
+    )
+    channel: Channel[StubMessage] = Channel(socket.socket(fileno=args.fd), StubMessage)
+    return _run(config, channel)
+
+
+def _run(config: EngineConfig, channel: Channel[StubMessage]) -> int:
+    started = time.monotonic()
+    try:
+        resolved, core = load_engine(config)
+    except FlashserveError as error:
+        log.error("%s", error.message)
+        channel.send(EngineFailed(ErrorInfo(error.code, error.message)))
+        return 1
+    seconds = time.monotonic() - started
+    log.info("ready after %.1f s: %s", seconds, resolved.summary())
+    try:
+        channel.send(EngineReady(engine_limits(resolved), seconds))
+        gc.collect()
+        gc.freeze()  # the model's objects never become garbage: later collections need not visit them
+        gc.disable()
+        serve(channel, core)
+    except ChannelClosed:
+        log.info("the stub closed the connection: ending")
+    except EngineBroken as error:
+        log.critical("%s: ending, so that a new engine can start", error)
+        return 2
+    return 0
+
+
+def serve(channel: Channel[StubMessage], core: EngineCore) -> None:
+    """Until the channel closes: take messages in, step, send what came of it."""
+    while True:
+        for message in _receive(channel, core):
+            core.handle(message)
+        outputs = core.step()
+        channel.send(outputs)
+
+
+def _receive(channel: Channel[StubMessage], core: EngineCore) -> list[StubMessage]:
+    """Messages, without waiting while there is work. Idle time is for the garbage collector."""
+    if core.has_work:
+        return channel.receive(0)
+    while True:
+        messages = channel.receive(IDLE_COLLECT_S)
+        if messages:
+            return messages
+        gc.collect()
+
+
+def engine_limits(resolved: ResolvedConfig) -> EngineLimits:
+    """What the stub is told about the engine."""
+    return EngineLimits(
+        max_model_len=resolved.max_model_len,
+        max_num_seqs=resolved.max_num_seqs,
+        max_num_batched_tokens=resolved.max_num_batched_tokens,
+        block_size=resolved.block_size,
+        num_blocks=resolved.num_blocks,
+        vocab_size=resolved.model.vocab_size,
+        eos_token_ids=resolved.model.eos_token_ids,
+        dtype=resolved.dtype,
+        device=resolved.device.name,
+        model_path=resolved.model.path,
+        tokenizer_file=resolved.model.tokenizer_file,
+    )
+
+
+def _end_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the stub's supervisor thread ends, however it ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above
+        raise SystemExit(0)

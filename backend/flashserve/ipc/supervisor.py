@@ -1,0 +1,207 @@
+"""Keeps one engine process alive, and is the stub's way to talk to it.
+
+One thread owns the process from start to end: it spawns, receives, notices the death, waits with back-off, spawns
+again. It must live as long as the engine, whose parent-death signal is tied to the thread that spawned it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+import flashserve
+from flashserve.config import EngineConfig
+from flashserve.errors import ConfigError, FlashserveError, InternalError, Unavailable
+from flashserve.ipc.channel import Channel, ChannelClosed
+from flashserve.protocol import EngineFailed, EngineLimits, EngineMessage, EngineReady, StepOutputs, StubMessage
+
+log = logging.getLogger(__name__)
+
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.2, 30.0
+STABLE_AFTER_S = 60.0  # an engine that ran this long starts the back-off anew
+STOP_TIMEOUT_S = 2.0  # the engine ends within a step of its socket's closing; then it is killed
+
+
+class EngineListener(Protocol):
+    """Called from the supervisor's thread; must return quickly and never raise."""
+
+    def on_ready(self, ready: EngineReady) -> None: ...
+
+    def on_outputs(self, message: StepOutputs) -> None: ...
+
+    def on_dead(self, error: Unavailable) -> None:
+        """The engine is gone with everything that was sent to it; a new one is about to start."""
+        ...
+
+
+class EngineSupervisor:
+    """One engine process after another."""
+
+    def __init__(self, config: EngineConfig, listener: EngineListener) -> None:
+        self._config = config
+        self._listener = listener
+        self._lock = threading.Lock()
+        self._channel: Channel[EngineMessage] | None = None  # set while an engine is ready
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopping = threading.Event()
+        self._first_start = threading.Event()
+        self._start_error: FlashserveError | None = None
+        self._limits: EngineLimits | None = None
+        self._retry_at = 0.0
+        self._load_seconds = 0.0
+        self._thread = threading.Thread(target=self._run, name="engine-supervisor", daemon=True)
+
+    def start(self) -> EngineLimits:
+        """Start the first engine and block until it is ready.
+
+        Raises ConfigError if it cannot serve this configuration, InternalError if it died while starting. Loading
+        has no time limit: a large model on a slow disk takes minutes.
+        """
+        self._thread.start()
+        self._first_start.wait()
+        if self._limits is None:
+            self.stop()
+            raise self._start_error or InternalError("the engine was stopped while it started")
+        return self._limits
+
+    @property
+    def ready(self) -> bool:
+        return self._channel is not None
+
+    @property
+    def pid(self) -> int | None:
+        process = self._process
+        return None if process is None else process.pid
+
+    def send(self, message: StubMessage) -> None:
+        """Hand a message to the engine. Raises Unavailable while there is none."""
+        channel = self._channel
+        if channel is None:
+            raise self.unavailable("the engine is starting again after a failure")
+        try:
+            channel.send(message)
+        except ChannelClosed as error:
+            raise self.unavailable("the engine has just died") from error
+
+    def unavailable(self, message: str) -> Unavailable:
+        """An error whose retry-after covers the back-off and another loading like the last."""
+        wait_s = max(0.0, self._retry_at - time.monotonic()) + self._load_seconds
+        return Unavailable(message, retry_after_ms=int(wait_s * 1000))
+
+    def stop(self) -> None:
+        """End the engine and the thread, within a bound. Idempotent."""
+        self._stopping.set()
+        with self._lock:
+            channel, process = self._channel, self._process
+        if channel is not None:
+            channel.shutdown()
+        if process is not None:
+            try:
+                process.wait(STOP_TIMEOUT_S if channel is not None else 0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(STOP_TIMEOUT_S)
+
+    # --- the supervisor's thread --------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        backoff = FIRST_BACKOFF_S
+        while not self._stopping.is_set():
+            started = time.monotonic()
+            reason = self._live_once()
+            if self._limits is None:  # the first start failed: the model does not load, nobody tries again
+                self._first_start.set()
+                return
+            if self._stopping.is_set():
+                return
+            backoff = (
+                FIRST_BACKOFF_S if time.monotonic() - started > STABLE_AFTER_S else min(backoff * 2, MAX_BACKOFF_S)
+            )
+            self._retry_at = time.monotonic() + backoff
+            log.error("%s; a new engine starts in %.1f s", reason, backoff)
+            self._listener.on_dead(self.unavailable(reason))
+            self._stopping.wait(backoff)
+
+    def _live_once(self) -> str:
+        """One engine's life. Returns why it ended."""
+        ours, theirs = socket.socketpair()
+        channel: Channel[EngineMessage] = Channel(ours, EngineMessage)
+        process = self._spawn(theirs)
+        with self._lock:
+            self._process = process
+            if self._stopping.is_set():
+                process.kill()
+        try:
+            while True:
+                for message in channel.receive():
+                    self._dispatch(message, channel)
+        except ChannelClosed:
+            pass  # the normal end of an engine's life, also when it was killed
+        finally:
+            with self._lock:
+                self._channel = None
+            channel.close()
+        return self._reap(process)
+
+    def _dispatch(self, message: EngineMessage, channel: Channel[EngineMessage]) -> None:
+        if isinstance(message, StepOutputs):
+            self._listener.on_outputs(message)
+        elif isinstance(message, EngineReady):
+            self._limits = message.limits
+            self._load_seconds = message.load_seconds
+            with self._lock:
+                self._channel = channel
+            self._listener.on_ready(message)
+            self._first_start.set()
+        elif isinstance(message, EngineFailed):
+            self._start_error = ConfigError(message.error.message)
+
+    def _spawn(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
+        command = [python_executable(), "-m", "flashserve.engine", "--fd", str(theirs.fileno())]
+        command += ["--parent", str(os.getpid()), "--config", json.dumps(asdict(self._config))]
+        with theirs:
+            return subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], env=engine_environment(), stdin=subprocess.DEVNULL
+            )
+
+    def _reap(self, process: subprocess.Popen[bytes]) -> str:
+        try:
+            status = process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = process.wait()
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        hint = " (out of memory?)" if status == -9 and self._limits is None else ""
+        if self._start_error is None:
+            self._start_error = InternalError(f"the engine process {how}{hint} while it loaded the model")
+        return f"the engine process {how}"
+
+
+def python_executable() -> str:
+    """This interpreter. Inside Triton's stub, an embedded one, ``sys.executable`` is empty or not Python."""
+    candidates = [os.environ.get("FLASHSERVE_PYTHON"), sys.executable, str(Path(sys.exec_prefix, "bin", "python3"))]
+    for candidate in candidates:
+        if candidate and Path(candidate).name.startswith("python") and os.access(candidate, os.X_OK):
+            return candidate
+    found = shutil.which("python3")
+    if found is None:
+        raise ConfigError("no python3 to start the engine with: put one on PATH or set FLASHSERVE_PYTHON")
+    return found
+
+
+def engine_environment() -> dict[str, str]:
+    """The stub's environment, with our packages importable: the stub finds them beside model.py, a child may not."""
+    package_dir = Path(flashserve.__file__).resolve().parent.parent
+    paths = [str(package_dir), str(package_dir.parent / "kernels"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
