@@ -1,0 +1,402 @@
+"""Request parameters: one table of names, types and ranges, and the only place where they are checked.
+
+The request parser and the offline API share it. Names are those of vLLM's ``SamplingParams``. Values may arrive
+as strings ("100", "0.5", "true", "[1, 2]"), because Triton's request parameters have no lists and load generators
+send numbers as text. Nothing is accepted and ignored: a parameter is honoured, neutral, or refused by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from flashserve.errors import InvalidArgument
+from flashserve.protocol import SamplingParams
+
+Kind = Literal["int", "float", "bool", "str", "str_list", "int_list"]
+
+INT32_MAX = 2**31 - 1
+INT64_MAX = 2**63 - 1
+EXACT_FLOAT = 2**53  # every integer up to here is a float, exactly
+GREEDY_BELOW = 1e-5  # as in vLLM: dividing logits by less only loses their digits
+
+MAX_STOP_STRINGS = 64
+MAX_STOP_LENGTH = 1024
+MAX_STOP_TOKEN_IDS = 256
+MAX_NAME_LENGTH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """What one parameter accepts. ``low`` and ``high`` bound a number, a list's entries, or nothing (None)."""
+
+    name: str
+    kind: Kind
+    low: float | None = None
+    high: float | None = None
+    above_low: bool = False
+    """``low`` itself is excluded."""
+    also: tuple[int, ...] = ()
+    """Values below ``low`` that are accepted, too."""
+    max_items: int | None = None
+    max_length: int | None = None
+    """Of a string, in characters."""
+    of_request: bool = False
+    """Belongs to RequestOptions instead of SamplingParams."""
+
+    def range(self) -> str:
+        """The accepted values, in words for an error message."""
+        numbers = ""
+        if self.low is not None and self.high is not None:
+            numbers = f" in {'(' if self.above_low else '['}{_number(self.low)}, {_number(self.high)}]"
+        extra = f" or {', '.join(map(str, self.also))}" if self.also else ""
+        if self.kind == "int":
+            return f"an integer{numbers}{extra}"
+        if self.kind == "float":
+            return f"a number{numbers}"
+        if self.kind == "bool":
+            return "true or false"
+        if self.kind == "str":
+            return f"a string of at most {self.max_length} printable characters"
+        if self.kind == "str_list":
+            return f"a string or a list of at most {self.max_items} strings, each of 1 to {self.max_length} characters"
+        most = f"at most {self.max_items} " if self.max_items else ""
+        return f"a list of {most}integers{numbers}"
+
+
+def _number(value: float) -> str:
+    """Powers of two are easier to read as such."""
+    for power in (31, 63):
+        for offset in (0, -1):
+            if abs(value) == 2**power + offset and isinstance(value, int):
+                return f"{'-' if value < 0 else ''}2^{power}{'-1' if offset else ''}"
+    return f"{value:g}"
+
+
+TABLE: tuple[Parameter, ...] = (
+    # 1000 is flat already; the bound keeps float32 logits finite in the sampler.
+    Parameter("temperature", "float", 0, 1000),
+    Parameter("top_k", "int", 0, INT32_MAX, also=(-1,)),
+    Parameter("top_p", "float", 0, 1, above_low=True),
+    Parameter("min_p", "float", 0, 1),
+    Parameter("seed", "int", -INT64_MAX - 1, INT64_MAX),
+    Parameter("max_tokens", "int", 1, INT32_MAX),
+    Parameter("min_tokens", "int", 0, INT32_MAX),
+    Parameter("stop", "str_list", max_items=MAX_STOP_STRINGS, max_length=MAX_STOP_LENGTH),
+    Parameter("stop_token_ids", "int_list", 0, INT32_MAX, max_items=MAX_STOP_TOKEN_IDS),
+    Parameter("include_stop_str_in_output", "bool"),
+    Parameter("ignore_eos", "bool"),
+    Parameter("skip_special_tokens", "bool"),
+    Parameter("truncate_prompt_tokens", "int", 1, INT32_MAX),
+    Parameter("prompt_token_ids", "int_list", 0, INT32_MAX, of_request=True),
+    Parameter("priority", "int", -INT32_MAX - 1, INT32_MAX, of_request=True),
+    Parameter("timeout_ms", "int", 1, INT32_MAX, of_request=True),
+    # Triton's generate endpoint passes these two on: microseconds (0: none), and the request's id.
+    Parameter("timeout", "int", 0, INT64_MAX, of_request=True),
+    Parameter("id", "str", max_length=MAX_NAME_LENGTH, of_request=True),
+    Parameter("cache_salt", "str", max_length=MAX_NAME_LENGTH, of_request=True),
+)
+PARAMETERS: dict[str, Parameter] = {parameter.name: parameter for parameter in TABLE}
+
+# What vLLM knows and flashserve does not (yet), with the values under which that makes no difference; null is
+# always one of them. Triton's OpenAI frontend sends several of these with every request.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (False,),
+    "flat_logprobs": (False,),
+    "logprob_token_ids": (),
+    "logit_bias": ({},),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "logits_processors": ([],),
+    "structured_outputs": (),
+    "guided_decoding": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json_object": (False,),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
+    "response_format": ({"type": "text"},),
+    "lora_name": (),
+    "spaces_between_special_tokens": (True,),
+    "detokenize": (True,),
+    "output_kind": (),
+    "extra_args": ({},),
+    "skip_reading_prefix_cache": (False,),
+    "skip_clone": (False,),
+    "thinking_token_budget": (),
+    "repetition_detection": (),
+}
+
+# Names of other APIs whose nearest spelling would mislead.
+ALIASES = {
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "stop_sequences": "stop",
+    "stop_words": "stop",
+    "random_seed": "seed",
+    "request_id": "id",
+    "do_sample": "temperature",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """What rides with the sampling parameters but belongs to the request."""
+
+    prompt_token_ids: list[int] | None = None
+    priority: int = 0
+    timeout_s: float | None = None
+    """From arrival to deadline: the shorter one of ``timeout_ms`` and Triton's ``timeout``."""
+    request_id: str = ""
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Everything a mapping of parameters says."""
+
+    sampling: SamplingParams
+    options: RequestOptions = field(default_factory=RequestOptions)
+
+
+def coerce_all(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Check every name and value on its own; values come back in their parameter's type.
+
+    Parameters that are null, or neutral ones of those we do not support, are left out. Raises InvalidArgument.
+    """
+    coerced: dict[str, Any] = {}
+    for name, value in values.items():
+        parameter = PARAMETERS.get(name)
+        if parameter is None:
+            _check_unsupported(name, value)
+        elif value is not None:
+            coerced[name] = COERCIONS[parameter.kind](parameter, value)
+    return coerced
+
+
+def parse_parameters(values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Parameters:
+    """Split and check all parameters of a request; ``defaults`` are the model's own (same names)."""
+    coerced = coerce_all(values)
+    request_level = {name: coerced.pop(name) for name in list(coerced) if PARAMETERS[name].of_request}
+    return Parameters(_sampling(coerced, defaults or {}), _options(request_level))
+
+
+def parse_sampling_params(values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> SamplingParams:
+    """SamplingParams from a mapping, for callers that have no request-level keys. Raises InvalidArgument."""
+    for name in values:
+        if name in PARAMETERS and PARAMETERS[name].of_request:
+            raise InvalidArgument(f"{name} belongs to the request, it is not a sampling parameter")
+    return _sampling(coerce_all(values), defaults or {})
+
+
+def _sampling(coerced: dict[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
+    merged = {**coerce_all(defaults), **coerced}
+    if merged.get("top_k") == -1:
+        merged["top_k"] = 0  # two spellings of "off" in vLLM; one behind this point
+    params = SamplingParams(**merged)
+    if params.max_tokens is not None and params.min_tokens > params.max_tokens:
+        origin = "" if "max_tokens" in coerced else " (the model's default)"
+        raise InvalidArgument(
+            f"min_tokens must be in [0, max_tokens]; it is {params.min_tokens} of {params.max_tokens}{origin}"
+        )
+    return params
+
+
+def _options(values: dict[str, Any]) -> RequestOptions:
+    timeouts = [values[name] / unit for name, unit in (("timeout_ms", 1e3), ("timeout", 1e6)) if values.get(name)]
+    return RequestOptions(
+        prompt_token_ids=values.get("prompt_token_ids"),
+        priority=values.get("priority", 0),
+        timeout_s=min(timeouts, default=None),
+        request_id=values.get("id", ""),
+        cache_salt=values.get("cache_salt", ""),
+    )
+
+
+# --- names -------------------------------------------------------------------------------------------------
+
+
+def _check_unsupported(name: Any, value: Any) -> None:
+    """Raise unless ``name`` is a parameter of vLLM that has no effect with this value."""
+    if name not in NEUTRAL:
+        raise unknown_parameter(name, (*PARAMETERS, *NEUTRAL))
+    neutral = NEUTRAL[name]
+    plain = value
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            plain = json.loads(value)
+    if value is None or any(plain == item and isinstance(plain, bool) == isinstance(item, bool) for item in neutral):
+        return  # (False == 0 in Python, but not in a request)
+    only = f"; only {' or '.join(json.dumps(item) for item in neutral)} is" if neutral else ""
+    raise InvalidArgument(f"{name}={shorten(value)} is not supported{only}")
+
+
+def unknown_parameter(name: Any, known: tuple[str, ...]) -> InvalidArgument:
+    """The error for a name that nobody knows, with the nearest one that somebody does."""
+    text = name if isinstance(name, str) else repr(name)
+    near = [ALIASES[text]] if text in ALIASES else difflib.get_close_matches(text[:64], known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return InvalidArgument(f"unknown parameter {shorten(text)}{hint}")
+
+
+# --- values ------------------------------------------------------------------------------------------------
+
+
+def shorten(value: Any, limit: int = 60) -> str:
+    """``repr`` of a value for an error message, cut in the middle. Always printable, so always valid UTF-8."""
+    if isinstance(value, str) and len(value) > limit:
+        value = value[:limit] + "..."  # repr of a 100 MB string would take as long as reading it
+    elif isinstance(value, (list, dict)) and len(value) > 8:
+        return f"a {type(value).__name__} of {len(value)} entries"
+    elif isinstance(value, int) and abs(value) >= 10**limit:
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):
+        return f"a deeply nested {type(value).__name__}"
+    return text if len(text) <= limit + 5 else f"{text[: limit - 10]}...{text[-10:]}"
+
+
+def _refuse(parameter: Parameter, value: Any, why: str = "") -> InvalidArgument:
+    return InvalidArgument(f"{parameter.name} must be {parameter.range()}, not {shorten(value)}{why}")
+
+
+def _int(parameter: Parameter, value: Any) -> int:
+    number = _from_text(value) if isinstance(value, str) else value
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise _refuse(parameter, value)
+    if isinstance(number, float):
+        if not math.isfinite(number) or not number.is_integer():
+            raise _refuse(parameter, value)
+        if abs(number) > EXACT_FLOAT:
+            raise _refuse(parameter, value, " (integers of 2^63 and more arrive rounded)")
+        number = int(number)
+    _check_range(parameter, number, value)
+    return number
+
+
+def _float(parameter: Parameter, value: Any) -> float:
+    number = _from_text(value) if isinstance(value, str) else value
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise _refuse(parameter, value)
+    _check_range(parameter, number, value)  # before float(): an int of 400 digits overflows
+    number = float(number)
+    return 0.0 if parameter.name == "temperature" and number < GREEDY_BELOW else number
+
+
+NUMBER = re.compile(r"[+-]?(\d+|\d+\.\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+
+def _from_text(text: str) -> int | float | None:
+    """The number that a short string spells, or None. Python's own rules would let "1_0" and "nan" pass."""
+    text = text.strip()
+    if len(text) > 64 or not NUMBER.fullmatch(text):
+        return None
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
+
+
+def _check_range(parameter: Parameter, number: float, value: Any) -> None:
+    low, high = parameter.low, parameter.high
+    assert low is not None and high is not None
+    inside = low <= number <= high and not (parameter.above_low and number == low)  # False for NaN
+    if not inside and number not in parameter.also:
+        raise _refuse(parameter, value)
+
+
+def _bool(parameter: Parameter, value: Any) -> bool:
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    if not isinstance(value, bool):
+        raise _refuse(parameter, value)
+    return value
+
+
+def _str(parameter: Parameter, value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and parameter.name == "id":
+        value = str(value) if abs(value) <= INT64_MAX else value  # generate accepts numbers as ids
+    # Printable only: these end up in logs and metrics; this refuses lone surrogates as well.
+    if not isinstance(value, str) or len(value) > (parameter.max_length or 0) or not value.isprintable():
+        raise _refuse(parameter, value)
+    return value
+
+
+def _str_list(parameter: Parameter, value: Any) -> tuple[str, ...]:
+    """A string is one entry, unless it spells a JSON list of strings; "[" and "[]" are entries."""
+    if isinstance(value, str):
+        value = _list_from_text(value, str) or [value]
+    if not isinstance(value, (list, tuple)):
+        raise _refuse(parameter, value)
+    assert parameter.max_items is not None and parameter.max_length is not None
+    if len(value) > parameter.max_items:
+        raise _refuse(parameter, value)
+    for item in value:
+        if not isinstance(item, str) or not 1 <= len(item) <= parameter.max_length:
+            raise InvalidArgument(f"{parameter.name} must be {parameter.range()}; one entry is {shorten(item)}")
+        if not is_unicode(item):
+            raise InvalidArgument(f"{parameter.name} has an entry with a lone surrogate: {shorten(item)}")
+    return tuple(value)
+
+
+def _int_list(parameter: Parameter, given: Any) -> list[int] | tuple[int, ...]:
+    """A tuple for SamplingParams; prompts stay lists, as msgspec and the tokenizer take them."""
+    value = _list_from_text(given, object) if isinstance(given, str) else given
+    if not isinstance(value, (list, tuple)):
+        raise _refuse(parameter, given)
+    if parameter.max_items is not None and len(value) > parameter.max_items:
+        raise _refuse(parameter, value)
+    # A prompt may have 100k entries: look at them one by one only if something is wrong.
+    low, high = parameter.low, parameter.high
+    assert low is not None and high is not None
+    if not all(type(item) is int for item in value) or (value and not low <= min(value) <= max(value) <= high):
+        bad = next(item for item in value if type(item) is not int or not low <= item <= high)
+        raise InvalidArgument(f"{parameter.name} must be {parameter.range()}; one entry is {shorten(bad)}")
+    return list(value) if parameter.of_request else tuple(value)
+
+
+def _list_from_text(text: str, entry: type) -> list[Any] | None:
+    """The JSON list that a string spells, if all its entries are of the type; otherwise None."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, list) and all(isinstance(item, entry) for item in value) else None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text has a UTF-8 form; JSON escapes can spell lone surrogates, which have none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+COERCIONS: dict[Kind, Callable[[Parameter, Any], Any]] = {
+    "int": _int,
+    "float": _float,
+    "bool": _bool,
+    "str": _str,
+    "str_list": _str_list,
+    "int_list": _int_list,
+}
