@@ -76,3 +76,11 @@ class InternalError(FlashserveError):
 
 class ConfigError(InvalidArgument):
     """``model.json`` or the model's own files cannot be served as they are."""
+
+
+BY_CODE: dict[str, type[FlashserveError]] = {
+    INVALID_ARG: InvalidArgument,
+    NOT_FOUND: NotFound,
+    INTERNAL: InternalError,
+}
+"""Errors that take nothing but a message."""

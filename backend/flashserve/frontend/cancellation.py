@@ -1,0 +1,59 @@
+"""Notices clients that went away, and keeps SSE streams noticeable.
+
+Triton tells of a cancellation only when asked, and asking is a round trip of about 42 µs. The step loop must never
+pay it; this thread does, spread so that it stays below 5% of a core however many requests are open.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from flashserve.frontend.responder import Responder
+
+log = logging.getLogger(__name__)
+
+CHECK_COST_S = 42e-6
+MAX_CORE_SHARE = 0.05
+MIN_PERIOD_S = 0.02  # up to 23 open requests; 100 requests are swept every 84 ms, 256 every 215 ms
+KEEP_ALIVE_S = 1.0
+STOP_TIMEOUT_S = 2.0
+
+
+class CancellationWatcher:
+    """Owns one thread that sweeps over the open requests."""
+
+    def __init__(self, responder: Responder) -> None:
+        self._responder = responder
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="cancellation", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join(STOP_TIMEOUT_S)
+
+    def _run(self) -> None:
+        period = MIN_PERIOD_S
+        while not self._stopping.wait(period):
+            try:
+                period = self._sweep()
+            except Exception:
+                log.exception("a sweep for cancelled requests failed")
+
+    def _sweep(self) -> float:
+        """Ask for every open request once; returns how long to wait before the next sweep."""
+        requests = self._responder.open_requests
+        now = time.monotonic()
+        for generation in requests:
+            if generation.closed:
+                continue
+            if not generation.cancelled and generation.sender.is_cancelled():
+                self._responder.cancel(generation)
+            elif generation.parsed.stream and now - generation.last_sent > KEEP_ALIVE_S:
+                generation.last_sent = now
+                self._responder.keep_alive(generation)
+        return max(MIN_PERIOD_S, len(requests) * CHECK_COST_S / MAX_CORE_SHARE)

@@ -1,0 +1,89 @@
+"""Notices an unload or a shutdown while requests run, and bounds what they get to finish.
+
+Triton calls ``finalize`` only after a model's last request has ended, so nothing could bound it there. The model's
+readiness on the server's own HTTP endpoint turns 400 after an unload, and the connection is refused after SIGTERM.
+(``pb_utils.is_model_ready`` would ask the same, but crashed or hung the server while it started or stopped.)
+"""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import os
+import threading
+import time
+
+from flashserve.errors import Cancelled, Unavailable
+from flashserve.frontend.responder import Responder
+
+log = logging.getLogger(__name__)
+
+DEFAULT_ADDRESS = "localhost:8000"
+POLL_S = 0.25
+TIMEOUT_S = 2.0
+CONFIRMATIONS = 2  # polls in a row that must agree: one refused connection may be an overload
+
+
+class DrainWatcher:
+    """Polls while it lives. Starts to draw conclusions once it has seen the model ready."""
+
+    def __init__(self, model_name: str, version: str, address: str | None, drain_timeout_s: float,
+                 responder: Responder) -> None:  # fmt: skip
+        self._path = f"/v2/models/{model_name}/versions/{version}/ready"
+        self._address = address or os.environ.get("FLASHSERVE_TRITON_HTTP") or DEFAULT_ADDRESS
+        self._drain_timeout_s = drain_timeout_s
+        self._responder = responder
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="drain", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join(TIMEOUT_S)
+
+    def _run(self) -> None:
+        if self._poll_until(ready=True) and self._poll_until(ready=False):
+            self._drain()
+
+    def _poll_until(self, *, ready: bool) -> bool:
+        """Poll until the model's readiness is confirmed to be ``ready``; False when stopped before."""
+        agreeing = 0
+        while not self._stopping.wait(POLL_S):
+            agreeing = agreeing + 1 if self._is_ready() is ready else 0
+            if agreeing == CONFIRMATIONS:
+                return True
+        return False
+
+    def _is_ready(self) -> bool | None:
+        """None when the server did not answer in time, which says nothing."""
+        connection = http.client.HTTPConnection(self._address, timeout=TIMEOUT_S)
+        try:
+            connection.request("GET", self._path)
+            return connection.getresponse().status == 200
+        except TimeoutError:
+            return None
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _drain(self) -> None:
+        count = len(self._responder.open_requests)
+        log.info("the model is being unloaded: %d requests get %.0f s to finish", count, self._drain_timeout_s)
+        self._responder.refuse_new(Unavailable("the model is being unloaded", retry_after_ms=2000))
+        end = time.monotonic() + self._drain_timeout_s
+        while self._responder.open_requests and time.monotonic() < end:
+            if self._stopping.wait(0.05):
+                return
+        remaining = self._responder.open_requests
+        if remaining:
+            log.warning("%d requests did not finish in time and end with CANCELLED", len(remaining))
+        self._end_requests()
+
+    def _end_requests(self) -> None:
+        """Until stopped: a request that was parsed during the drain must not survive it."""
+        while not self._stopping.is_set():
+            self._responder.fail_all(Cancelled("the model was unloaded", reason="shutdown"))
+            self._stopping.wait(POLL_S)

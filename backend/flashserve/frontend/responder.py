@@ -1,0 +1,254 @@
+"""From engine outputs to Triton responses.
+
+The engine's thread only files outputs under their requests; one sender thread detokenises and sends. If it lags
+(a ``send`` takes 100-170 µs), a request's tokens pile up and leave merged in one response: the engine never waits
+for a slow consumer, and no queue grows with the lag.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from flashserve.errors import BY_CODE, Cancelled, FlashserveError, InternalError, Unavailable
+from flashserve.frontend.generation import Generation
+from flashserve.frontend.metrics import Metrics
+from flashserve.frontend.request_metrics import record_end, record_first_token, record_stats
+from flashserve.frontend.responses import ResponseBuilder
+from flashserve.protocol import Abort, EngineReady, FinishReason, GenerateRequest, Stats, StepOutputs, TokenOutput
+
+log = logging.getLogger(__name__)
+
+RESPONSE_COMPLETE_FINAL = 1  # pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+STOP_TIMEOUT_S = 2.0
+
+SendToEngine = Callable[[GenerateRequest | Abort], None]
+
+
+class Responder:
+    """Knows every open request. Implements the supervisor's EngineListener."""
+
+    def __init__(self, builder: ResponseBuilder, metrics: Metrics) -> None:
+        self._builder = builder
+        self._metrics = metrics
+        self._open: dict[int, Generation] = {}
+        self._ready: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._stats: Stats | None = None
+        self._engine_seen = False
+        self._send_to_engine: SendToEngine | None = None
+        self._refusal: FlashserveError | None = None
+        self._thread = threading.Thread(target=self._run, name="sender", daemon=True)
+
+    def start(self, send_to_engine: SendToEngine) -> None:
+        self._send_to_engine = send_to_engine
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the sender after what is queued. Requests still open get UNAVAILABLE."""
+        self.fail_all(Unavailable("the model is being unloaded", retry_after_ms=1000))
+        self._ready.put(None)
+        self._thread.join(STOP_TIMEOUT_S)
+
+    @property
+    def open_requests(self) -> list[Generation]:
+        """A snapshot, for the watchers."""
+        return list(self._open.values())
+
+    # --- requests come in (Triton's execute thread) -------------------------------------------------------
+
+    def submit(self, generation: Generation, message: GenerateRequest) -> None:
+        """Open a request and hand it to the engine; failures become its response."""
+        assert self._send_to_engine is not None
+        self._open[generation.id] = generation
+        if self._refusal is not None:
+            self.fail(generation, self._refusal)
+            return
+        try:
+            self._send_to_engine(message)
+        except FlashserveError as error:
+            self.fail(generation, error)
+
+    def answer(self, sender: Any, response: Any) -> None:
+        """Send a response that needs no engine, with its FINAL flag."""
+        self._ready.put(lambda: sender.send(response, flags=RESPONSE_COMPLETE_FINAL))
+
+    def fail(self, generation: Generation, error: FlashserveError) -> None:
+        """End a request with an error, from any thread; the first error wins."""
+        if generation.failure is None:
+            generation.failure = error
+        self._enqueue(generation)
+
+    def fail_all(self, error: FlashserveError) -> None:
+        for generation in self.open_requests:
+            self.fail(generation, error)
+
+    def refuse_new(self, error: FlashserveError) -> None:
+        """From now on answer new requests with ``error`` (draining)."""
+        self._refusal = error
+
+    def cancel(self, generation: Generation) -> None:
+        """The client is gone: free the engine's resources; the FINAL flag follows the engine's confirmation."""
+        if not generation.cancelled:
+            generation.cancelled = True
+            self._abort(generation)
+
+    def keep_alive(self, generation: Generation) -> None:
+        """Send an empty chunk, so that Triton notices a vanished SSE client while nothing else is sent."""
+        self._ready.put(lambda: self._send_keep_alive(generation))
+
+    # --- the engine's thread ------------------------------------------------------------------------------
+
+    def on_ready(self, ready: EngineReady) -> None:
+        if self._engine_seen:
+            self._metrics.add("flashserve:engine_restarts_total")
+        self._engine_seen = True
+        self._stats = None
+        self._metrics.set("flashserve:engine_ready", 1)
+
+    def on_dead(self, error: Unavailable) -> None:
+        self._metrics.set("flashserve:engine_ready", 0)
+        for gauge in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"):
+            self._metrics.set(gauge, 0)
+        self.fail_all(error)
+
+    def on_outputs(self, message: StepOutputs) -> None:
+        now = time.monotonic()
+        latencies = []
+        for output in message.outputs:
+            generation = self._open.get(output.request_id)
+            if generation is None:
+                continue  # it ended here first: a stop string, or a failure
+            if output.token_ids:
+                if generation.last_token_time is not None:
+                    latencies.append(now - generation.last_token_time)
+                generation.last_token_time = now
+            if output.timings is not None:
+                if generation.timings is None:
+                    record_first_token(self._metrics, output.timings)
+                generation.timings = output.timings
+            generation.inbox.append(output)
+            if generation.parsed.needs_every_token or output.finish_reason is not None:
+                self._enqueue(generation)
+        if latencies:
+            self._metrics.observe_all("vllm:inter_token_latency_seconds", latencies)
+        record_stats(self._metrics, self._stats, message.stats)
+        self._stats = message.stats
+
+    def _enqueue(self, generation: Generation) -> None:
+        # Appended to the inbox before, and taken off after ``queued`` is reset: no output can be left behind.
+        if not generation.queued:
+            generation.queued = True
+            self._ready.put(lambda: self._serve(generation))
+
+    # --- the sender's thread ------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while (job := self._ready.get()) is not None:
+            try:
+                job()
+            except Exception:
+                # Triton refuses a send only for a request that it has given up itself; the others must go on.
+                log.exception("a response could not be sent")
+
+    def _serve(self, generation: Generation) -> None:
+        generation.queued = False
+        if generation.closed:
+            return
+        try:
+            self._serve_open(generation)
+        except Exception:
+            log.exception("request %s failed in the frontend", generation.name)
+            self._abort(generation)
+            self._close_with_error(generation, InternalError("the request failed in the frontend"))
+
+    def _serve_open(self, generation: Generation) -> None:
+        last = self._take_tokens(generation)
+        reason = last.finish_reason if last is not None else None
+        if generation.text.stopped:
+            if reason is None:
+                self._abort(generation)  # the engine does not know stop strings
+            reason = "stop"
+        if reason in ("stop", "length"):
+            generation.text_parts.append(generation.text.finish())
+            self._close_with_data(generation, reason)
+            return
+        if generation.parsed.stream and any(generation.text_parts):
+            self._send_delta(generation)
+        if generation.failure is not None:
+            if last is None:
+                self._abort(generation)  # the failure is ours, the engine may still be at it
+            self._close_with_error(generation, generation.failure)
+        elif last is not None:
+            self._close_with_error(generation, _error_of(last))
+
+    def _take_tokens(self, generation: Generation) -> TokenOutput | None:
+        """Move the inbox into the text; returns the request's last output if it was there."""
+        inbox, text = generation.inbox, generation.text
+        while inbox:
+            output = inbox.popleft()
+            if text.stopped:
+                continue
+            if output.token_ids:
+                delta = text.push(output.token_ids, output.finish_reason == "stop")
+                generation.num_tokens += delta.num_tokens
+                generation.text_parts.append(delta.text)
+            if output.finish_reason is not None:
+                return output
+        return None
+
+    def _send_delta(self, generation: Generation, reason: FinishReason | None = None) -> None:
+        text = "".join(generation.text_parts)
+        generation.text_parts.clear()
+        if reason is not None and not generation.parsed.exclude_input:
+            text = generation.parsed.prompt_text + text
+        num_tokens = generation.num_tokens - generation.num_tokens_sent
+        generation.num_tokens_sent = generation.num_tokens
+        response = self._builder.generation(generation, text, num_tokens, reason)
+        generation.last_sent = time.monotonic()
+        generation.sender.send(response, flags=0 if reason is None else RESPONSE_COMPLETE_FINAL)
+
+    def _send_keep_alive(self, generation: Generation) -> None:
+        if not generation.closed:
+            generation.last_sent = time.monotonic()
+            generation.sender.send(self._builder.generation(generation, "", 0, None), flags=0)
+
+    def _close_with_data(self, generation: Generation, reason: FinishReason) -> None:
+        self._close(generation)
+        record_end(self._metrics, generation, reason)
+        self._send_delta(generation, reason)
+
+    def _close_with_error(self, generation: Generation, error: FlashserveError) -> None:
+        self._close(generation)
+        if isinstance(error, Cancelled):
+            self._metrics.add("flashserve:requests_cancelled_total", label_value=error.reason)
+        else:
+            self._metrics.add("flashserve:request_errors_total", label_value=error.code)
+        generation.sender.send(self._builder.error(error), flags=RESPONSE_COMPLETE_FINAL)
+
+    def _close(self, generation: Generation) -> None:
+        generation.closed = True
+        self._open.pop(generation.id, None)
+
+    def _abort(self, generation: Generation) -> None:
+        assert self._send_to_engine is not None
+        try:
+            self._send_to_engine(Abort([generation.id]))
+        except Unavailable:
+            log.debug("request %s needs no abort: its engine is gone", generation.name)
+
+
+def _error_of(last: TokenOutput) -> FlashserveError:
+    """What the client is told when the engine ended its request."""
+    if last.finish_reason == "deadline":
+        return Cancelled("the request's deadline has passed", reason="deadline")
+    if last.finish_reason == "abort":
+        return Cancelled("the request was cancelled", reason="client")
+    if last.error is None:
+        return InternalError("the engine ended the request without a reason")
+    if last.error.code == Unavailable.code:
+        return Unavailable(last.error.message, last.error.retry_after_ms or 1000)
+    return BY_CODE[last.error.code](last.error.message)

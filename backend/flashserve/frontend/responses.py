@@ -1,0 +1,77 @@
+"""Builds Triton responses. The tensors' names and types are those of ``tensor_spec``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from flashserve.errors import FlashserveError
+from flashserve.frontend.generation import Generation
+from flashserve.protocol import FinishReason, RequestTimings
+
+
+class ResponseBuilder:
+    """Made once per model with the ``triton_python_backend_utils`` module, which exists only inside a stub."""
+
+    def __init__(self, pb_utils: Any) -> None:
+        self._pb = pb_utils
+        self._still_running = self._string("finish_reason", "None")
+
+    def generation(self, generation: Generation, text: str, num_tokens: int, finish_reason: FinishReason | None) -> Any:
+        """A data response: a delta while streaming, else everything."""
+        wanted = generation.parsed.outputs
+        tensors = [self._string("text_output", text)]
+        if wanted.finish_reason:
+            tensors.append(
+                self._still_running if finish_reason is None else self._string("finish_reason", finish_reason)
+            )
+        if wanted.num_input_tokens:
+            tensors.append(self._count("num_input_tokens", len(generation.parsed.prompt_token_ids)))
+        if wanted.num_output_tokens:
+            tensors.append(self._count("num_output_tokens", num_tokens))
+        if wanted.request_metrics and finish_reason is not None and generation.timings is not None:
+            tensors.append(self._string("request_metrics", json.dumps(request_metrics(generation))))
+        return self._pb.InferenceResponse(tensors)
+
+    def text(self, text: str) -> Any:
+        """A response that is only text, such as the answer to a tokenize_request."""
+        return self._pb.InferenceResponse([self._string("text_output", text)])
+
+    def error(self, error: FlashserveError) -> Any:
+        """The code goes twice: as Triton's own, for servers that keep it, and in the message's suffix."""
+        code = getattr(self._pb.TritonError, error.code)
+        return self._pb.InferenceResponse(error=self._pb.TritonError(error.wire_message(), code))
+
+    def _string(self, name: str, value: str) -> Any:
+        # An object array of bytes: numpy's own bytes type would drop trailing zero bytes.
+        array = np.empty(1, dtype=object)
+        array[0] = value.encode()
+        return self._pb.Tensor(name, array)
+
+    def _count(self, name: str, value: int) -> Any:
+        return self._pb.Tensor(name, np.array([value], dtype=np.uint32))
+
+
+def request_metrics(generation: Generation) -> dict[str, float | int | None]:
+    """The contract's ``request_metrics``: milliseconds, and what the cache and preemption did."""
+    timings = generation.timings
+    assert timings is not None
+    spans = time_spans(timings, generation.last_token_time)
+    milliseconds = {f"{name}_ms": None if span is None else round(span * 1000, 3) for name, span in spans.items()}
+    return {**milliseconds, "cached_tokens": timings.cached_tokens, "preemptions": timings.preemptions}
+
+
+def time_spans(timings: RequestTimings, last_token: float | None) -> dict[str, float | None]:
+    """Seconds of each part of a request's life; None for parts it did not reach.
+
+    ``last_token`` is the moment of the last token that counts, which a stop string puts before the engine's last.
+    """
+    scheduled, first = timings.first_scheduled, timings.first_token
+    return {
+        "queue": None if scheduled is None else scheduled - timings.arrival,
+        "prefill": None if scheduled is None or first is None else first - scheduled,
+        "ttft": None if first is None else first - timings.arrival,
+        "decode": None if first is None or last_token is None else max(0.0, last_token - first),
+    }
