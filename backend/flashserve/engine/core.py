@@ -59,6 +59,10 @@ class EngineCore:
             self._guarded(oldest, lambda: self._finish(oldest, handle))  # noqa: B023 - called at once
         return StepOutputs(self.scheduler.take_outputs(), self.scheduler.stats())
 
+    def close(self) -> None:
+        """Free the device. Idempotent."""
+        self._runner.close()
+
     def _finish(self, plan: SchedulerOutput, handle: Any) -> None:
         output = self._runner.wait(handle)
         self.scheduler.update(plan, output, self._clock())

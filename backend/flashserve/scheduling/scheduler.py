@@ -71,9 +71,13 @@ class Scheduler:
     def has_requests(self) -> bool:
         return bool(self._requests)
 
+    def has_room(self, num_prompt_tokens: int) -> bool:
+        """Whether the queue takes one more request of this size."""
+        return self._waiting.has_room(num_prompt_tokens)
+
     def add(self, message: GenerateRequest) -> None:
         """Queue a request, or answer it with UNAVAILABLE when the queue is full."""
-        if not self._waiting.has_room(len(message.prompt_token_ids)):
+        if not self.has_room(len(message.prompt_token_ids)):
             retry = self._waiting.retry_after_ms()
             text = f"the queue is full: {len(self._waiting)} requests with {self._waiting.num_tokens} tokens wait"
             self._outputs.append(

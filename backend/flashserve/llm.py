@@ -1,0 +1,157 @@
+"""The offline API: the same engine in the caller's own process, without Triton.
+
+from flashserve import LLM
+
+with LLM("HuggingFaceTB/SmolLM2-135M") as llm:
+    for result in llm.generate(["def fibonacci(n):"], {"temperature": 0, "max_tokens": 64}):
+        print(result.text)
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashserve.config import EngineConfig
+from flashserve.engine.loading import load_engine
+from flashserve.engine.process import engine_limits
+from flashserve.errors import InternalError, InvalidArgument
+from flashserve.protocol import Abort, FinishReason, GenerateRequest, RequestTimings, SamplingParams, TokenOutput
+from flashserve.sampling_params import parse_sampling_params
+from flashserve.text.output import TextStream
+from flashserve.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+Params = SamplingParams | Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One finished request."""
+
+    prompt_token_ids: list[int]
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    timings: RequestTimings | None
+
+
+class _Open:
+    """A request on its way."""
+
+    def __init__(self, prompt_token_ids: list[int], text: TextStream) -> None:
+        self.prompt_token_ids = prompt_token_ids
+        self.text = text
+        self.parts: list[str] = []
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.timings: RequestTimings | None = None
+
+    def take(self, output: TokenOutput) -> bool:
+        """Add an output; True if a stop string ended the request, which the engine does not know yet."""
+        if output.error is not None:
+            raise InternalError(output.error.message)
+        delta = self.text.push(output.token_ids, output.finish_reason == "stop")
+        self.token_ids += output.token_ids[: delta.num_tokens]
+        self.parts.append(delta.text)
+        self.timings = output.timings or self.timings
+        self.finish_reason = "stop" if delta.stopped else output.finish_reason
+        if self.finish_reason is not None:
+            self.parts.append(self.text.finish())
+        return delta.stopped and output.finish_reason is None
+
+    def result(self) -> Generated:
+        assert self.finish_reason is not None
+        return Generated(self.prompt_token_ids, "".join(self.parts), self.token_ids, self.finish_reason, self.timings)
+
+
+class LLM:
+    """Loads a model and generates with it. Not thread-safe: one caller at a time."""
+
+    def __init__(self, model: str | Path, **settings: Any) -> None:
+        """``settings`` are those of ``model.json`` (EngineConfig). Raises ConfigError, naming the setting."""
+        config = EngineConfig.from_mapping({"model": str(model), **settings}, Path.cwd())
+        self.resolved, self._core = load_engine(config)
+        self.tokenizer = Tokenizer.load(self.resolved.model.tokenizer_file)
+        self.limits = engine_limits(self.resolved)
+        self._ids = itertools.count(1)
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params] = None) -> list[Generated]:
+        """Generate for all prompts at once; results in the prompts' order.
+
+        A prompt is a text or token ids. ``params`` is one for all or one each: SamplingParams, or a mapping with
+        the names of the server's sampling_parameters. Raises InvalidArgument before anything runs.
+        """
+        prompt_list = _as_list(prompts)
+        each = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompt_list)
+        if len(each) != len(prompt_list):
+            raise InvalidArgument(f"{len(prompt_list)} prompts but {len(each)} params: give one, or one each")
+        requests = [self._request(prompt, given) for prompt, given in zip(prompt_list, each, strict=True)]
+        open_requests = {
+            request.request_id: _Open(request.prompt_token_ids, TextStream(self.tokenizer, request.params))
+            for request in requests
+        }
+        return self._run(requests, open_requests)
+
+    def stats(self) -> Any:
+        """The engine's counters (protocol.Stats)."""
+        return self._core.scheduler.stats()
+
+    def close(self) -> None:
+        """Free the model's memory. Idempotent."""
+        self._core.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _request(self, prompt: Prompt, given: Params) -> GenerateRequest:
+        params = given if isinstance(given, SamplingParams) else parse_sampling_params(given or {})
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not 0 < len(token_ids) < self.limits.max_model_len:
+            raise InvalidArgument(
+                f"a prompt must have 1 to {self.limits.max_model_len - 1} tokens, not {len(token_ids)}"
+            )
+        if not all(0 <= token < self.limits.vocab_size for token in token_ids):
+            raise InvalidArgument(f"prompt token ids must be in [0, {self.limits.vocab_size - 1}]")
+        return GenerateRequest(next(self._ids), token_ids, params, arrival=time.monotonic())
+
+    def _run(self, requests: list[GenerateRequest], open_requests: dict[int, _Open]) -> list[Generated]:
+        unfinished = set(open_requests)
+        pending = deque(requests)
+        try:
+            while unfinished:
+                # The queue is bounded as in the server; offline there is nobody to refuse.
+                while pending and self._core.scheduler.has_room(len(pending[0].prompt_token_ids)):
+                    self._core.handle(pending.popleft())
+                for output in self._core.step().outputs:
+                    self._deliver(output, open_requests, unfinished)
+        finally:
+            if unfinished:  # interrupted or failed: leave an empty engine behind
+                self._core.handle(Abort(list(unfinished)))
+                self._core.step()
+        return [open_requests[request.request_id].result() for request in requests]
+
+    def _deliver(self, output: TokenOutput, open_requests: dict[int, _Open], unfinished: set[int]) -> None:
+        if output.request_id not in unfinished:
+            return  # the echo of an abort
+        state = open_requests[output.request_id]
+        if state.take(output):
+            self._core.handle(Abort([output.request_id]))
+        if state.finish_reason is not None:
+            unfinished.discard(output.request_id)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
