@@ -44,7 +44,7 @@ class EngineConfig:
     dtype: str = "auto"
     """auto (the checkpoint's; float16 becomes bfloat16 on a CPU), float32, bfloat16, float16."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:N; null computes nothing (for measuring what surrounds a model)."""
+    """auto, cpu, cuda, cuda:N; null or null:MS computes nothing (for measuring what surrounds a model)."""
     max_model_len: int | None = None
     """Prompt plus output tokens of one request; default: the model's context, or what the KV cache holds."""
     max_num_seqs: int | None = None

@@ -13,11 +13,12 @@ def load_engine(config: EngineConfig) -> tuple[ResolvedConfig, EngineCore]:
     """
     from flashserve.models.registry import fingerprint, read_model_facts
 
-    if config.device == "null":
-        from flashserve.runner.null_runner import NULL_DEVICE, NullRunner
+    if config.device.split(":")[0] == "null":
+        from flashserve.runner.null_runner import NULL_DEVICE, NullRunner, step_seconds
 
-        resolved = resolve(config, read_model_facts(config, "cpu"), NULL_DEVICE)
-        return resolved, build_core(resolved, NullRunner(resolved.model.vocab_size), cache_root="null")
+        resolved = resolve(config, read_model_facts(config, NULL_DEVICE.kind), NULL_DEVICE)
+        null_runner = NullRunner(resolved.model.vocab_size, step_seconds(config.device))
+        return resolved, build_core(resolved, null_runner, cache_root="null")
 
     from flashserve.runner.device import read_device_facts
     from flashserve.runner.model_runner import ModelRunner

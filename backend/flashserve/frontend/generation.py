@@ -27,6 +27,7 @@ class Generation:
         "parsed",
         "queued",
         "sender",
+        "stopped",
         "text",
         "text_parts",
         "timings",
@@ -44,6 +45,8 @@ class Generation:
         self.queued = False
         """In the sender's queue; keeps it there at most once, which is what merges tokens for a slow sender."""
         self.failure: FlashserveError | None = None
+        self.stopped = False
+        """A stop string was found; what the engine still sends does not count."""
         self.cancelled = False
         self.closed = False
         """FINAL was sent; nothing may follow."""

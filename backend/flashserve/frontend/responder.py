@@ -168,7 +168,7 @@ class Responder:
     def _serve_open(self, generation: Generation) -> None:
         last = self._take_tokens(generation)
         reason = last.finish_reason if last is not None else None
-        if generation.text.stopped:
+        if generation.stopped:
             if reason is None:
                 self._abort(generation)  # the engine does not know stop strings
             reason = "stop"
@@ -187,15 +187,14 @@ class Responder:
 
     def _take_tokens(self, generation: Generation) -> TokenOutput | None:
         """Move the inbox into the text; returns the request's last output if it was there."""
-        inbox, text = generation.inbox, generation.text
-        while inbox:
+        inbox = generation.inbox
+        while inbox and not generation.stopped:
             output = inbox.popleft()
-            if text.stopped:
-                continue
             if output.token_ids:
-                delta = text.push(output.token_ids, output.finish_reason == "stop")
+                delta = generation.text.push(output.token_ids, output.finish_reason == "stop")
                 generation.num_tokens += delta.num_tokens
                 generation.text_parts.append(delta.text)
+                generation.stopped = delta.stopped
             if output.finish_reason is not None:
                 return output
         return None

@@ -1,11 +1,15 @@
 """A device that computes nothing: each sample is the previous token plus one.
 
-For measuring everything around the model (``"device": "null"`` in model.json); never chosen by itself.
+For measuring everything around the model; never chosen by itself. ``"device": "null"`` in model.json steps as fast as
+the engine can, ``"null:12.5"`` takes 12.5 ms for each step, like a model that leaves the processor to others.
 """
 
 from __future__ import annotations
 
+import time
+
 from flashserve.config import DeviceFacts
+from flashserve.errors import ConfigError
 from flashserve.scheduling.output import SchedulerOutput, StepOutput
 
 NULL_DEVICE = DeviceFacts(kind="cpu", name="null", total_bytes=1 << 40, free_bytes=1 << 36, num_threads=1)
@@ -17,10 +21,13 @@ class NullRunner:
 
     run_ahead = False
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, step_s: float = 0.0) -> None:
         self._ids = [i for i in PRINTABLE if i < vocab_size] or [0]
+        self._step_s = step_s
 
     def submit(self, plan: SchedulerOutput) -> StepOutput:
+        if self._step_s:
+            time.sleep(self._step_s)
         ids = self._ids
         return StepOutput([[ids[(row.start + row.num_tokens) % len(ids)]] if row.samples else [] for row in plan.rows])
 
@@ -29,3 +36,12 @@ class NullRunner:
 
     def close(self) -> None:
         """Nothing to free."""
+
+
+def step_seconds(device: str) -> float:
+    """The pace in a null device's name. Raises ConfigError if it is no number of milliseconds."""
+    _, _, pace = device.partition(":")
+    try:
+        return float(pace or 0) / 1000
+    except ValueError:
+        raise ConfigError(f"device must be null or null:MILLISECONDS, not {device!r}") from None
