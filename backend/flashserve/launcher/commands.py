@@ -1,0 +1,137 @@
+"""The launcher's subcommands: serve, models, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from flashserve.launcher.errors import LauncherError
+
+SERVE_EXAMPLES = """\
+examples:
+  flashserve serve                                          the demo model of a source checkout
+  flashserve serve --model Qwen/Qwen3-0.6B                  a model from the Hugging Face hub
+  flashserve serve --model ./my-model --model big=/data/m   two local folders; the second is called "big"
+  flashserve serve --model-repository /models --host 0.0.0.0
+  flashserve serve -- --log-verbose=1                       the rest goes to tritonserver
+
+--host: the control API can load any model that this machine can read, so it listens on 127.0.0.1
+unless told otherwise. Put a proxy before a server that strangers can reach.
+"""
+
+
+def add_commands(subparsers: Any) -> None:
+    """Register serve, models and doctor."""
+    _add_serve(subparsers)
+    _add_models(subparsers)
+    _add_doctor(subparsers)
+
+
+def _add_serve(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "serve",
+        help="start a tritonserver with models, and watch over it",
+        description="Start a tritonserver with models and watch over it until Ctrl-C.",
+        epilog=SERVE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model-repository", metavar="DIR", help="folder (or s3://, gs://) of model folders")
+    parser.add_argument(
+        "--model", metavar="[NAME=]PATH_OR_HF_ID", action="append", default=[], help="serve this; repeatable"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--http-port", type=_port, default=8000, help="default: %(default)s; 0: any free one")
+    parser.add_argument("--grpc-port", type=_port, default=8001, help="default: %(default)s")
+    parser.add_argument("--metrics-port", type=_port, default=8002, help="default: %(default)s")
+    parser.add_argument("--backend-module", metavar="MODULE", help="module with another TritonPythonModel")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show all of tritonserver's log")
+    parser.set_defaults(run=run_serve)
+
+
+def _add_models(subparsers: Any) -> None:
+    parser = subparsers.add_parser("models", help="list a repository's models and their state")
+    parser.add_argument("--model-repository", metavar="DIR", help="default: the source checkout's")
+    parser.add_argument("--url", default="localhost:8000", help="a server's HTTP endpoint (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run_models)
+
+
+def _add_doctor(subparsers: Any) -> None:
+    parser = subparsers.add_parser("doctor", help="say what is there, what is missing and how to get it")
+    parser.add_argument("--model-repository", metavar="DIR", help="default: the source checkout's")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run_doctor)
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError("a port is between 0 and 65535")
+    return port
+
+
+def run_serve(arguments: argparse.Namespace) -> int:
+    """``flashserve serve``."""
+    from flashserve.launcher import serve, workspace
+    from flashserve.launcher.console import Console
+
+    options = serve.ServeOptions(
+        model_repository=arguments.model_repository,
+        models=arguments.model,
+        host=arguments.host,
+        http_port=arguments.http_port,
+        grpc_port=arguments.grpc_port,
+        metrics_port=arguments.metrics_port,
+        verbose=arguments.verbose,
+        backend_module=arguments.backend_module or workspace.DEFAULT_BACKEND_MODULE,
+        triton_arguments=arguments.rest,
+    )
+    console = Console()
+    try:
+        return serve.serve(options, console)
+    except LauncherError as error:
+        console.fail(str(error), error.advice)
+        return 1
+
+
+def run_models(arguments: argparse.Namespace) -> int:
+    """``flashserve models``: what is on disk, and what a server says about it."""
+    from flashserve.launcher import repository
+    from flashserve.launcher.control import ControlError, TritonControl
+
+    folder = arguments.model_repository or repository.default_repository()
+    rows = {}
+    if folder is not None and Path(folder).is_dir():
+        for model in repository.read_repository(Path(folder)):
+            rows[model.name] = {"name": model.name, "state": "", "note": model.problem or ""}
+    try:
+        for row in TritonControl(arguments.url).index():
+            entry = rows.setdefault(row["name"], {"name": row["name"], "note": ""})
+            entry["state"] = row.get("state", "not loaded").lower()
+            entry["note"] = row.get("reason", "") or entry["note"]
+        server = "up"
+    except ControlError:
+        server = "not reachable"
+    if arguments.json:
+        print(json.dumps({"server": server, "models": list(rows.values())}))
+        return 0
+    print(f"server {arguments.url}: {server}; repository: {folder or 'none'}")
+    width = max((len(name) for name in rows), default=0)
+    for row in rows.values():
+        print(f"  {row['name']:<{width}}  {row.get('state') or 'on disk':<11}  {row['note']}".rstrip())
+    return 0
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    """``flashserve doctor``: exit code 1 if serving cannot work."""
+    from flashserve.launcher import doctor
+
+    checks = doctor.examine(arguments.model_repository)
+    if arguments.json:
+        print(doctor.as_json(checks))
+    else:
+        print(doctor.as_table(checks, color=sys.stdout.isatty()))
+    return 1 if any(check.status == "fail" for check in checks) else 0

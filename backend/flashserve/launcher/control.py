@@ -1,0 +1,72 @@
+"""Triton's control API over HTTP: readiness, the repository, load and unload. Standard library only."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from typing import Any
+from urllib.parse import quote
+
+
+class ControlError(Exception):
+    """Triton refused, or could not be reached."""
+
+
+class TritonControl:
+    """Asks one server; opens a connection per call, so a restarted server is no special case."""
+
+    def __init__(self, address: str, timeout_s: float = 5.0) -> None:
+        self.address = address
+        self.timeout_s = timeout_s
+
+    def server_ready(self) -> bool:
+        """True once every model that tritonserver was told to load is ready."""
+        return self._status("/v2/health/ready") == 200
+
+    def model_ready(self, name: str) -> bool:
+        """True if a model is ready. Stays true when its stub process has died."""
+        return self._status(f"/v2/models/{quote(name)}/ready") == 200
+
+    def index(self) -> list[dict[str, str]]:
+        """Rows of name, version, state, reason: every model of the repository."""
+        rows = self._call("POST", "/v2/repository/index", {})
+        return rows if isinstance(rows, list) else []
+
+    def config(self, name: str) -> dict[str, Any]:
+        """A loaded model's configuration."""
+        config = self._call("GET", f"/v2/models/{quote(name)}/config")
+        return config if isinstance(config, dict) else {}
+
+    def load(self, name: str, timeout_s: float) -> None:
+        """Load or reload a model; returns once it is ready."""
+        self._call("POST", f"/v2/repository/models/{quote(name)}/load", {}, timeout_s)
+
+    def unload(self, name: str, timeout_s: float = 30.0) -> None:
+        """Start unloading a model; requests in flight still end."""
+        self._call("POST", f"/v2/repository/models/{quote(name)}/unload", {}, timeout_s)
+
+    def _status(self, path: str) -> int:
+        try:
+            return self._request("GET", path, None, self.timeout_s)[0]
+        except (OSError, http.client.HTTPException):
+            return 0
+
+    def _call(self, method: str, path: str, body: object = None, timeout_s: float | None = None) -> Any:
+        try:
+            status, raw = self._request(method, path, body, timeout_s or self.timeout_s)
+            answer = json.loads(raw) if raw else None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise ControlError(f"no answer from {self.address}: {error}") from error
+        if status != 200:
+            reason = answer.get("error", raw) if isinstance(answer, dict) else raw
+            raise ControlError(str(reason))
+        return answer
+
+    def _request(self, method: str, path: str, body: object, timeout_s: float) -> tuple[int, str]:
+        connection = http.client.HTTPConnection(self.address, timeout=timeout_s)
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body))
+            response = connection.getresponse()
+            return response.status, response.read().decode("utf-8", "replace")
+        finally:
+            connection.close()

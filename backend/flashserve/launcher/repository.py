@@ -1,0 +1,137 @@
+"""Which models there are: repositories on disk, and those named by --model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashserve.config import EngineConfig
+from flashserve.errors import ConfigError
+from flashserve.launcher.errors import LauncherError
+
+REMOTE = re.compile(r"^(s3|gs|as)://")
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model given on the command line."""
+
+    name: str
+    """What clients call it."""
+    source: str
+    """An absolute folder or a Hugging Face id."""
+
+
+@dataclass(frozen=True)
+class RepositoryModel:
+    """A model folder of a repository."""
+
+    name: str
+    folder: Path
+    backend: str
+    problem: str | None = None
+    """Why it cannot be loaded, as far as files tell."""
+
+
+def default_repository() -> Path | None:
+    """The ``model_repository`` of the source checkout that this package runs from."""
+    folder = Path(__file__).resolve().parents[3] / "model_repository"
+    return folder if folder.is_dir() else None
+
+
+def parse_model(argument: str) -> NamedModel:
+    """``PATH``, ``HF_ID`` or ``NAME=PATH_OR_HF_ID``. Raises LauncherError."""
+    name, separator, source = argument.partition("=")
+    if not separator:
+        name, source = "", argument
+    path = Path(source).expanduser()
+    if path.is_dir():
+        source = str(path.resolve())
+    elif source.startswith((".", "/", "~")) or not HUB_ID.match(source):
+        raise LauncherError(
+            f"--model {argument}: no such folder: {path}",
+            "give a folder with config.json and *.safetensors, or a Hugging Face id such as Qwen/Qwen3-0.6B",
+        )
+    name = name or re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(source).name).strip("-.")
+    if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
+        raise LauncherError(f"--model {argument}: {name!r} is no model name", "choose one: --model NAME=PATH_OR_HF_ID")
+    return NamedModel(name, source)
+
+
+def parse_models(arguments: Sequence[str]) -> list[NamedModel]:
+    """All --model arguments; two with one name are an error."""
+    models = [parse_model(argument) for argument in arguments]
+    _check_unique([model.name for model in models])
+    return models
+
+
+def choose_repositories(repository: str | None, models: Sequence[NamedModel]) -> list[str]:
+    """The repositories to serve beside the --model ones. Raises LauncherError."""
+    if repository is None and models:
+        return []
+    if repository is None:
+        found = default_repository()
+        if found is None:
+            raise LauncherError("nothing to serve", "give --model PATH_OR_HF_ID (repeatable) or --model-repository DIR")
+        repository = str(found)
+    if REMOTE.match(repository):
+        return [repository]
+    folder = Path(repository).expanduser().resolve()
+    if not folder.is_dir():
+        raise LauncherError(f"no such folder: --model-repository {repository}")
+    present = read_repository(folder)
+    if not present:
+        raise LauncherError(
+            f"{folder} holds no model", "a model is a folder with config.pbtxt and a version folder such as 1/"
+        )
+    _check_unique([model.name for model in present] + [model.name for model in models])
+    return [str(folder)]
+
+
+def read_repository(folder: Path) -> list[RepositoryModel]:
+    """The models of a repository on disk, sorted by name."""
+    models = []
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and ((entry / "config.pbtxt").is_file() or _versions(entry)):
+            backend = _backend(entry / "config.pbtxt")
+            problem = _problem(entry) if backend == "flashserve" else None
+            models.append(RepositoryModel(entry.name, entry, backend, problem))
+    return models
+
+
+def _versions(model: Path) -> list[Path]:
+    found = [entry for entry in model.iterdir() if entry.is_dir() and entry.name.isdigit()]
+    return sorted(found, key=lambda entry: int(entry.name))
+
+
+def _backend(config: Path) -> str:
+    if not config.is_file():
+        return ""
+    match = re.search(r'^\s*backend\s*:\s*"([^"]*)"', config.read_text(encoding="utf-8"), re.MULTILINE)
+    return match.group(1) if match else ""
+
+
+def _problem(model: Path) -> str | None:
+    versions = _versions(model)
+    if not versions:
+        return "it has no version folder (1/)"
+    version = versions[-1]
+    try:
+        config = EngineConfig.from_file(version / "model.json")
+    except ConfigError as error:
+        return str(error)
+    if config.device == "null" or Path(config.model).is_dir():
+        return None
+    # One word without a slash is an id of the hub too (gpt2), but here it is nearly always a folder.
+    if "/" not in config.model or config.model.startswith((".", "/")):
+        return f"its weights are missing: {version / config.model}"
+    return None
+
+
+def _check_unique(names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise LauncherError(f"two models are called {name!r}", "name one: --model OTHER=PATH_OR_HF_ID")
