@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashserve.protocol import SamplingParams
-from flashserve.text.detokenizer import DetokenizerFactory
 from flashserve.text.stop_strings import StopStringMatcher
+from flashserve.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +27,14 @@ class TextStream:
 
     def __init__(
         self,
-        detokenizers: DetokenizerFactory,
+        tokenizer: Tokenizer,
         params: SamplingParams,
         *,
         at_start: bool = False,
         prompt_tail: Sequence[int] = (),
     ) -> None:
         """``at_start`` and ``prompt_tail``: see :meth:`DetokenizerFactory.create`."""
-        self._detokenizer = detokenizers.create(params.skip_special_tokens, at_start, prompt_tail)
+        self._detokenizer = tokenizer.detokenizers.create(params.skip_special_tokens, at_start, prompt_tail)
         self._include_stop = params.include_stop_str_in_output
         self._matcher = StopStringMatcher(params.stop, params.include_stop_str_in_output) if params.stop else None
         self._min_tokens = params.min_tokens

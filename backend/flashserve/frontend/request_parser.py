@@ -1,0 +1,365 @@
+"""Triton requests to checked, frozen values. Everything a client can get wrong is an InvalidArgument from here.
+
+Knows Triton's request objects only by the few methods that :func:`read_raw` calls.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from flashserve.config import EngineConfig
+from flashserve.errors import ConfigError, InvalidArgument
+from flashserve.frontend.tensor_spec import INPUT_BY_NAME, INPUTS
+from flashserve.protocol import EngineLimits, SamplingParams
+from flashserve.sampling_params import (
+    PARAMETERS,
+    Parameters,
+    RequestOptions,
+    coerce_all,
+    parse_parameters,
+    parse_sampling_params,
+    shorten,
+)
+from flashserve.text.chat_template import ChatRequest, ChatTemplate
+from flashserve.text.generation_defaults import load_generation_defaults
+from flashserve.text.strict_json import parse_object
+from flashserve.text.tokenizer import Tokenizer
+
+FLAGS = tuple(spec.name for spec in INPUTS if spec.dtype == "BOOL")
+PROMPTS = ("text_input", "chat_request", "tokenize_request", "embedding_request")
+NOT_SUPPORTED = ("return_cumulative_logprob", "return_logprobs")
+
+
+# --- what goes in --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RawRequest:
+    """A Triton request without Triton."""
+
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    """numpy arrays by input name."""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    request_id: str = ""
+    timeout_us: int = 0
+    """0: none."""
+
+
+def read_raw(request: Any) -> RawRequest:
+    """Take what matters from a Triton request. Raises InvalidArgument for tensors that cannot be read."""
+    inputs: dict[str, Any] = {}
+    for tensor in request.inputs():
+        name = tensor.name()
+        try:
+            inputs[name] = tensor.as_numpy()
+        except Exception as error:  # a string tensor whose lengths do not add up
+            raise InvalidArgument(f"{name} cannot be read: {type(error).__name__}") from error
+    parameters = request.parameters()  # JSON in a string
+    if isinstance(parameters, str):
+        parameters = parse_object(parameters, "the request's parameters") if parameters else {}
+    return RawRequest(inputs, parameters, request.request_id(), request.timeout())
+
+
+@dataclass(frozen=True)
+class ParserContext:
+    """What a model's requests are checked against."""
+
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate
+    limits: EngineLimits
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """The model's own sampling defaults, by parameter name."""
+    now: Callable[[], float] = time.monotonic
+
+    @classmethod
+    def load(cls, config: EngineConfig, limits: EngineLimits) -> ParserContext:
+        """Read the model's tokenizer, chat template and sampling defaults. Raises ConfigError."""
+        tokenizer = Tokenizer.load(limits.tokenizer_file, [limits.model_path])
+        defaults = load_generation_defaults(Path(limits.model_path)) if config.generation_config == "auto" else {}
+        try:
+            parse_sampling_params({}, defaults)
+        except InvalidArgument as error:
+            raise ConfigError(
+                f'generation_config.json: {error.message} ("generation_config": "vllm" ignores it)'
+            ) from error
+        assert tokenizer.longest_token  # computed now (30 ms for 150k tokens), not for the first request
+        return cls(
+            tokenizer, ChatTemplate(tokenizer.config.get("chat_template"), tokenizer.special_tokens), limits, defaults
+        )
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        return self.limits.max_model_len - 1
+
+
+# --- what comes out ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFlags:
+    """The outputs that were asked for beside text_output."""
+
+    finish_reason: bool = False
+    num_input_tokens: bool = False
+    num_output_tokens: bool = False
+    request_metrics: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRequest:
+    """A request to generate, checked against everything that the stub knows."""
+
+    prompt_token_ids: list[int]
+    prompt_text: str
+    """The input as text, for the output that is to repeat it; empty if ``exclude_input``."""
+    params: SamplingParams
+    """max_tokens is never None here."""
+    priority: int
+    arrival: float
+    deadline: float | None
+    stream: bool
+    exclude_input: bool
+    outputs: OutputFlags
+    request_id: str
+    """The client's own; may be empty."""
+    cache_salt: str
+
+    @property
+    def needs_every_token(self) -> bool:
+        """Tokens must be looked at as they come: they are streamed, or a stop string may end the request."""
+        return self.stream or bool(self.params.stop)
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedTokenize:
+    """A request that was answered by the parser."""
+
+    answer: str
+    """JSON for text_output."""
+    request_id: str
+
+
+# --- parsing -------------------------------------------------------------------------------------------------
+
+
+def parse(request: RawRequest, context: ParserContext) -> ParsedRequest | ParsedTokenize:
+    """Check and resolve a request. Raises InvalidArgument, naming the field and what it takes."""
+    arrival = context.now()
+    texts, flags, values = _read_inputs(request)
+    parameters = parse_parameters(values, context.defaults)
+    options = parameters.options
+    source = _prompt_source(texts, options)
+    if source == "tokenize_request":
+        if unused := [name for name in values if not PARAMETERS[name].of_request]:
+            raise InvalidArgument(f"tokenize_request takes no sampling parameters, but {unused[0]} is given")
+        return ParsedTokenize(_tokenize(texts[source], context), options.request_id)
+
+    stream = flags.get("stream", False)
+    exclude_input = flags.get("exclude_input_in_output", stream)
+    if stream and not exclude_input:
+        raise InvalidArgument(
+            "exclude_input_in_output must be true while streaming: responses are deltas of the output"
+        )
+    token_ids, text = _prompt(source, texts, parameters, context)
+    if text is None:
+        skip = parameters.sampling.skip_special_tokens
+        text = "" if exclude_input else context.tokenizer.decode(token_ids, skip_special_tokens=skip)
+    params, token_ids = _fit(parameters.sampling, token_ids, source, context.limits)
+    return ParsedRequest(
+        prompt_token_ids=token_ids,
+        prompt_text="" if exclude_input else text,
+        params=params,
+        priority=options.priority,
+        arrival=arrival,
+        deadline=None if options.timeout_s is None else arrival + options.timeout_s,
+        stream=stream,
+        exclude_input=exclude_input,
+        outputs=OutputFlags(
+            finish_reason=flags.get("return_finish_reason", False),
+            num_input_tokens=flags.get("return_num_input_tokens", False),
+            num_output_tokens=flags.get("return_num_output_tokens", False),
+            request_metrics=flags.get("return_request_metrics", False),
+        ),
+        request_id=options.request_id,
+        cache_salt=options.cache_salt,
+    )
+
+
+def _prompt_source(texts: Mapping[str, str], options: RequestOptions) -> str:
+    """The one input that says what to do."""
+    given = [name for name in PROMPTS if name in texts]
+    if options.prompt_token_ids is not None:
+        given.append("prompt_token_ids")
+    if len(given) != 1:
+        found = f"{' and '.join(given)} are" if given else "none is"
+        raise InvalidArgument(f"exactly one of {', '.join(PROMPTS)}, prompt_token_ids is needed; {found} given")
+    if given[0] == "embedding_request":
+        raise InvalidArgument("embedding_request: embeddings are not supported yet")
+    return given[0]
+
+
+def _prompt(
+    source: str, texts: Mapping[str, str], parameters: Parameters, context: ParserContext
+) -> tuple[list[int], str | None]:
+    """The prompt's token ids, uncut, and its text if there is one."""
+    if source == "prompt_token_ids":
+        return parameters.options.prompt_token_ids or [], None
+    text = texts[source]
+    if source == "chat_request":
+        text = context.chat_template.render(ChatRequest.from_mapping(parse_object(text, source)))
+    token_ids = context.tokenizer.encode(
+        text,
+        add_special_tokens=source == "text_input",  # templates write them out
+        max_tokens=context.max_prompt_tokens,
+        overlong=parameters.sampling.truncate_prompt_tokens is not None,
+        field=source,
+    )
+    return token_ids, text
+
+
+def _fit(
+    params: SamplingParams, token_ids: list[int], source: str, limits: EngineLimits
+) -> tuple[SamplingParams, list[int]]:
+    """Cut the prompt as asked, check it against vocabulary and context, and resolve max_tokens."""
+    if params.truncate_prompt_tokens is not None:
+        token_ids = token_ids[-params.truncate_prompt_tokens :]
+    if not token_ids:
+        raise InvalidArgument(f"{source} is empty: a prompt needs at least one token")
+    _check_vocabulary(source, token_ids, limits)
+    _check_vocabulary("stop_token_ids", params.stop_token_ids, limits)
+    rest = limits.max_model_len - len(token_ids)
+    if rest < 1:
+        raise InvalidArgument(
+            f"prompt has {len(token_ids)} tokens, the model's context takes at most {limits.max_model_len} "
+            "(prompt + at least one output token)"
+        )
+    max_tokens = rest if params.max_tokens is None else min(params.max_tokens, rest)
+    min_tokens = min(params.min_tokens, max_tokens)  # a context that is full ends the request anyway
+    return msgspec.structs.replace(params, max_tokens=max_tokens, min_tokens=min_tokens), token_ids
+
+
+def _check_vocabulary(name: str, token_ids: list[int] | tuple[int, ...], limits: EngineLimits) -> None:
+    if token_ids and max(token_ids) >= limits.vocab_size:
+        raise InvalidArgument(
+            f"{name}: token id {max(token_ids)} is not in the model's range [0, {limits.vocab_size - 1}]"
+        )
+
+
+def _tokenize(text: str, context: ParserContext) -> str:
+    """Answer a tokenize_request."""
+    name = "tokenize_request"
+    request = parse_object(text, name)
+    kinds = [key for key in ("text", "messages", "token_ids") if key in request]
+    if len(kinds) != 1:
+        raise InvalidArgument(f"{name} needs exactly one of text, messages, token_ids")
+    if kinds != ["messages"] and len(request) > 1:
+        extra = next(key for key in request if key not in kinds)
+        raise InvalidArgument(f"unknown key {shorten(extra)} in {name} with {kinds[0]}")
+    answer: dict[str, Any]
+    if kinds == ["token_ids"]:
+        ids = coerce_all({"prompt_token_ids": request["token_ids"]}).get("prompt_token_ids", [])
+        _check_vocabulary(f"{name}.token_ids", ids, context.limits)
+        answer = {"text": context.tokenizer.decode(ids, skip_special_tokens=False)}
+    else:
+        if kinds == ["messages"]:
+            prompt = context.chat_template.render(ChatRequest.from_mapping(request, name))
+        else:
+            prompt = request["text"]
+            if not isinstance(prompt, str):
+                raise InvalidArgument(f"{name}.text must be a string, not {shorten(prompt)}")
+        ids = context.tokenizer.encode(
+            prompt,
+            add_special_tokens=kinds == ["text"],
+            max_tokens=context.max_prompt_tokens,
+            overlong=True,
+            field=f"{name}.{kinds[0]}",
+        )
+        answer = {"token_ids": ids, "count": len(ids), "max_model_len": context.limits.max_model_len}
+        if kinds == ["messages"]:
+            answer["prompt"] = prompt
+    return json.dumps(answer, ensure_ascii=False)
+
+
+# --- tensors and parameters ----------------------------------------------------------------------------------
+
+
+def _read_inputs(request: RawRequest) -> tuple[dict[str, str], dict[str, bool], dict[str, Any]]:
+    """All inputs by kind: prompts, flags, and parameters merged from their three places."""
+    elements = {name: _element(name, array) for name, array in request.inputs.items()}
+    texts = {name: elements[name] for name in PROMPTS if name in elements}
+    flags = {name: elements[name] for name in FLAGS if name in elements}
+    in_json: dict[str, Any] = {}
+    if "sampling_parameters" in elements:
+        in_json = parse_object(elements["sampling_parameters"], "sampling_parameters")
+        for name in in_json:
+            if name in INPUT_BY_NAME and name not in PARAMETERS:
+                raise InvalidArgument(f"{name} is an input of its own; it cannot be in sampling_parameters")
+
+    own: dict[str, Any] = {}
+    for name, value in request.parameters.items():
+        if name in FLAGS:
+            flags[name] = _merged(name, flags.get(name), _flag(name, value))
+        elif name in INPUT_BY_NAME and name not in PARAMETERS:
+            raise InvalidArgument(f"{name} must be an input tensor, not a request parameter")
+        elif not name.startswith("triton_"):  # those are Triton's own, which refuses them from clients
+            own[name] = value
+    if "max_tokens" in elements:
+        own["max_tokens"] = _merged("max_tokens", own.get("max_tokens"), elements["max_tokens"])
+    if request.timeout_us > 0:
+        own.setdefault("timeout", request.timeout_us)
+    if request.request_id:
+        own.setdefault("id", request.request_id)
+
+    values = coerce_all(own)
+    for name, value in coerce_all(in_json).items():
+        values[name] = _merged(name, values.get(name), value)
+    for name in NOT_SUPPORTED:
+        if flags.get(name):
+            raise InvalidArgument(f"{name}=true is not supported; only false is")
+    return texts, flags, values
+
+
+def _merged(name: str, one: Any, other: Any) -> Any:
+    """A value that may be given in several places, but not with several meanings."""
+    if one is not None and one != other:
+        raise InvalidArgument(f"{name} is given twice, as {shorten(one)} and as {shorten(other)}")
+    return other
+
+
+def _flag(name: str, value: Any) -> bool:
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    if not isinstance(value, bool):
+        raise InvalidArgument(f"{name} must be true or false, not {shorten(value)}")
+    return value
+
+
+def _element(name: str, array: Any) -> Any:
+    """The single element of an input tensor as str, bool or int."""
+    spec = INPUT_BY_NAME.get(name)
+    if spec is None:
+        raise InvalidArgument(f"unknown input {shorten(name)}")
+    if name == "image":
+        raise InvalidArgument("image is not supported: multimodal models cannot be served yet")
+    if array.size != 1:
+        raise InvalidArgument(f"{name} must have exactly one element, not {array.size}")
+    value = array.reshape(-1)[0]
+    if spec.dtype == "STRING" and isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise InvalidArgument(f"{name} is not valid UTF-8 at byte {error.start}") from None
+    if spec.dtype == "STRING" and isinstance(value, str):
+        return str(value)
+    if spec.dtype == "BOOL" and array.dtype.kind == "b":
+        return bool(value)
+    if spec.dtype == "INT32" and array.dtype.kind in "iu":
+        return int(value)
+    raise InvalidArgument(f"{name} must be a tensor of type {spec.dtype}, not of numpy type {array.dtype}")
