@@ -1,0 +1,1 @@
+"""Building blocks of models. A layer owns its weights, knows their checkpoint names' order, and calls kernels."""

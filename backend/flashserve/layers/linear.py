@@ -1,0 +1,47 @@
+"""Linear layers: shard loading, the order of fused projections, and packing in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flashserve.layers.weight_source import WeightSource
+from flashserve_kernels import linear, pack_linear
+
+
+class Linear:
+    """``x @ W.T + b`` whose outputs are one or several checkpoint tensors, in the order given.
+
+    Fused projections (query, key, value; gate, up) are one matrix product instead of several.
+    """
+
+    def __init__(
+        self,
+        weights: WeightSource,
+        prefix: str,
+        in_features: int,
+        shards: Sequence[tuple[str, int]],
+        bias: bool = False,
+        transposed: bool = False,
+    ) -> None:
+        """Load ``{prefix}{name}.weight`` [size, in_features] (and ``.bias``) for each (name, size) of ``shards``.
+
+        transposed: the checkpoint holds [in_features, size], as GPT-2's Conv1D does.
+        """
+        out_features = sum(size for _, size in shards)
+        weight = torch.empty((out_features, in_features), dtype=weights.dtype, device=weights.device)
+        self.bias = torch.empty(out_features, dtype=weights.dtype, device=weights.device) if bias else None
+        first = 0
+        for name, size in shards:
+            rows = weight[first : first + size]
+            weights.read_into(f"{prefix}{name}.weight", rows.t() if transposed else rows)
+            if self.bias is not None:
+                weights.read_into(f"{prefix}{name}.bias", self.bias[first : first + size])
+            first += size
+        self.weight = pack_linear(weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [T, in_features]. Returns [T, sum of the shards' sizes]."""
+        return linear(x, self.weight, self.bias)

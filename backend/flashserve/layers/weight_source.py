@@ -1,0 +1,36 @@
+"""Where layers take their weights from."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class WeightSource(Protocol):
+    """Named tensors of a checkpoint, in the dtype and on the device that the model runs with.
+
+    A layer asks for what it needs by name and shape, so building a model loads it. Raises ConfigError where a
+    tensor is missing or has another shape.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds the tensor."""
+        ...
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Copy a tensor to its final place, converting the dtype; ``out`` may be any strided view."""
+        ...
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A copy of a tensor."""
+        ...
+
+    def mapped(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        """The tensor inside the file's memory map: only rows that are read take memory. None where the dtype or
+        the device differ. Never write to it."""
+        ...

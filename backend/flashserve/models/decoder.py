@@ -1,0 +1,157 @@
+"""The decoder that Llama, Mistral and Qwen share. Their files state what differs, as a :class:`DecoderSpec`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from flashserve.errors import ConfigError
+from flashserve.layers.attention import Attention
+from flashserve.layers.embedding import load_embedding_and_head, select_rows
+from flashserve.layers.linear import Linear
+from flashserve.layers.mlp import GatedMLP
+from flashserve.layers.norm import RMSNorm
+from flashserve.layers.rotary import RopeSettings, RotaryEmbedding, read_rope_settings, scaled_context_len
+from flashserve.layers.weight_source import WeightSource
+from flashserve.models.model_input import ModelInput, ModelShape
+from flashserve_kernels import AttentionBatch, KVLayer
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """Sizes and options of a decoder, read from config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    norm_eps: float
+    rope: RopeSettings
+    context_len: int
+    tied_head: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    windows: tuple[int | None, ...]
+    """Per layer: tokens that a query sees, itself included; None: all earlier ones."""
+
+    @classmethod
+    def read(
+        cls,
+        config: dict[str, Any],
+        *,
+        qkv_bias: bool = False,
+        o_bias: bool = False,
+        mlp_bias: bool = False,
+        qk_norm: bool = False,
+        windows: tuple[int | None, ...] | None = None,
+    ) -> DecoderSpec:
+        """The keys that all of these architectures share, and the options of one of them."""
+        activation = config.get("hidden_act", "silu")
+        if activation != "silu":
+            raise ConfigError(f"hidden_act={activation!r} is not supported; only 'silu' is")
+        heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+        rope = read_rope_settings(config)
+        return cls(
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            vocab_size=config["vocab_size"],
+            norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope=rope,
+            context_len=scaled_context_len(config, rope),
+            tied_head=config.get("tie_word_embeddings", False),
+            qkv_bias=qkv_bias,
+            o_bias=o_bias,
+            mlp_bias=mlp_bias,
+            qk_norm=qk_norm,
+            windows=windows or (None,) * layers,
+        )
+
+
+class Decoder:
+    """Pre-norm decoder: RMSNorm, rotary grouped-query attention, RMSNorm, gated feed-forward; twelve names of
+    checkpoint tensors per layer. Implements CausalLM together with a subclass's ``read_spec``."""
+
+    def __init__(self, config: dict[str, Any], weights: WeightSource, context_len: int) -> None:
+        spec = self.read_spec(config)
+        head_name = None if spec.tied_head else "lm_head.weight"
+        self.embed_tokens, self.lm_head = load_embedding_and_head(
+            weights, "model.embed_tokens.weight", head_name, spec.vocab_size, spec.hidden_size
+        )
+        self.rotary = RotaryEmbedding(spec.rope, spec.head_dim, context_len, weights.device)
+        self.layers = [DecoderLayer(spec, weights, index) for index in range(spec.num_layers)]
+        self.norm = RMSNorm(weights, "model.norm", spec.hidden_size, spec.norm_eps)
+
+    @staticmethod
+    def read_spec(config: dict[str, Any]) -> DecoderSpec:
+        raise NotImplementedError
+
+    @classmethod
+    def read_shape(cls, config: dict[str, Any]) -> ModelShape:
+        spec = cls.read_spec(config)
+        return ModelShape(spec.context_len, spec.vocab_size, spec.num_layers, spec.num_kv_heads, spec.head_dim)
+
+    @classmethod
+    def ignored_weights(cls, config: dict[str, Any]) -> tuple[str, ...]:
+        tied = ("lm_head.weight",) if cls.read_spec(config).tied_head else ()
+        return ("*.rotary_emb.inv_freq", *tied)
+
+    def forward(self, inputs: ModelInput, kv_cache: Sequence[KVLayer]) -> Tensor:
+        residual = None
+        x = self.embed_tokens(inputs.token_ids)
+        cos_sin = self.rotary(inputs.positions)
+        for layer, cache in zip(self.layers, kv_cache, strict=True):
+            x, residual = layer(x, residual, cos_sin, cache, inputs.attention)
+        assert residual is not None
+        x, residual = select_rows(x, inputs.logits_rows), select_rows(residual, inputs.logits_rows)
+        return self.norm.add(x, residual)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden)
+
+
+class DecoderLayer:
+    """One layer. The residual add after each half is left to the next norm, which does both in one op."""
+
+    def __init__(self, spec: DecoderSpec, weights: WeightSource, index: int) -> None:
+        prefix = f"model.layers.{index}."
+        hidden, head_dim = spec.hidden_size, spec.head_dim
+        q_size, kv_size = spec.num_heads * head_dim, spec.num_kv_heads * head_dim
+        attention = f"{prefix}self_attn."
+        shards = [("q_proj", q_size), ("k_proj", kv_size), ("v_proj", kv_size)]
+        self.input_norm = RMSNorm(weights, f"{prefix}input_layernorm", hidden, spec.norm_eps)
+        self.attention = Attention(
+            qkv_proj=Linear(weights, attention, hidden, shards, spec.qkv_bias),
+            o_proj=Linear(weights, attention, q_size, [("o_proj", hidden)], spec.o_bias),
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=head_dim,
+            window=spec.windows[index],
+            q_norm=RMSNorm(weights, f"{attention}q_norm", head_dim, spec.norm_eps) if spec.qk_norm else None,
+            k_norm=RMSNorm(weights, f"{attention}k_norm", head_dim, spec.norm_eps) if spec.qk_norm else None,
+        )
+        self.post_attention_norm = RMSNorm(weights, f"{prefix}post_attention_layernorm", hidden, spec.norm_eps)
+        self.mlp = GatedMLP(weights, f"{prefix}mlp.", hidden, spec.intermediate_size, spec.mlp_bias)
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: KVLayer, batch: AttentionBatch
+    ) -> tuple[Tensor, Tensor]:
+        """x: the last layer's output, [T, hidden], still to be added to ``residual``. Returns the same pair."""
+        if residual is None:
+            x, residual = self.input_norm(x), x
+        else:
+            x, residual = self.input_norm.add(x, residual)
+        x = self.attention(x, cos_sin, cache, batch)
+        x, residual = self.post_attention_norm.add(x, residual)
+        return self.mlp(x), residual

@@ -1,0 +1,107 @@
+"""GPT-2, and so DialoGPT: learned positions, LayerNorm, biases everywhere, weights stored transposed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from flashserve.errors import ConfigError
+from flashserve.layers.attention import Attention
+from flashserve.layers.embedding import load_embedding_and_head, load_table, select_rows
+from flashserve.layers.linear import Linear
+from flashserve.layers.mlp import MLP
+from flashserve.layers.norm import LayerNorm
+from flashserve.layers.weight_source import WeightSource
+from flashserve.models.model_input import ModelInput, ModelShape
+from flashserve_kernels import AttentionBatch, KVLayer
+
+# Both names mean the tanh form.
+_ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")
+
+
+class GPT2LMHeadModel:
+    """Implements CausalLM."""
+
+    def __init__(self, config: dict[str, Any], weights: WeightSource, context_len: int) -> None:
+        hidden, eps = config["n_embd"], config.get("layer_norm_epsilon", 1e-5)
+        prefix = "transformer." if weights.has("transformer.wte.weight") else ""
+        head_name = None if _is_tied(config) else "lm_head.weight"
+        self.tokens, self.lm_head = load_embedding_and_head(
+            weights, f"{prefix}wte.weight", head_name, config["vocab_size"], hidden
+        )
+        self.positions = load_table(weights, f"{prefix}wpe.weight", config["n_positions"], hidden)
+        self.layers = [GPT2Layer(config, weights, f"{prefix}h.{i}.", eps) for i in range(config["n_layer"])]
+        self.norm = LayerNorm(weights, f"{prefix}ln_f", hidden, eps)
+
+    @staticmethod
+    def read_shape(config: dict[str, Any]) -> ModelShape:
+        activation = config.get("activation_function", "gelu_new")
+        if activation not in _ACTIVATIONS:
+            raise ConfigError(f"activation_function={activation!r} is not supported; only 'gelu_new' is")
+        for option in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+            if config.get(option):
+                raise ConfigError(f"{option}=true is not supported")
+        if config.get("scale_attn_weights") is False:
+            raise ConfigError("scale_attn_weights=false is not supported")
+        heads = config["n_head"]
+        return ModelShape(
+            context_len=config["n_positions"],
+            vocab_size=config["vocab_size"],
+            num_layers=config["n_layer"],
+            num_kv_heads=heads,
+            head_dim=config["n_embd"] // heads,
+        )
+
+    @staticmethod
+    def ignored_weights(config: dict[str, Any]) -> tuple[str, ...]:
+        # The causal masks were buffers once and lie in old checkpoints.
+        return ("*h.*.attn.bias", "*h.*.attn.masked_bias", *(("lm_head.weight",) if _is_tied(config) else ()))
+
+    def forward(self, inputs: ModelInput, kv_cache: Sequence[KVLayer]) -> Tensor:
+        x = self.tokens(inputs.token_ids).add_(self.positions(inputs.positions))
+        residual = None
+        for layer, cache in zip(self.layers, kv_cache, strict=True):
+            x, residual = layer(x, residual, cache, inputs.attention)
+        assert residual is not None
+        x, residual = select_rows(x, inputs.logits_rows), select_rows(residual, inputs.logits_rows)
+        return self.norm.add(x, residual)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden)
+
+
+class GPT2Layer:
+    """One layer; the residual adds are left to the next norm."""
+
+    def __init__(self, config: dict[str, Any], weights: WeightSource, prefix: str, eps: float) -> None:
+        hidden, heads = config["n_embd"], config["n_head"]
+        inner = config.get("n_inner") or 4 * hidden
+        attention = f"{prefix}attn."
+        self.norm_1 = LayerNorm(weights, f"{prefix}ln_1", hidden, eps)
+        self.attention = Attention(
+            qkv_proj=Linear(weights, attention, hidden, [("c_attn", 3 * hidden)], bias=True, transposed=True),
+            o_proj=Linear(weights, attention, hidden, [("c_proj", hidden)], bias=True, transposed=True),
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=hidden // heads,
+        )
+        self.norm_2 = LayerNorm(weights, f"{prefix}ln_2", hidden, eps)
+        self.mlp = MLP(weights, f"{prefix}mlp.", hidden, inner)
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, cache: KVLayer, batch: AttentionBatch
+    ) -> tuple[Tensor, Tensor]:
+        """x: the last layer's output, [T, hidden], still to be added to ``residual``. Returns the same pair."""
+        if residual is None:
+            x, residual = self.norm_1(x), x
+        else:
+            x, residual = self.norm_1.add(x, residual)
+        x = self.attention(x, None, cache, batch)
+        x, residual = self.norm_2.add(x, residual)
+        return self.mlp(x), residual
+
+
+def _is_tied(config: dict[str, Any]) -> bool:
+    return config.get("tie_word_embeddings", True)

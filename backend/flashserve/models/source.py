@@ -1,0 +1,75 @@
+"""Where a model's files are: a folder, or the local copy of a Hugging Face repository."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from flashserve.config import EngineConfig
+from flashserve.errors import ConfigError
+
+_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+_CONVERTIBLE = ("vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+
+
+def resolve_folder(model: str, revision: str | None) -> Path:
+    """The folder of ``model``: itself, or the download of a Hugging Face id.
+
+    Raises ConfigError where there is neither.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    looks_like_path = path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
+    if looks_like_path and model.count("/") != 0:
+        raise ConfigError(f"model folder {model} does not exist")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_PATTERNS))
+    except Exception as error:  # its errors range from HTTP statuses over missing caches to bad names
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"model {model!r} is neither a folder nor in the local cache, and its download from the Hugging Face "
+            f"Hub failed ({reason}); give a folder, or check the name, the network and HF_TOKEN"
+        ) from error
+
+
+def find_tokenizer_file(model_folder: Path, config: EngineConfig) -> str:
+    """The tokenizer.json to use, converted once from older files where there is none.
+
+    Raises ConfigError where the folder has no tokenizer.
+    """
+    folder = model_folder if config.tokenizer is None else resolve_folder(config.tokenizer, None)
+    ready = folder / "tokenizer.json"
+    if ready.is_file():
+        return str(ready)
+    sources = [folder / name for name in _CONVERTIBLE if (folder / name).is_file()]
+    if not sources:
+        raise ConfigError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json)")
+    return str(_converted(folder, sources))
+
+
+def _converted(folder: Path, sources: list[Path]) -> Path:
+    """A tokenizer.json in our cache, named by the content of what it was made from."""
+    digest = hashlib.sha256()
+    extra = [folder / name for name in ("merges.txt", "tokenizer_config.json", "added_tokens.json")]
+    for file in [*sources, *(file for file in extra if file.is_file())]:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashserve" / "tokenizers"
+    target = cache / f"{digest.hexdigest()[:32]}.json"
+    if target.is_file():
+        return target
+    # transformers takes seconds to import, so only here.
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}.tmp")
+        tokenizer.backend_tokenizer.save(str(partial))
+    except Exception as error:
+        raise ConfigError(f"the tokenizer of {folder.name} cannot be converted to tokenizer.json: {error}") from error
+    partial.replace(target)
+    return target
