@@ -127,11 +127,8 @@ def run_models(arguments: argparse.Namespace) -> int:
 
 def run_doctor(arguments: argparse.Namespace) -> int:
     """``flashserve doctor``: exit code 1 if serving cannot work."""
-    from flashserve.launcher import doctor
+    from flashserve.launcher.doctor import as_json, as_table, examine
 
-    checks = doctor.examine(arguments.model_repository)
-    if arguments.json:
-        print(doctor.as_json(checks))
-    else:
-        print(doctor.as_table(checks, color=sys.stdout.isatty()))
+    checks = examine(arguments.model_repository)
+    print(as_json(checks) if arguments.json else as_table(checks, color=sys.stdout.isatty()))
     return 1 if any(check.status == "fail" for check in checks) else 0

@@ -123,8 +123,11 @@ def _problem(model: Path) -> str | None:
         config = EngineConfig.from_file(version / "model.json")
     except ConfigError as error:
         return str(error)
-    if config.device == "null" or Path(config.model).is_dir():
+    if config.device == "null":
         return None
+    if Path(config.model).is_dir():
+        missing = [name for name in ("config.json", "*.safetensors") if not any(Path(config.model).glob(name))]
+        return f"{config.model} holds no {' and no '.join(missing)}" if missing else None
     # One word without a slash is an id of the hub too (gpt2), but here it is nearly always a folder.
     if "/" not in config.model or config.model.startswith((".", "/")):
         return f"its weights are missing: {version / config.model}"

@@ -55,7 +55,8 @@ def serve(options: ServeOptions, console: Console | None = None) -> int:
     install = require_triton()
     named = repository.parse_models(options.models)
     repositories = repository.choose_repositories(options.model_repository, named)
-    _refuse_unloadable(repositories)
+    if options.backend_module == workspace.DEFAULT_BACKEND_MODULE:
+        _refuse_unloadable(repositories)
     endpoints = ports.choose(options.host, options.http_port, options.grpc_port, options.metrics_port)
     space = workspace.create()
     run = reaper.Run(space.run_id, str(space.folder))
@@ -75,7 +76,7 @@ def serve(options: ServeOptions, console: Console | None = None) -> int:
         control = TritonControl(endpoints.http_address)
         ready = _wait_until_ready(server, control, signals, console)
         if not ready:
-            return 0 if signals.count else 1
+            return 0 if signals.received else 1
         _announce(console, endpoints, control, time.monotonic() - started)
         return _watch(server, control, signals, console)
     finally:
@@ -234,10 +235,10 @@ def _end(
     console: Console,
     grace_s: float,
 ) -> None:
-    started, before = time.monotonic(), signals.count
+    started = time.monotonic()
     if server is not None and server.exit_code() is None:
         console.say("ending: running requests may finish (again Ctrl-C: at once)")
-    peaceful = reaper.end_run(run, grace_s, hurry=lambda: signals.count > before)
+    peaceful = reaper.end_run(run, grace_s, hurry=lambda: signals.hurry)
     if server is not None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(2)

@@ -1,0 +1,74 @@
+# Needs Python 3.10-3.12 and a network to the package index; everything lands in .venv.
+# Another interpreter: make PYTHON=python3.11 serve. Further arguments: make serve ARGS="--http-port 9000".
+VENV   := .venv
+BIN    := $(VENV)/bin
+PYTHON ?=
+ARGS   ?=
+EXTRAS_SERVE := server
+EXTRAS_DEV   := server,dev
+
+.DEFAULT_GOAL := help
+.PHONY: help serve doctor install test lint format clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+serve: $(VENV)/.serve  ## start a server with the demo model on port 8000
+	@exec $(BIN)/flashserve serve $(ARGS)
+
+doctor: $(VENV)/.serve  ## say what is there, what is missing and how to get it
+	@exec $(BIN)/flashserve doctor $(ARGS)
+
+install: $(VENV)/.dev  ## create .venv with everything that development needs
+
+test: lint  ## lint, then every test (make test ARGS="tests/unit -x")
+	@exec $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.dev  ## let ruff rewrite what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:  ## remove .venv and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+# A stamp is written only after pip succeeded; it is older than pyproject.toml when that has changed.
+$(VENV)/.serve: pyproject.toml $(BIN)/python
+	$(call install,$(EXTRAS_SERVE))
+
+$(VENV)/.dev: pyproject.toml $(BIN)/python
+	$(call install,$(EXTRAS_DEV))
+	@touch $(VENV)/.serve
+
+define install
+	@echo "Installing flashserve[$(1)] into $(VENV): torch, transformers, tritonserver (minutes, once)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[$(1)]'
+	@touch $@
+endef
+
+# Triton's stub loads libpython, so an interpreter that has it as a shared library comes first.
+define find_python
+	for needs in shared any; do \
+	  for candidate in $(PYTHON) python3 python3.12 python3.11 python3.10; do \
+	    $$candidate -c "import ensurepip, os, sys, sysconfig, venv; v = sys.version_info[:2]; \
+	library = os.path.join(sysconfig.get_config_var('LIBDIR'), 'libpython%d.%d.so.1.0' % v); \
+	sys.exit(not ((3, 10) <= v <= (3, 12) and ('$$needs' == 'any' or os.path.exists(library))))" \
+	      >/dev/null 2>&1 && echo $$candidate && exit; \
+	  done; \
+	done
+endef
+
+$(BIN)/python:
+	@python="$$($(find_python))"; \
+	if [ -z "$$python" ]; then \
+	  echo "No Python 3.10, 3.11 or 3.12 with venv on PATH."; \
+	  echo "Debian and Ubuntu: apt install python3 python3-venv libpython3-dev; or: make PYTHON=/path/of/python"; \
+	  exit 1; \
+	fi; \
+	echo "Creating $(VENV) with $$python ($$($$python --version))"; \
+	$$python -m venv --clear $(VENV)
