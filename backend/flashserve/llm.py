@@ -77,7 +77,7 @@ class LLM:
         """``settings`` are those of ``model.json`` (EngineConfig). Raises ConfigError, naming the setting."""
         config = EngineConfig.from_mapping({"model": str(model), **settings}, Path.cwd())
         self.resolved, self._core = load_engine(config)
-        self.tokenizer = Tokenizer.load(self.resolved.model.tokenizer_file)
+        self.tokenizer = Tokenizer.load(self.resolved.model.tokenizer_file, [self.resolved.model.path])
         self.limits = engine_limits(self.resolved)
         self._ids = itertools.count(1)
 

@@ -21,6 +21,8 @@ from flashserve.text.output import TextStream
 
 log = logging.getLogger(__name__)
 
+PROMPT_TAIL = 8  # tokens of context in which the first generated one is decoded, by tokenizers that need some
+
 
 class ModelService:
     """Everything that lives as long as a loaded model. The constructor blocks until the engine is ready."""
@@ -67,7 +69,7 @@ class ModelService:
 
     def _generate(self, parsed: ParsedRequest, sender: Any) -> None:
         internal_id = next(self._ids)
-        text = TextStream(self._context.tokenizer, parsed.params)
+        text = TextStream(self._context.tokenizer, parsed.params, prompt_tail=parsed.prompt_token_ids[-PROMPT_TAIL:])
         message = GenerateRequest(
             request_id=internal_id,
             prompt_token_ids=parsed.prompt_token_ids,
