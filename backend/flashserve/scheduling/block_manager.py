@@ -18,9 +18,10 @@ BlockHash = bytes
 def root_hash(*parts: str) -> BlockHash:
     """The parent of every first block: what KV depends on besides tokens (model, dtype, layout, adapter, salt).
 
-    Stable across processes and machines (never Python's ``hash``), so that KV can be shared between them.
+    Stable across processes and machines (never Python's ``hash``), so that KV can be shared between them. A salt is
+    a client's text: a lone surrogate in it must not raise in the engine.
     """
-    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).digest()
+    return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def chain_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
