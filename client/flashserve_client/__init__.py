@@ -1,0 +1,46 @@
+"""Client for flashserve: `Client` and `AsyncClient`, over gRPC or HTTP, with typed results and errors.
+
+with Client("grpc://localhost:8001") as client:
+    print(client.generate("def fibonacci(n):", max_tokens=48).text)
+    for delta in client.stream("def fibonacci(n):", max_tokens=48):
+        print(delta.text, end="", flush=True)
+"""
+
+from .async_client import AsyncClient
+from .errors import (
+    Cancelled,
+    ConnectionFailed,
+    DeadlineExceeded,
+    FlashserveError,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    Timeout,
+    Unavailable,
+)
+from .results import Delta, GenerateResult, Health, ModelInfo, Timings
+from .stream import AsyncStream
+from .sync_client import Client, Stream
+from .transport import DEFAULT_URL
+
+__all__ = [
+    "DEFAULT_URL",
+    "AsyncClient",
+    "AsyncStream",
+    "Cancelled",
+    "Client",
+    "ConnectionFailed",
+    "DeadlineExceeded",
+    "Delta",
+    "FlashserveError",
+    "GenerateResult",
+    "Health",
+    "InternalError",
+    "InvalidRequest",
+    "ModelInfo",
+    "NotFound",
+    "Stream",
+    "Timeout",
+    "Timings",
+    "Unavailable",
+]

@@ -1,0 +1,238 @@
+"""`AsyncClient`: the client itself; `Client` wraps it."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from .deadline import Deadline
+from .errors import FlashserveError, InternalError, Timeout
+from .request import (
+    InferRequest,
+    Prompt,
+    detokenize_body,
+    generate_request,
+    tokenize_body,
+    tokenize_request,
+)
+from .results import GenerateResult, Health, ModelInfo
+from .stream import CLIENT_GRACE_S, AsyncStream
+from .transport import DEFAULT_URL, Transport, parse_url, transport_class
+
+_TOKENIZE_TIMEOUT_S = 30.0
+_PROBE_PRIORITY = -1_000_000  # lower goes first: a health check must not wait behind the queue it asks about
+
+
+class AsyncClient:
+    """Talks to one server, over gRPC or HTTP as the URL says, from one event loop.
+
+    Args:
+        url: `grpc://host:8001` or `http://host:8000` (`grpcs://`, `https://` with TLS).
+        model: the model that is meant where a call names none.
+        timeout_s: the deadline of a request that names none, in seconds; None waits for ever.
+        retries: how often a request that the server refused as Unavailable is sent again, after the time that the
+            server asked for; never once a token has come.
+        headers: sent with every request (gRPC: as metadata).
+        connect_timeout_s: seconds to reach the server.
+
+    Raises ValueError for a bad URL. Requests raise `FlashserveError`s; see `errors`.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        model: str = "demo",
+        timeout_s: float | None = None,
+        retries: int = 0,
+        headers: Mapping[str, str] | None = None,
+        connect_timeout_s: float = 5.0,
+    ) -> None:
+        self._address = parse_url(url)
+        self.url = self._address.url
+        self._make_transport = transport_class(self._address.scheme)
+        self._model = model
+        self._timeout_s = timeout_s
+        self._retries = retries
+        self._headers = dict(headers or {})
+        self._connect_timeout_s = connect_timeout_s
+        self._transport: Transport | None = None
+        self._closed = False
+        self._streams: weakref.WeakSet[AsyncStream] = weakref.WeakSet()
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        *,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        priority: int | None = None,
+        request_id: str | None = None,
+        **params: Any,
+    ) -> GenerateResult:
+        """Generates a whole answer; the server sends it at once.
+
+        Args:
+            prompt: text, a list of token ids, or a list of chat messages.
+            timeout_s: seconds until the server gives up (DeadlineExceeded); one more and the client does (Timeout).
+            priority: lower goes first; the default is 0.
+            request_id: what the server logs; one is made up otherwise.
+            params: sampling parameters by name (max_tokens, temperature, ...; None means "not given"), and for
+                messages also tools, chat_template_kwargs, add_generation_prompt, continue_final_message.
+        """
+        # Not `self.stream`: a single response costs the server 100-170 µs, one per token as many times more.
+        request = self._request(prompt, False, model, timeout_s, priority, request_id, params)
+        return await _finish(self._open(request, self._timeout(timeout_s), self._retries))
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        priority: int | None = None,
+        request_id: str | None = None,
+        **params: Any,
+    ) -> AsyncStream:
+        """Like `generate`, but iterates over `Delta`s as they come; `.result` of the stream has the whole."""
+        request = self._request(prompt, True, model, timeout_s, priority, request_id, params)
+        return self._open(request, self._timeout(timeout_s), self._retries)
+
+    async def tokenize(self, prompt: str | Sequence[Mapping[str, Any]], *, model: str | None = None) -> list[int]:
+        """The token ids of a text, or of chat messages rendered with the model's template."""
+        answer = await self._ask_tokenizer(tokenize_body(prompt), model)
+        ids = answer.get("token_ids")
+        if not isinstance(ids, list):
+            raise InternalError("the server's answer to tokenize has no token_ids")
+        return ids
+
+    async def detokenize(self, token_ids: Sequence[int], *, model: str | None = None) -> str:
+        """The text of token ids."""
+        answer = await self._ask_tokenizer(detokenize_body(token_ids), model)
+        text = answer.get("text")
+        if not isinstance(text, str):
+            raise InternalError("the server's answer to detokenize has no text")
+        return text
+
+    async def health(self, *, model: str | None = None, timeout_s: float = 5.0) -> Health:
+        """Asks tritonserver, the model and, through a request for one token, the engine. Does not raise.
+
+        Triton itself calls a model ready whose engine is dead: only a request tells. Takes `timeout_s` at most.
+        """
+        model = model or self._model
+        transport = self._connected()
+        server_live = model_ready = False
+        deadline = Deadline(timeout_s)
+        try:
+            with deadline:
+                server_live = await transport.server_live()
+                model_ready = server_live and await transport.model_ready(model)
+                if not model_ready:
+                    detail = f"model {model!r} is not ready" if server_live else "the server is not live"
+                    return Health(server_live, False, False, detail)
+                await self._probe(model, deadline.remaining())
+        except Timeout:
+            return Health(server_live, model_ready, False, f"no answer within {timeout_s:g} s")
+        except FlashserveError as error:
+            return Health(server_live, model_ready, False, str(error))
+        finally:
+            deadline.cancel()
+        return Health(True, True, True, "ok")
+
+    async def models(self) -> list[ModelInfo]:
+        """The models that the server knows, loaded or not."""
+        return await self._connected().models()
+
+    async def load_model(self, name: str) -> None:
+        """Loads or reloads a model; returns when it is ready (10 minutes at most)."""
+        await self._connected().load_model(name)
+
+    async def unload_model(self, name: str) -> None:
+        """Starts to unload a model, and returns while its running requests drain."""
+        await self._connected().unload_model(name)
+
+    async def aclose(self) -> None:
+        """Ends the running requests and closes the connections. May be called several times."""
+        self._closed = True
+        transport, self._transport = self._transport, None
+        for stream in list(self._streams):
+            await stream.aclose()
+        if transport is not None:
+            await transport.aclose()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def _connected(self) -> Transport:
+        if self._closed:
+            raise RuntimeError("the client is closed")
+        if self._transport is None:
+            # Not in __init__: both libraries bind to the event loop that runs at this moment.
+            self._transport = self._make_transport(self._address, self._headers, self._connect_timeout_s)
+        return self._transport
+
+    def _open(self, request: InferRequest, timeout_s: float | None, retries: int) -> AsyncStream:
+        stream = AsyncStream(self._connected(), request, timeout_s, retries)
+        self._streams.add(stream)
+        return stream
+
+    def _timeout(self, timeout_s: float | None) -> float | None:
+        return self._timeout_s if timeout_s is None else timeout_s
+
+    def _request(
+        self,
+        prompt: Prompt,
+        stream: bool,
+        model: str | None,
+        timeout_s: float | None,
+        priority: int | None,
+        request_id: str | None,
+        params: Mapping[str, Any],
+    ) -> InferRequest:
+        return generate_request(
+            prompt,
+            model=model or self._model,
+            stream=stream,
+            timeout_s=self._timeout(timeout_s),
+            priority=priority,
+            request_id=request_id,
+            params=params,
+        )
+
+    async def _ask_tokenizer(self, body: Mapping[str, Any], model: str | None) -> dict[str, Any]:
+        reader = self._connected().open(tokenize_request(body, model=model or self._model))
+        deadline = Deadline(_TOKENIZE_TIMEOUT_S)
+        try:
+            with deadline:
+                chunk = await reader.read()
+        finally:
+            deadline.cancel()
+            await reader.aclose()
+        try:
+            answer = json.loads(chunk.text if chunk is not None else "")
+        except ValueError as error:
+            raise InternalError(f"the server's answer is not JSON ({error})") from None
+        if not isinstance(answer, dict):
+            raise InternalError("the server's answer is no JSON object")
+        return answer
+
+    async def _probe(self, model: str, timeout_s: float) -> None:
+        """Has the engine generate one token; raises why it did not."""
+        budget_s = max(timeout_s - CLIENT_GRACE_S, 0.1)
+        request = self._request([0], False, model, budget_s, _PROBE_PRIORITY, None, {"max_tokens": 1})
+        await _finish(self._open(request, budget_s, retries=0))
+
+
+async def _finish(stream: AsyncStream) -> GenerateResult:
+    async with stream:
+        async for _ in stream:
+            pass
+    return stream.result

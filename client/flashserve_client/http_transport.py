@@ -1,0 +1,232 @@
+"""HTTP: `generate` as JSON, `generate_stream` as server-sent events."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+from urllib.parse import quote
+from urllib.request import getproxies, proxy_bypass
+
+import httpx
+from httpx_sse import EventSource, ServerSentEvent, SSEError
+
+from .errors import ConnectionFailed, FlashserveError, InternalError, Timeout, error_from_message
+from .request import InferRequest
+from .results import ModelInfo
+from .transport import Address, Chunk
+
+_UNARY_TIMEOUT_S = 10.0
+_LOAD_TIMEOUT_S = 600.0  # a large model reads for minutes
+
+# Statuses that a proxy in between gives; tritonserver answers errors of requests with 400 and a JSON body.
+_STATUS_CODES = {404: "NOT_FOUND", 429: "UNAVAILABLE", 502: "UNAVAILABLE", 503: "UNAVAILABLE", 504: "UNAVAILABLE"}
+
+
+class HttpTransport:
+    """A pool of HTTP/1.1 connections, one per running request."""
+
+    def __init__(self, address: Address, headers: Mapping[str, str], connect_timeout_s: float) -> None:
+        self.url = address.url
+        self.client = httpx.AsyncClient(
+            base_url=address.url,
+            headers=dict(headers),
+            timeout=httpx.Timeout(None, connect=connect_timeout_s),
+            transport=httpx.AsyncHTTPTransport(
+                # httpx's default of 100 connections would make the 101st stream wait in the client.
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30),
+                socket_options=_socket_options(),
+                proxy=_proxy(address),
+            ),
+        )
+
+    def open(self, request: InferRequest) -> SseReader | JsonReader:
+        return SseReader(self, request) if request.stream else JsonReader(self, request)
+
+    async def server_live(self) -> bool:
+        return (await self._send("GET", "/v2/health/live")).status_code == 200
+
+    async def model_ready(self, model: str) -> bool:
+        return (await self._send("GET", f"/v2/models/{quote(model, safe='')}/ready")).status_code == 200
+
+    async def models(self) -> list[ModelInfo]:
+        response = await self._send("POST", "/v2/repository/index", content=b"{}")
+        rows = _json_or_raise(response)
+        if not isinstance(rows, list):
+            raise InternalError(f"{self.url} sent a repository index that is no list")
+        return [
+            ModelInfo(m.get("name", ""), m.get("version", ""), m.get("state", ""), m.get("reason", "")) for m in rows
+        ]
+
+    async def load_model(self, model: str) -> None:
+        await self._control(model, "load")
+
+    async def unload_model(self, model: str) -> None:
+        await self._control(model, "unload")
+
+    async def aclose(self) -> None:
+        await self.client.aclose()
+
+    async def _control(self, model: str, verb: str) -> None:
+        path = f"/v2/repository/models/{quote(model, safe='')}/{verb}"
+        response = await self._send("POST", path, content=b"{}", timeout_s=_LOAD_TIMEOUT_S)
+        if response.status_code != 200:
+            raise _response_error(response)
+
+    async def _send(
+        self, method: str, path: str, content: bytes | None = None, timeout_s: float = _UNARY_TIMEOUT_S
+    ) -> httpx.Response:
+        timeout = httpx.Timeout(timeout_s, connect=self.client.timeout.connect)
+        try:
+            return await self.client.request(method, path, content=content, timeout=timeout)
+        except httpx.HTTPError as error:
+            raise transport_error(error, self.url) from None
+
+
+class JsonReader:
+    """One request, one JSON answer.
+
+    Closing it ends the wait and the connection, but Triton does not tell the backend of it (server#8982): the
+    generation ends by itself or at its deadline. Streams do not have this gap.
+    """
+
+    def __init__(self, transport: HttpTransport, request: InferRequest) -> None:
+        self._transport = transport
+        self._request = request
+        self._sent = False
+
+    async def read(self) -> Chunk | None:
+        if self._sent:
+            return None
+        self._sent = True
+        transport = self._transport
+        path, body = _path(self._request, "generate"), _body(self._request)
+        try:
+            response = await transport.client.post(path, content=body)
+        except httpx.HTTPError as error:
+            raise transport_error(error, transport.url) from None
+        return parse_event(_json_or_raise(response))
+
+    async def aclose(self) -> None:
+        self._sent = True
+
+
+class SseReader:
+    """The events of one streamed answer."""
+
+    def __init__(self, transport: HttpTransport, request: InferRequest) -> None:
+        self._transport = transport
+        self._request = request
+        self._response: httpx.Response | None = None
+        self._events: AsyncGenerator[ServerSentEvent, None] | None = None
+
+    async def read(self) -> Chunk | None:
+        try:
+            if self._events is None:
+                self._events = await self._open()
+            event = await self._events.__anext__()
+        except StopAsyncIteration:
+            return None
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            raise transport_error(error, self._transport.url) from None
+        except SSEError as error:
+            raise InternalError(f"{self._transport.url} sent no event stream ({error})") from None
+        return parse_event(_loads(event.data))
+
+    async def aclose(self) -> None:
+        events, self._events = self._events, None
+        if self._response is not None:
+            await self._response.aclose()  # closes the connection, for the answer is not at its end
+        if events is not None:
+            with contextlib.suppress(RuntimeError):  # a read still runs: the closed connection ends it
+                await events.aclose()
+
+    async def _open(self) -> AsyncGenerator[ServerSentEvent, None]:
+        client = self._transport.client
+        path, body = _path(self._request, "generate_stream"), _body(self._request)
+        request = client.build_request("POST", path, content=body, headers={"Accept": "text/event-stream"})
+        self._response = await client.send(request, stream=True)
+        if self._response.status_code != 200:
+            await self._response.aread()
+            raise _response_error(self._response)
+        return EventSource(self._response).aiter_sse()
+
+
+def parse_event(event: Any) -> Chunk:
+    """Reads the JSON object of a response. Raises the server's error if it holds one."""
+    if not isinstance(event, dict):
+        raise InternalError(f"the server sent a response that is no JSON object: {str(event)[:200]}")
+    if "error" in event:
+        raise error_from_message(str(event["error"]))
+    get = event.get
+    chunk = Chunk(
+        get("text_output", ""),
+        get("finish_reason"),
+        get("num_input_tokens"),
+        get("num_output_tokens"),
+        get("request_metrics"),
+    )
+    if type(chunk.text) is not str or type(chunk.output_tokens) not in (int, _NoneType):
+        raise InternalError(f"the server sent a response that cannot be read: {str(event)[:200]}")
+    return chunk
+
+
+_NoneType = type(None)
+
+
+def transport_error(error: Exception, url: str) -> FlashserveError:
+    """The typed error of httpx's failure to talk to a server."""
+    if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
+        return ConnectionFailed(f"no server at {url} ({error or type(error).__name__})")
+    if isinstance(error, httpx.TimeoutException):
+        return Timeout(f"no answer from {url} in time")
+    return ConnectionFailed(f"the connection to {url} broke ({type(error).__name__}: {error})")
+
+
+def _json_or_raise(response: httpx.Response) -> Any:
+    if response.status_code != 200:
+        raise _response_error(response)
+    return _loads(response.text)
+
+
+def _loads(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise InternalError(f"the server sent what is not JSON: {text[:200]!r}") from None
+
+
+def _response_error(response: httpx.Response) -> FlashserveError:
+    # generate_stream answers an error with status 400 and a body that is still an event: "data: {...}".
+    try:
+        return error_from_message(str(json.loads(response.text.removeprefix("data: "))["error"]))
+    except (ValueError, KeyError, TypeError):
+        code = _STATUS_CODES.get(response.status_code, "INTERNAL")
+        return error_from_message(f"HTTP {response.status_code}: {response.text[:200]} [code={code}]")
+
+
+def _path(request: InferRequest, verb: str) -> str:
+    return f"/v2/models/{quote(request.model, safe='')}/{verb}"
+
+
+def _body(request: InferRequest) -> bytes:
+    values: dict[str, Any] = {**request.strings, **dict.fromkeys(request.flags, True), "id": request.request_id}
+    return json.dumps(values, ensure_ascii=False).encode()
+
+
+def _proxy(address: Address) -> str | None:
+    """The environment's proxy, as httpx would choose it; asked for here because of the transport of our own."""
+    if address.loopback or proxy_bypass(address.host):
+        return None
+    return getproxies().get(address.scheme)
+
+
+def _socket_options() -> list[tuple[int, int, int]]:
+    """TCP keep-alive, which notices a host that vanished after 30 + 3 x 10 s; streams themselves may be silent."""
+    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)]
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):  # macOS lacks the first
+            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
+    return options

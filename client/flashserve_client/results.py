@@ -1,0 +1,93 @@
+"""What a request gives back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+
+class Delta(NamedTuple):
+    """One piece of a streamed answer.
+
+    `text` may be empty although `completion_tokens` is not 0: a character can span tokens. `finish_reason` is None
+    until the last piece. The server merges pieces for a slow reader, so `completion_tokens` may be above 1.
+    """
+
+    text: str
+    completion_tokens: int
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class Timings:
+    """The server's own figures of one request; None where the server did not report one. Times in milliseconds."""
+
+    queue_ms: float | None = None
+    prefill_ms: float | None = None
+    ttft_ms: float | None = None
+    decode_ms: float | None = None
+    cached_tokens: int | None = None
+    preemptions: int | None = None
+
+    @classmethod
+    def from_json(cls, text: str) -> Timings:
+        """From the `request_metrics` output; fields of newer servers are left out. ValueError if it is no object."""
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("request_metrics is not a JSON object")
+        return cls(**{name: values[name] for name in _TIMING_NAMES if name in values})
+
+
+_TIMING_NAMES = tuple(field.name for field in fields(Timings))
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """A whole answer.
+
+    Attributes:
+        text: the generated text, without the prompt.
+        prompt_tokens, completion_tokens: the server's counts; 0 if it reported none.
+        finish_reason: "stop", "length", ...; None only in `FlashserveError.partial`.
+        timings: the server's figures.
+        ttft_s: seconds from sending to the first text or token, as seen here; None if none came.
+        latency_s: seconds from sending to the last piece, as seen here. Retries count into both.
+        request_id: the id under which the server logs this request.
+    """
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: str | None
+    timings: Timings
+    ttft_s: float | None
+    latency_s: float
+    request_id: str
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens per second after the first one, of a stream; None where fewer than two pieces make it undefined."""
+        if self.ttft_s is None or self.completion_tokens < 2 or self.latency_s <= self.ttft_s:
+            return None
+        return (self.completion_tokens - 1) / (self.latency_s - self.ttft_s)
+
+
+@dataclass(frozen=True)
+class Health:
+    """What works, from the outside in; `detail` says why the first thing that does not work does not."""
+
+    server_live: bool
+    model_ready: bool
+    engine_ready: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A row of the server's repository index. `state` is READY, UNAVAILABLE, LOADING, UNLOADING or empty."""
+
+    name: str
+    version: str
+    state: str
+    reason: str

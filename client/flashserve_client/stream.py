@@ -1,0 +1,198 @@
+"""`AsyncStream`: one request from its first byte to its result, over either protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from types import TracebackType
+
+from .deadline import Deadline
+from .errors import Cancelled, ConnectionFailed, FlashserveError, InternalError, Unavailable
+from .request import InferRequest
+from .results import Delta, GenerateResult, Timings
+from .transport import Chunk, Reader, Transport
+
+# The server ends a late request itself and says so; only when it does not, the client does.
+CLIENT_GRACE_S = 1.0
+_MAX_RETRY_WAIT_S = 30.0
+_RUNNING = (None, "None")
+
+
+class AsyncStream:
+    """An asynchronous iterator of `Delta`; `result` holds the whole answer once it is exhausted.
+
+    Nothing is sent before the first step. The request ends on the server too when the stream is closed
+    (`aclose()`, `async with`), when the task that waits for it is cancelled, or when it is dropped. It is to be used
+    by one task at a time.
+
+    Raises, while iterating: a FlashserveError, whose `partial` is what had come before.
+    """
+
+    def __init__(self, transport: Transport, request: InferRequest, timeout_s: float | None, retries: int) -> None:
+        self.request_id = request.request_id
+        self._transport = transport
+        self._request = request
+        self._timeout_s = timeout_s
+        self._retries_left = retries
+        self._reader: Reader | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._deadline: Deadline | None = None
+        self._ended = False
+        self._texts: list[str] = []
+        self._prompt_tokens = 0
+        self._completion_tokens = 0
+        self._finish_reason: str | None = None
+        self._timings = Timings()
+        self._started = self._last = self._first = 0.0
+
+    @property
+    def result(self) -> GenerateResult:
+        """The whole answer. RuntimeError before its last piece has come."""
+        if self._finish_reason is None:
+            raise RuntimeError("the stream has no result yet: it was not read to its end")
+        return self._snapshot()
+
+    def __aiter__(self) -> AsyncStream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            if self._loop is None:
+                self._start()
+            with self._deadline or _NO_DEADLINE:
+                delta = await self._next()
+        except BaseException as error:
+            told = self._closed_error(error)
+            await self.aclose()
+            if isinstance(told, FlashserveError):
+                told.partial = self._snapshot()
+            if told is error:
+                raise
+            raise told from None
+        if delta is None:
+            await self.aclose()
+            raise StopAsyncIteration
+        return delta
+
+    async def aclose(self) -> None:
+        """Ends the request if it still runs. May be called at any time, several times."""
+        self._ended = True
+        reader, self._reader = self._reader, None
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if reader is not None:
+            await reader.aclose()
+
+    async def __aenter__(self) -> AsyncStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        reader, loop = self._reader, self._loop
+        if reader is not None and loop is not None and not loop.is_closed():
+            # From whichever thread the collector runs in. RuntimeError: the loop closed meanwhile.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(_close_later, loop, reader)
+
+    def _start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._started = self._last = time.perf_counter()
+        if self._timeout_s is not None:
+            self._deadline = Deadline(self._timeout_s + CLIENT_GRACE_S)
+        self._reader = self._transport.open(self._request)
+
+    async def _next(self) -> Delta | None:
+        while self._reader is not None:
+            try:
+                chunk = await self._reader.read()
+            except Unavailable as error:
+                await self._wait_to_retry(error)
+                continue
+            if chunk is None:
+                if self._finish_reason is None:
+                    raise ConnectionFailed("the answer ended without a finish reason: it is not complete")
+                return None
+            delta = self._take(chunk)
+            if delta is not None:
+                return delta
+        raise asyncio.CancelledError  # closed while this task waited
+
+    def _take(self, chunk: Chunk) -> Delta | None:
+        """Books a response; None for a keep-alive, which carries no text and no token."""
+        text, finish_reason, input_tokens, output_tokens, metrics = chunk
+        if finish_reason in _RUNNING:
+            if not text and not output_tokens:
+                return None
+            finish_reason = None
+        else:
+            self._finish_reason = finish_reason
+        now = self._last = time.perf_counter()
+        if not self._first:
+            self._first = now
+        if input_tokens is not None:
+            self._prompt_tokens = input_tokens
+        tokens = output_tokens or 0
+        self._completion_tokens += tokens
+        self._texts.append(text)
+        if metrics:
+            try:
+                self._timings = Timings.from_json(metrics)
+            except ValueError as error:
+                raise InternalError(f"the server sent request_metrics that cannot be read ({error})") from None
+        return Delta(text, tokens, finish_reason)
+
+    async def _wait_to_retry(self, error: Unavailable) -> None:
+        """Waits and prepares the request anew; raises `error` when it may not be sent again."""
+        if self._first or self._retries_left <= 0 or self._reader is None:
+            raise error
+        self._retries_left -= 1
+        wait_s = (error.retry_after_ms if error.retry_after_ms is not None else 250) / 1000
+        # Up to a tenth more: those who were refused together should not come back together.
+        wait_s = min(wait_s, _MAX_RETRY_WAIT_S) * (1 + 0.1 * random.random())
+        remaining = None if self._deadline is None else self._deadline.remaining() - CLIENT_GRACE_S - wait_s
+        if remaining is not None and remaining <= 0:
+            raise error
+        await self._reader.aclose()
+        await asyncio.sleep(wait_s)
+        if self._ended:
+            raise asyncio.CancelledError
+        request = self._request if remaining is None else self._request.with_timeout(remaining)
+        self._reader = self._transport.open(request)
+
+    def _closed_error(self, error: BaseException) -> BaseException:
+        """What a reader is told whose stream was closed under it by another task."""
+        task = asyncio.current_task()
+        cancelled = task is not None and hasattr(task, "cancelling") and task.cancelling()
+        if self._ended and not cancelled and isinstance(error, (asyncio.CancelledError, ConnectionFailed)):
+            return Cancelled("the stream was closed")
+        return error
+
+    def _snapshot(self) -> GenerateResult:
+        return GenerateResult(
+            text="".join(self._texts),
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            finish_reason=self._finish_reason,
+            timings=self._timings,
+            ttft_s=self._first - self._started if self._first else None,
+            latency_s=self._last - self._started,
+            request_id=self.request_id,
+        )
+
+
+_NO_DEADLINE = contextlib.nullcontext()
+_closing: set[asyncio.Task[None]] = set()
+
+
+def _close_later(loop: asyncio.AbstractEventLoop, reader: Reader) -> None:
+    task = loop.create_task(reader.aclose())
+    _closing.add(task)  # the loop itself keeps only weak references to tasks
+    task.add_done_callback(_closing.discard)
