@@ -162,4 +162,4 @@ class ServerProcess:
 def _reason(logged: str) -> str:
     """The words of a load error without quotes and traceback."""
     words = logged.rstrip('"').replace("\\n", "\n").replace('\\"', '"').replace("\\'", "'")
-    return words.split("\n\nAt:")[0].strip()
+    return re.sub(r"^(Internal: )?(TritonModelException: )?", "", words.split("\n\nAt:")[0].strip())

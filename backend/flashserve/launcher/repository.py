@@ -48,11 +48,11 @@ def parse_model(argument: str) -> NamedModel:
     if not separator:
         name, source = "", argument
     path = Path(source).expanduser()
-    if path.is_dir():
+    if source and path.is_dir():
         source = str(path.resolve())
     elif source.startswith((".", "/", "~")) or not HUB_ID.match(source):
         raise LauncherError(
-            f"--model {argument}: no such folder: {path}",
+            f"--model {argument}: no such folder: {source!r}",
             "give a folder with config.json and *.safetensors, or a Hugging Face id such as Qwen/Qwen3-0.6B",
         )
     name = name or re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(source).name).strip("-.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +28,11 @@ class Stub:
 
     def belongs_to(self, model: str) -> bool:
         """True if it is an instance of ``model``."""
-        parts = Path(self.model_path).parts
-        # A repository in a bucket is served from a local copy whose folder does not carry the model's name.
-        return parts[-3:-2] == (model,) or self.instance.startswith(f"{model}_")
+        folder = Path(self.model_path).parent.parent.name
+        # A bucket's model is served from a local copy, /tmp/folderXXXXXX, which does not carry its name.
+        if re.fullmatch(r"folder\w{6}", folder):
+            return re.fullmatch(rf"{re.escape(model)}_\d+(_\d+)?", self.instance) is not None
+        return folder == model
 
 
 def parse_stub(pid: int, command_line: list[str]) -> Stub | None:
