@@ -65,8 +65,8 @@ def test_load_states_come_from_the_log() -> None:
         'I1120 19:45:38.755263 9570 model_lifecycle.cc:472] "loading: slow:1"',
         'I1120 19:45:38.755263 9570 model_lifecycle.cc:472] "loading: bad:1"',
         "I1120 19:45:40.905564 9570 model_lifecycle.cc:839] \"successfully loaded 'demo'\"",
-        "E1120 19:45:40.905564 9570 model_lifecycle.cc:642] \"failed to load 'bad' version 1: Internal: TritonModelException: "
-        'the \\"weights\\" are missing\\n\\nAt:\\n  /x/model.py(1): <module>\\n"',
+        "E1120 19:45:40.905564 9570 model_lifecycle.cc:642] \"failed to load 'bad' version 1: Internal: "
+        'TritonModelException: the \\"weights\\" are missing\\n\\nAt:\\n  /x/model.py(1): <module>\\n"',
     )
     assert server.loading() == ["slow"]
     assert server.failures() == {"bad": 'the "weights" are missing'}
