@@ -105,10 +105,10 @@ def _message(message: Any, field: str) -> dict[str, Any]:
 def _check_part(part: Any, field: str) -> None:
     if not isinstance(part, dict):
         raise InvalidArgument(f'{field} must be an object like {{"type": "text", "text": ...}}, not {type_name(part)}')
-    if part.get("type") != "text":
-        raise InvalidArgument(
-            f"{field} is of type {str(part.get('type'))[:60]!r}; only text is supported, images are not"
-        )
+    kind = part.get("type")
+    if kind != "text":
+        shown = repr(kind[:60]) if isinstance(kind, str) else type_name(kind)
+        raise InvalidArgument(f"{field} is of type {shown}; only text is supported, images are not")
     if not isinstance(part.get("text"), str):
         raise InvalidArgument(f"{field}.text must be a string")
 
