@@ -21,7 +21,7 @@ examples:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with every subcommand whose package is installed."""
+    """The parser with every subcommand."""
     parser = argparse.ArgumentParser(
         prog="flashserve",
         description="An LLM backend for NVIDIA Triton Inference Server.",
@@ -31,13 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"flashserve {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name in COMMAND_MODULES:
-        try:
-            add_commands: Callable[[object], None] = import_module(name).add_commands
-        except ModuleNotFoundError as error:
-            if error.name is None or not name.startswith(error.name):
-                raise
-            continue
-        add_commands(subparsers)
+        import_module(name).add_commands(subparsers)
     return parser
 
 
