@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import pytest
+
 from flashserve.scheduling.block_manager import BlockHash, BlockManager, chain_hash, root_hash
 
 ROOT = root_hash("model", "")
@@ -29,7 +30,7 @@ def filled(manager: BlockManager, tokens: Sequence[int]) -> list[int]:
     return blocks
 
 
-# --- holding and releasing ------------------------------------------------------------------------------------
+# --- holding and releasing ----------------------------------------------------------------------------------
 
 
 def test_allocated_blocks_are_distinct_and_leave_the_free_list() -> None:
@@ -86,7 +87,7 @@ def test_acquiring_a_free_block_takes_it_off_the_free_list() -> None:
     assert not set(blocks) & set(manager.allocate(2))
 
 
-# --- the prefix cache -------------------------------------------------------------------------------------------
+# --- the prefix cache ---------------------------------------------------------------------------------------
 
 
 def test_the_longest_cached_prefix_is_found_up_to_the_first_difference() -> None:
@@ -140,7 +141,7 @@ def test_forgetting_all_keeps_the_holders_and_empties_the_cache() -> None:
     manager.check_integrity([held])
 
 
-# --- eviction ---------------------------------------------------------------------------------------------------
+# --- eviction -----------------------------------------------------------------------------------------------
 
 
 def test_the_least_recently_released_content_is_evicted_first() -> None:
@@ -191,7 +192,7 @@ def test_an_evicted_block_is_known_by_its_new_content_only() -> None:
     manager.check_integrity([block])
 
 
-# --- hashes -----------------------------------------------------------------------------------------------------
+# --- hashes -------------------------------------------------------------------------------------------------
 
 
 def test_hashes_are_the_same_in_every_process_and_version() -> None:
@@ -219,7 +220,7 @@ def test_any_text_can_be_a_salt() -> None:
     assert root_hash("model", "\ud800") != root_hash("model", "\ud801")
 
 
-# --- the books --------------------------------------------------------------------------------------------------
+# --- the books ----------------------------------------------------------------------------------------------
 
 
 def test_integrity_check_notices_lost_doubled_and_foreign_blocks() -> None:

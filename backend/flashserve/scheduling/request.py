@@ -32,7 +32,7 @@ class Request:
     num_computed_tokens: int = 0
     """Tokens whose KV is, or after the submitted steps will be, in ``block_ids``."""
     num_pending: int = 0
-    """Samples submitted but not known yet: 0 or 1."""
+    """Samples planned but not known yet: 0 or 1 when a step is planned; with run-ahead 2 until the last is known."""
     block_ids: list[int] = field(default_factory=list)
     unsent_block_ids: list[int] = field(default_factory=list)
     """Blocks that the runner has not been told of yet."""

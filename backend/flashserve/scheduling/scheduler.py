@@ -105,11 +105,17 @@ class Scheduler:
                 self._end(request, "abort")
 
     def fail_step(self, plan: SchedulerOutput, message: str) -> None:
-        """End the step's requests with INTERNAL; cached blocks may hold garbage, so the prefix cache is emptied."""
-        for row in plan.rows:
-            request = self._requests.get(row.request_id)
-            if request is not None:
+        """End the step's requests with INTERNAL, and trust no KV that it or a step behind it wrote.
+
+        Blocks that the step should have filled may already be shared by requests that had no row in it, and a step
+        in flight behind it read them: what has a sample in flight ends too, the others are computed anew.
+        """
+        failed = {row.request_id for row in plan.rows}
+        for request in list(self._requests.values()):
+            if request.id in failed or (request.slot is not None and request.num_pending):
                 self._end(request, "error", error=ErrorInfo(INTERNAL, message))
+            elif request.slot is not None:
+                self._preempt(request)
         self.blocks.forget_all()
 
     def take_outputs(self) -> list[TokenOutput]:
@@ -150,8 +156,8 @@ class Scheduler:
         rows = []
         for request in self._decoding.values():
             start = request.num_computed_tokens
-            if request.num_pending and start + 1 >= request.max_total_tokens:
-                continue  # the sample in flight is its last: the length limit ends it without another row
+            if request.num_pending and _awaits_last_sample(request):
+                continue
             new_blocks = NO_IDS
             if start == len(request.block_ids) * block_size:
                 new_blocks = self.blocks.allocate(1)
@@ -168,13 +174,17 @@ class Scheduler:
         at most what all blocks hold), so there is always progress.
         """
         block_size = self.blocks.block_size
-        needy = sum(r.num_computed_tokens == len(r.block_ids) * block_size for r in self._decoding.values())
-        while needy > self.blocks.num_free:
+        needy = {
+            r.id
+            for r in self._decoding.values()
+            if r.num_computed_tokens == len(r.block_ids) * block_size and not _awaits_last_sample(r)
+        }
+        while len(needy) > self.blocks.num_free:
             victim = max(
                 (r for group in (self._prefilling, self._decoding) for r in group.values()),
                 key=lambda r: (r.priority, r.arrival, r.id),
             )
-            needy -= victim.id in self._decoding and victim.num_computed_tokens == len(victim.block_ids) * block_size
+            needy.discard(victim.id)
             self._preempt(victim)
 
     def _preempt(self, request: Request) -> None:
@@ -189,6 +199,8 @@ class Scheduler:
         self, rows: list[ScheduledRow], admissions: list[Admission], budget: int, now: float
     ) -> int:
         """Spend ``budget`` on prompts; returns what is left of it."""
+        for request in self._prefilling.values():
+            request.passed_over += 1  # until it gets a row
         while budget > 0:
             self._admit_waiting(admissions, now)
             if not self._prefilling:
@@ -197,9 +209,6 @@ class Scheduler:
             count = min(budget, request.num_remaining)
             rows.append(self._prefill_row(request, count))
             budget -= count
-        else:
-            for request in self._prefilling.values():
-                request.passed_over += 1
         return budget
 
     def _admit_waiting(self, admissions: list[Admission], now: float) -> None:
@@ -231,7 +240,7 @@ class Scheduler:
         request.unsent_block_ids = list(request.block_ids)
         request.num_computed_tokens = len(cached) * self.blocks.block_size
         request.slot = self._free_slots.pop()
-        request.passed_over = 0
+        request.passed_over = 1  # in this step, unless it gets a row
         if request.first_scheduled is None:
             request.first_scheduled = now
             request.cached_tokens = request.num_computed_tokens
@@ -324,6 +333,9 @@ class Scheduler:
         else:
             self._release(request)
         del self._requests[request.id]
+        if len(self._deadlines) > 64 + 2 * len(self._requests):  # most requests end long before their deadline
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._requests]
+            heapq.heapify(self._deadlines)
         self._outputs.append(TokenOutput(request.id, token_ids, reason, request.timings(), error))
 
     def _release(self, request: Request) -> None:
@@ -366,6 +378,11 @@ class Scheduler:
         self.blocks.check_integrity(r.block_ids for r in running)
         if any(r.block_ids for r in self._waiting):
             raise RuntimeError("a waiting request holds blocks")
+
+
+def _awaits_last_sample(request: Request) -> bool:
+    """Whether the sample in flight reaches the length limit: it will end without another row."""
+    return request.num_pending > 0 and request.num_computed_tokens + 1 >= request.max_total_tokens
 
 
 def _prefill_order(request: Request) -> tuple[int, int, float]:
