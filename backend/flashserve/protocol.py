@@ -150,7 +150,6 @@ class EngineReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     """The model is loaded and warm."""
 
     limits: EngineLimits
-    load_seconds: float
 
 
 class EngineFailed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):

@@ -20,7 +20,7 @@ import time
 from flashserve.config import EngineConfig, ResolvedConfig
 from flashserve.engine.core import EngineBroken, EngineCore
 from flashserve.engine.loading import load_engine
-from flashserve.errors import FlashserveError
+from flashserve.errors import INTERNAL, FlashserveError
 from flashserve.ipc.channel import Channel, ChannelClosed
 from flashserve.protocol import EngineFailed, EngineLimits, EngineReady, ErrorInfo, StubMessage
 
@@ -38,15 +38,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="the EngineConfig as JSON")
     args = parser.parse_args(argv)
     _end_with_parent(args.parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the stub decides when to end
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the stub decides when to end
+        signal.signal(number, signal.SIG_IGN)
     config = EngineConfig.from_mapping(json.loads(args.config))
     logging.basicConfig(
         level=logging.INFO,
         format=f"%(asctime)s %(levelname).1s engine[{os.path.basename(config.model)}] %(message)s",
         stream=sys.stderr,
     )
+    os.set_inheritable(args.fd, False)  # a process started from here must not keep the connection open
     channel: Channel[StubMessage] = Channel(socket.socket(fileno=args.fd), StubMessage)
-    return _run(config, channel)
+    try:
+        return _run(config, channel)
+    except ChannelClosed:
+        log.info("the stub closed the connection: ending")
+        return 0
+    finally:
+        channel.close()  # at once: what is left of the interpreter's end may take seconds
 
 
 def _run(config: EngineConfig, channel: Channel[StubMessage]) -> int:
@@ -57,20 +65,20 @@ def _run(config: EngineConfig, channel: Channel[StubMessage]) -> int:
         log.error("%s", error.message)
         channel.send(EngineFailed(ErrorInfo(error.code, error.message)))
         return 1
-    seconds = time.monotonic() - started
-    log.info("ready after %.1f s: %s", seconds, resolved.summary())
+    except Exception as error:
+        log.exception("loading failed")
+        channel.send(EngineFailed(ErrorInfo(INTERNAL, f"loading failed: {type(error).__name__}: {error}")))
+        return 1
+    log.info("ready after %.1f s: %s", time.monotonic() - started, resolved.summary())
+    channel.send(EngineReady(engine_limits(resolved)))
+    gc.collect()
+    gc.freeze()  # the model's objects never become garbage: later collections need not visit them
+    gc.disable()
     try:
-        channel.send(EngineReady(engine_limits(resolved), seconds))
-        gc.collect()
-        gc.freeze()  # the model's objects never become garbage: later collections need not visit them
-        gc.disable()
         serve(channel, core)
-    except ChannelClosed:
-        log.info("the stub closed the connection: ending")
     except EngineBroken as error:
         log.critical("%s: ending, so that a new engine can start", error)
-        return 2
-    return 0
+    return 2
 
 
 def serve(channel: Channel[StubMessage], core: EngineCore) -> None:

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 
+from flashserve.frontend.generation import Generation
 from flashserve.frontend.responder import Responder
 
 log = logging.getLogger(__name__)
@@ -39,21 +40,17 @@ class CancellationWatcher:
     def _run(self) -> None:
         period = MIN_PERIOD_S
         while not self._stopping.wait(period):
-            try:
-                period = self._sweep()
-            except Exception:
-                log.exception("a sweep for cancelled requests failed")
+            requests = self._responder.open_requests
+            for generation in requests:
+                try:
+                    self._look_at(generation)
+                except Exception:
+                    log.exception("request %s could not be checked for a cancellation", generation.name)
+            period = max(MIN_PERIOD_S, len(requests) * CHECK_COST_S / MAX_CORE_SHARE)
 
-    def _sweep(self) -> float:
-        """Ask for every open request once; returns how long to wait before the next sweep."""
-        requests = self._responder.open_requests
-        now = time.monotonic()
-        for generation in requests:
-            if generation.closed:
-                continue
-            if not generation.cancelled and generation.sender.is_cancelled():
-                self._responder.cancel(generation)
-            elif generation.parsed.stream and now - generation.last_sent > KEEP_ALIVE_S:
-                generation.last_sent = now
-                self._responder.keep_alive(generation)
-        return max(MIN_PERIOD_S, len(requests) * CHECK_COST_S / MAX_CORE_SHARE)
+    def _look_at(self, generation: Generation) -> None:
+        if not generation.cancelled and generation.client_is_gone():
+            self._responder.cancel(generation)
+        elif generation.parsed.stream and time.monotonic() - generation.last_sent > KEEP_ALIVE_S:
+            generation.last_sent = time.monotonic()
+            self._responder.keep_alive(generation)

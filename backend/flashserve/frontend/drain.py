@@ -12,6 +12,8 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
+from urllib.parse import quote
 
 from flashserve.errors import Cancelled, Unavailable
 from flashserve.frontend.responder import Responder
@@ -27,12 +29,21 @@ CONFIRMATIONS = 2  # polls in a row that must agree: one refused connection may 
 class DrainWatcher:
     """Polls while it lives. Starts to draw conclusions once it has seen the model ready."""
 
-    def __init__(self, model_name: str, version: str, address: str | None, drain_timeout_s: float,
-                 responder: Responder) -> None:  # fmt: skip
-        self._path = f"/v2/models/{model_name}/versions/{version}/ready"
+    def __init__(
+        self,
+        model_name: str,
+        version: str,
+        address: str | None,
+        drain_timeout_s: float,
+        responder: Responder,
+        stop_engine: Callable[[], None],
+    ) -> None:
+        """``stop_engine`` is called once nothing may run any more."""
+        self._path = f"/v2/models/{quote(model_name)}/versions/{version}/ready"
         self._address = address or os.environ.get("FLASHSERVE_TRITON_HTTP") or DEFAULT_ADDRESS
         self._drain_timeout_s = drain_timeout_s
         self._responder = responder
+        self._stop_engine = stop_engine
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="drain", daemon=True)
 
@@ -57,15 +68,15 @@ class DrainWatcher:
         return False
 
     def _is_ready(self) -> bool | None:
-        """None when the server did not answer in time, which says nothing."""
+        """None for whatever says nothing about the model: an overload, or no port or descriptor left to ask with."""
         connection = http.client.HTTPConnection(self._address, timeout=TIMEOUT_S)
         try:
             connection.request("GET", self._path)
-            return connection.getresponse().status == 200
-        except TimeoutError:
-            return None
-        except (OSError, http.client.HTTPException):
+            return {200: True, 400: False, 404: False}.get(connection.getresponse().status)
+        except ConnectionRefusedError:
             return False
+        except (OSError, http.client.HTTPException):
+            return None
         finally:
             connection.close()
 
@@ -84,6 +95,10 @@ class DrainWatcher:
 
     def _end_requests(self) -> None:
         """Until stopped: a request that was parsed during the drain must not survive it."""
-        while not self._stopping.is_set():
-            self._responder.fail_all(Cancelled("the model was unloaded", reason="shutdown"))
-            self._stopping.wait(POLL_S)
+        self._responder.fail_all(_UNLOADED)
+        self._stop_engine()  # one that hangs takes no aborts, for which the sender would wait with the FINAL flags
+        while not self._stopping.wait(POLL_S):
+            self._responder.fail_all(_UNLOADED)
+
+
+_UNLOADED = Cancelled("the model was unloaded", reason="shutdown")

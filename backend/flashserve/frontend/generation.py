@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from typing import Any
 
@@ -15,6 +16,7 @@ class Generation:
     """Written by the sender thread, except ``inbox`` (engine's thread appends) and the times beside it."""
 
     __slots__ = (
+        "_closing",
         "cancelled",
         "closed",
         "failure",
@@ -55,8 +57,19 @@ class Generation:
         self.timings: RequestTimings | None = None
         self.last_token_time: float | None = None
         self.last_sent = parsed.arrival
+        self._closing = threading.Lock()
 
     @property
     def name(self) -> str:
         """For the log: the client's id if it gave one."""
         return self.parsed.request_id or f"#{self.id}"
+
+    def client_is_gone(self) -> bool:
+        """Ask Triton, a round trip. False once closed: with FINAL, Triton frees what it would look at."""
+        with self._closing:
+            return not self.closed and self.sender.is_cancelled()
+
+    def close(self) -> None:
+        """To be called before FINAL is sent. Waits for a question to Triton that is under way."""
+        with self._closing:
+            self.closed = True

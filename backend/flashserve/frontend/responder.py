@@ -71,6 +71,12 @@ class Responder:
             self._send_to_engine(message)
         except FlashserveError as error:
             self.fail(generation, error)
+        except Exception:
+            log.exception("request %s could not be handed to the engine", generation.name)
+            self.fail(generation, InternalError("the request could not be handed to the engine"))
+        else:
+            if generation.cancelled or generation.failure is not None:
+                self._abort(generation)  # again: an abort until now may have overtaken the request
 
     def answer(self, sender: Any, response: Any) -> None:
         """Send a response that needs no engine, with its FINAL flag."""
@@ -229,7 +235,7 @@ class Responder:
         generation.sender.send(self._builder.error(error), flags=RESPONSE_COMPLETE_FINAL)
 
     def _close(self, generation: Generation) -> None:
-        generation.closed = True
+        generation.close()
         self._open.pop(generation.id, None)
 
     def _abort(self, generation: Generation) -> None:

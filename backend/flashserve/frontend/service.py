@@ -43,7 +43,9 @@ class ModelService:
         self._ids = itertools.count(1)
         self._metrics_thread = MetricsExportThread(exporter)
         self._cancellation = CancellationWatcher(self._responder)
-        self._drain = DrainWatcher(name, version, config.triton_http, config.drain_timeout_s, self._responder)
+        self._drain = DrainWatcher(
+            name, version, config.triton_http, config.drain_timeout_s, self._responder, self._supervisor.stop
+        )
         self._responder.start(self._supervisor.send)
         for part in (self._metrics_thread, self._cancellation, self._drain):
             part.start()

@@ -51,26 +51,21 @@ class Channel(Generic[Incoming]):
                 raise ChannelClosed(str(error)) from error
 
     def receive(self, timeout_s: float | None = None) -> list[Incoming]:
-        """All messages that are there, after waiting for the first at most ``timeout_s`` (None: without bound).
+        """Messages that are there, after waiting for the first at most ``timeout_s`` (None: without bound).
 
         Empty after a timeout. Raises ChannelClosed when the other side has closed and all was read.
         """
-        messages = self._complete_messages()
-        if messages:
-            timeout_s = 0
-        while self._poll.poll(None if timeout_s is None else timeout_s * 1000):
+        messages: list[Incoming] = []
+        # One read takes all that is there. No second look: a busy sender would keep the loop from ever returning.
+        while not messages and self._poll.poll(None if timeout_s is None else timeout_s * 1000):
             try:
                 data = self._sock.recv(RECEIVE_BYTES)
             except OSError as error:
                 raise ChannelClosed(str(error)) from error
             if not data:
-                if messages:
-                    return messages
                 raise ChannelClosed("the other side closed the connection")
             self._buffer += data
-            messages += self._complete_messages()
-            if messages:
-                timeout_s = 0
+            messages = self._complete_messages()
         return messages
 
     def _complete_messages(self) -> list[Incoming]:
@@ -93,5 +88,6 @@ class Channel(Generic[Incoming]):
 
     def close(self) -> None:
         """Free the descriptor. For the receiving thread only, which might else poll a reused number."""
-        self.shutdown()
-        self._sock.close()
+        self.shutdown()  # a sender that waits for room in the buffer wakes up and gives the lock back
+        with self._send_lock:  # none is about to write to a number that the next connection may get
+            self._sock.close()

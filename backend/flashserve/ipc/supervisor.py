@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -57,6 +58,7 @@ class EngineSupervisor:
         self._first_start = threading.Event()
         self._start_error: FlashserveError | None = None
         self._limits: EngineLimits | None = None
+        self._spawned = 0.0
         self._retry_at = 0.0
         self._load_seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="engine-supervisor", daemon=True)
@@ -118,16 +120,16 @@ class EngineSupervisor:
     def _run(self) -> None:
         backoff = FIRST_BACKOFF_S
         while not self._stopping.is_set():
-            started = time.monotonic()
+            self._spawned = time.monotonic()
             reason = self._live_once()
             if self._limits is None:  # the first start failed: the model does not load, nobody tries again
+                self._start_error = self._start_error or InternalError(reason)
                 self._first_start.set()
                 return
             if self._stopping.is_set():
                 return
-            backoff = (
-                FIRST_BACKOFF_S if time.monotonic() - started > STABLE_AFTER_S else min(backoff * 2, MAX_BACKOFF_S)
-            )
+            stable = time.monotonic() - self._spawned > STABLE_AFTER_S
+            backoff = FIRST_BACKOFF_S if stable else min(backoff * 2, MAX_BACKOFF_S)
             self._retry_at = time.monotonic() + backoff
             log.error("%s; a new engine starts in %.1f s", reason, backoff)
             self._listener.on_dead(self.unavailable(reason))
@@ -137,7 +139,12 @@ class EngineSupervisor:
         """One engine's life. Returns why it ended."""
         ours, theirs = socket.socketpair()
         channel: Channel[EngineMessage] = Channel(ours, EngineMessage)
-        process = self._spawn(theirs)
+        try:
+            with theirs:
+                process = self._spawn(theirs)
+        except (OSError, ConfigError) as error:  # no memory to fork, or no interpreter
+            channel.close()
+            return f"the engine process could not be started: {error}"
         with self._lock:
             self._process = process
             if self._stopping.is_set():
@@ -148,6 +155,8 @@ class EngineSupervisor:
                     self._dispatch(message, channel)
         except ChannelClosed:
             pass  # the normal end of an engine's life, also when it was killed
+        except Exception:
+            log.exception("a message of the engine could not be understood: ending it")
         finally:
             with self._lock:
                 self._channel = None
@@ -159,7 +168,7 @@ class EngineSupervisor:
             self._listener.on_outputs(message)
         elif isinstance(message, EngineReady):
             self._limits = message.limits
-            self._load_seconds = message.load_seconds
+            self._load_seconds = time.monotonic() - self._spawned
             with self._lock:
                 self._channel = channel
             self._listener.on_ready(message)
@@ -170,10 +179,7 @@ class EngineSupervisor:
     def _spawn(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
         command = [python_executable(), "-m", "flashserve.engine", "--fd", str(theirs.fileno())]
         command += ["--parent", str(os.getpid()), "--config", json.dumps(asdict(self._config))]
-        with theirs:
-            return subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], env=engine_environment(), stdin=subprocess.DEVNULL
-            )
+        return subprocess.Popen(command, pass_fds=[theirs.fileno()], env=engine_environment(), stdin=subprocess.DEVNULL)
 
     def _reap(self, process: subprocess.Popen[bytes]) -> str:
         try:
@@ -182,10 +188,8 @@ class EngineSupervisor:
             process.kill()
             status = process.wait()
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        hint = " (out of memory?)" if status == -9 and self._limits is None else ""
-        if self._start_error is None:
-            self._start_error = InternalError(f"the engine process {how}{hint} while it loaded the model")
-        return f"the engine process {how}"
+        hint = " (out of memory?)" if status == -signal.SIGKILL and self._limits is None else ""
+        return f"the engine process {how}{hint}"
 
 
 def python_executable() -> str:
