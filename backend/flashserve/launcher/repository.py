@@ -123,7 +123,7 @@ def _problem(model: Path) -> str | None:
         config = EngineConfig.from_file(version / "model.json")
     except ConfigError as error:
         return str(error)
-    if config.device == "null":
+    if config.device.startswith("null"):
         return None
     if Path(config.model).is_dir():
         missing = [name for name in ("config.json", "*.safetensors") if not any(Path(config.model).glob(name))]
