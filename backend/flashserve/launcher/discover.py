@@ -35,7 +35,10 @@ class TritonInstall:
     origin: str
     """Where it comes from, in words."""
     version: str
-    """Triton's version, or "unknown"."""
+    """Triton's version; empty if it is not known."""
+
+    def __str__(self) -> str:
+        return f"tritonserver {self.version}".rstrip() + f" ({self.origin})"
 
 
 def find_triton() -> TritonInstall | None:
@@ -80,7 +83,7 @@ def _installed(server: Path, origin: str) -> TritonInstall:
     if stub is not None and stub_version(stub) not in (PYTHON_VERSION, None):
         stub = None
     version_file = root / "TRITON_VERSION"
-    version = os.environ.get("TRITON_SERVER_VERSION", "unknown")
+    version = os.environ.get("TRITON_SERVER_VERSION", "")
     if version_file.is_file():
         version = version_file.read_text(encoding="utf-8").strip()
     return TritonInstall(
@@ -111,7 +114,7 @@ def _from_pytriton() -> TritonInstall | None:
         stub=stub if stub.is_file() else None,
         library_paths=(Path(spec.origin).parent.parent / "nvidia_pytriton.libs",),
         origin=f"from nvidia-pytriton {release}",
-        version=PYTRITON_RELEASES.get(release, "unknown"),
+        version=PYTRITON_RELEASES.get(release, ""),
     )
 
 

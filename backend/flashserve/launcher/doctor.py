@@ -68,7 +68,7 @@ def _triton() -> Iterable[Check]:
     if install is None:
         yield Check("tritonserver", "fail", "not found", f"{INSTALL}, or use NVIDIA's tritonserver container")
         return
-    yield Check("tritonserver", "ok", f"{install.version}, {install.origin} ({install.server})")
+    yield Check("tritonserver", "ok", f"{install.version or 'version unknown'}, {install.origin} ({install.server})")
     if install.stub:
         yield Check("Python backend", "ok", f"stub for Python {discover.PYTHON_VERSION}")
     else:

@@ -70,7 +70,7 @@ def serve(options: ServeOptions, console: Console | None = None) -> int:
             repositories = [*repositories, str(space.models)]
         line = process.command(install, space, repositories, endpoints, options.triton_arguments)
         env = process.environment(install, space, endpoints)
-        console.say(f"flashserve {__version__}: starting tritonserver {install.version} ({install.origin})")
+        console.say(f"flashserve {__version__}: starting {install}")
         server = ServerProcess(line, env, console.say, options.verbose)
         guard.leader(server.pid)
         control = TritonControl(endpoints.http_address)
