@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from flashserve.launcher.discover import find_triton
+from shared_servers import server  # noqa: F401 - a fixture for every test below this folder
 
 HERE = Path(__file__).parent
 

@@ -34,6 +34,7 @@ from flashserve.text.tokenizer import Tokenizer
 
 FLAGS = tuple(spec.name for spec in INPUTS if spec.dtype == "BOOL")
 PROMPTS = ("text_input", "chat_request", "tokenize_request", "embedding_request")
+TRITONS_OWN = "triton_enable_empty_final_response"  # the one such key that Triton takes from clients
 NOT_SUPPORTED = ("return_cumulative_logprob", "return_logprobs")
 
 
@@ -308,18 +309,14 @@ def _read_inputs(request: RawRequest) -> tuple[dict[str, str], dict[str, bool], 
             flags[name] = _merged(name, flags.get(name), _flag(name, value))
         elif name in INPUT_BY_NAME and name not in PARAMETERS:
             raise InvalidArgument(f"{name} must be an input tensor, not a request parameter")
-        elif not name.startswith("triton_"):  # those are Triton's own, which refuses them from clients
+        elif name != TRITONS_OWN:
             own[name] = value
-    if "max_tokens" in elements:
-        own["max_tokens"] = _merged("max_tokens", own.get("max_tokens"), elements["max_tokens"])
-    if request.timeout_us > 0:
-        own.setdefault("timeout", request.timeout_us)
-    if request.request_id:
-        own.setdefault("id", request.request_id)
+    tritons = {"timeout": request.timeout_us or None, "id": request.request_id or None}
 
-    values = coerce_all(own)
-    for name, value in coerce_all(in_json).items():
-        values[name] = _merged(name, values.get(name), value)
+    values: dict[str, Any] = {}
+    for source in (own, tritons, {"max_tokens": elements.get("max_tokens")}, in_json):
+        for name, value in coerce_all(source).items():
+            values[name] = _merged(name, values.get(name), value)
     for name in NOT_SUPPORTED:
         if flags.get(name):
             raise InvalidArgument(f"{name}=true is not supported; only false is")
