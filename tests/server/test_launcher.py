@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from harness import SOURCES, Server, sse_events, wait_until
 
 STANDIN = Path(__file__).parent / "standin"
