@@ -15,7 +15,6 @@ from typing import Any
 
 import httpx
 import pytest
-
 from harness import SOURCES, Server, sse_events, wait_until
 
 STANDIN = Path(__file__).parent / "standin"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-
 from harness import Server, wait_until
+
 from tiny_models import make_tiny_model
 
 
