@@ -398,7 +398,10 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
-MESSAGE = st.fixed_dictionaries({}, optional={"role": JSON, "content": JSON, "tool_calls": JSON, "name": JSON})
+TEXT = st.text(st.characters(), max_size=20)
+MESSAGE = st.fixed_dictionaries({"role": TEXT, "content": TEXT}) | st.fixed_dictionaries(
+    {}, optional={"role": JSON, "content": JSON, "tool_calls": JSON, "name": JSON}
+)
 CHAT = st.fixed_dictionaries(
     {},
     optional={
@@ -431,13 +434,39 @@ ARRAYS = st.one_of(
 )
 
 
-@settings(max_examples=1000, deadline=None)
-@given(
-    inputs=st.dictionaries(st.sampled_from([spec.name for spec in INPUTS]), ARRAYS, max_size=3),
-    parameters=st.dictionaries(st.text(max_size=5) | st.sampled_from(["stream", "stop", "timeout"]), JSON, max_size=2),
-    request_id=st.text(st.characters(), max_size=4),
+def one_tensor(name: str, values: st.SearchStrategy[bytes]) -> st.SearchStrategy[dict[str, np.ndarray]]:
+    return values.map(lambda value: {name: objects(value)})
+
+
+def as_json(values: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
+    return values.map(lambda value: json.dumps(value).encode())
+
+
+# Half of the requests have a proper prompt, so that what is random beside it gets a chance.
+PROMPT = (
+    one_tensor("text_input", st.text(max_size=60).map(str.encode))
+    | one_tensor(
+        "chat_request", as_json(st.fixed_dictionaries({"messages": st.lists(MESSAGE, min_size=1, max_size=2)}))
+    )
+    | one_tensor("tokenize_request", as_json(st.fixed_dictionaries({"text": TEXT})))
+    | one_tensor(
+        "sampling_parameters",
+        as_json(st.fixed_dictionaries({"prompt_token_ids": st.lists(st.integers(0, LIMITS.vocab_size), max_size=110)})),
+    )
+    | st.just({})
 )
-def test_any_bytes_in_any_tensor_give_a_valid_request_or_an_invalid_argument(inputs, parameters, request_id):
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    prompt=PROMPT,
+    others=st.just({}) | st.dictionaries(st.sampled_from([spec.name for spec in INPUTS]), ARRAYS, max_size=2),
+    parameters=st.just({})
+    | st.dictionaries(st.text(max_size=5) | st.sampled_from(["stream", "stop", "timeout"]), JSON, max_size=1),
+    request_id=st.just("") | st.text(st.characters(), max_size=4),
+)
+def test_any_bytes_in_any_tensor_give_a_valid_request_or_an_invalid_argument(prompt, others, parameters, request_id):
+    inputs = {**others, **prompt}
     try:
         result = parse(RawRequest(inputs, parameters, request_id), CONTEXT)
     except InvalidArgument as error:
