@@ -28,8 +28,16 @@ WINDOWS = [None, 1, 5, 16, 37, 4096]
 class Problem:
     """Random queries, a cache whose unused slots hold garbage, and shuffled block tables."""
 
-    def __init__(self, rows: list[tuple[int, int]], heads: int = 6, kv_heads: int = 2, dim: int = 16,
-                 block_size: int = 16, dtype: torch.dtype = torch.float32, interleaved: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        rows: list[tuple[int, int]],
+        heads: int = 6,
+        kv_heads: int = 2,
+        dim: int = 16,
+        block_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+        interleaved: bool = False,
+    ) -> None:
         rng, generator = random.Random(0), torch.Generator().manual_seed(0)
         self.rows, self.heads, self.kv_heads, self.dim, self.block_size = rows, heads, kv_heads, dim, block_size
         needed = [-(-seq_len // block_size) for _, seq_len in rows]

@@ -21,7 +21,9 @@ GREEDY = SamplingParams(temperature=0)
 
 
 def resolve_folder(folder: Path, **settings: Any) -> ResolvedConfig:
-    config = EngineConfig(**{"model": str(folder), "device": "cpu", "kv_cache_memory_bytes": 64 << 20, **settings})
+    # One thread: tiny tensors gain nothing from two, and wait for each other where other processes are busy.
+    defaults = {"model": str(folder), "device": "cpu", "kv_cache_memory_bytes": 64 << 20, "num_threads": 1}
+    config = EngineConfig(**{**defaults, **settings})
     return resolve(config, read_model_facts(config, "cpu"), read_device_facts("cpu"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from tiny_models import FAMILIES, make_tiny_model
 
 LENGTHS = (1, 5, 16, 17, 40, 64, 90, 150, 33)
