@@ -133,7 +133,7 @@ class AsyncClient:
                 if not model_ready:
                     detail = f"model {model!r} is not ready" if server_live else "the server is not live"
                     return Health(server_live, False, False, detail)
-                await self._probe(model, deadline.remaining())
+                await self._probe(model, deadline.remaining() or timeout_s)
         except Timeout:
             return Health(server_live, model_ready, False, f"no answer within {timeout_s:g} s")
         except FlashserveError as error:

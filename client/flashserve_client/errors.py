@@ -29,7 +29,7 @@ class FlashserveError(Exception):
         message: what went wrong, without the suffix.
         code: INVALID_ARG, NOT_FOUND, UNAVAILABLE, CANCELLED, INTERNAL, ..., CONNECTION or TIMEOUT.
         retry_after_ms: the server's estimate of when it is worth asking again, in milliseconds, or None.
-        reason: why a request was cancelled ("deadline", ...), or None.
+        reason: why a request was cancelled ("deadline", ...); "unreachable" if there was no connection; or None.
         partial: what a stream had delivered before the error, or None.
     """
 

@@ -183,5 +183,5 @@ def _status_error(error: grpc.aio.AioRpcError, url: str) -> FlashserveError:
     if "[code=" in details or code in _STATUS_CODES:
         return error_from_message(details, _STATUS_CODES.get(code, "INTERNAL"))
     if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details:
-        return ConnectionFailed(f"no server at {url} ({details})")
+        return ConnectionFailed(f"no server at {url} ({details})", reason="unreachable")
     return ConnectionFailed(f"the connection to {url} broke ({code.name}: {details})")

@@ -7,9 +7,8 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, TypeAlias
-
-import numpy as np
 
 from .errors import InvalidRequest
 
@@ -124,7 +123,8 @@ def _timeout_ms(timeout_s: float) -> int:
 
 def _messages(prompt: Any) -> list[dict[str, Any]] | None:
     """A prompt's chat messages; None if it holds token ids."""
-    if isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, (Sequence, np.ndarray)) or len(prompt) == 0:
+    prompt = _as_list(prompt)
+    if isinstance(prompt, (str, bytes, Mapping)) or not isinstance(prompt, Sequence) or len(prompt) == 0:
         raise InvalidRequest(
             "prompt: a string, a non-empty list of token ids or a non-empty list of messages is needed, "
             f"got {type(prompt).__name__}"
@@ -138,20 +138,28 @@ def _messages(prompt: Any) -> list[dict[str, Any]] | None:
 
 
 def _token_ids(ids: Any, allow_empty: bool = False) -> list[int]:
-    if isinstance(ids, np.ndarray):
-        ids = ids.tolist()
+    ids = _as_list(ids)
     if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)) or not (ids or allow_empty):
         raise InvalidRequest(f"token ids: a list of ints is needed, got {type(ids).__name__}")
     for index, value in enumerate(ids):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise InvalidRequest(f"token ids: item {index} is {value!r}, not an int")
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise InvalidRequest(f"token ids: item {index} is {value!r:.80}, not an int")
     return [int(value) for value in ids]
+
+
+def _as_list(value: Any) -> Any:
+    """A numpy or torch array as a list; told by its method, for numpy takes 100 ms to import."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _sampling_json(params: Mapping[str, Any]) -> str:
     try:
-        return _valid_text("sampling parameters", json.dumps(params, allow_nan=False, default=_plain))
-    except (TypeError, ValueError):
+        return _valid_text(
+            "sampling parameters", json.dumps(params, allow_nan=False, ensure_ascii=False, default=_plain)
+        )
+    except InvalidRequest:
+        raise
+    except (TypeError, ValueError, RecursionError):
         for name, value in params.items():  # say which one it was
             _to_json(f"sampling parameter {name!r}", value)
         raise
@@ -167,9 +175,10 @@ def _to_json(what: str, value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """numpy numbers and arrays, which come out of data sets, as plain Python values."""
-    if isinstance(value, (np.generic, np.ndarray)):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} is not a JSON value")
+    plain = _as_list(value)
+    if plain is value:
+        raise TypeError(f"{type(value).__name__} is not a JSON value")
+    return plain
 
 
 def _valid_text(what: str, text: str) -> str:

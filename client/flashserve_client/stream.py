@@ -40,12 +40,18 @@ class AsyncStream:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._deadline: Deadline | None = None
         self._ended = False
+        self._error: FlashserveError | None = None
         self._texts: list[str] = []
         self._prompt_tokens = 0
         self._completion_tokens = 0
         self._finish_reason: str | None = None
         self._timings = Timings()
         self._started = self._last = self._first = 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last piece has come, so that there is a `result`."""
+        return self._finish_reason is not None
 
     @property
     def result(self) -> GenerateResult:
@@ -59,31 +65,39 @@ class AsyncStream:
 
     async def __anext__(self) -> Delta:
         if self._ended:
+            if self._error is not None:
+                raise self._error
             raise StopAsyncIteration
         try:
-            if self._loop is None:
-                self._start()
-            with self._deadline or _NO_DEADLINE:
+            if self._deadline is None:
+                self._deadline = self._start()
+            with self._deadline:
                 delta = await self._next()
         except BaseException as error:
-            told = self._closed_error(error)
+            if isinstance(error, FlashserveError):
+                error.partial = self._snapshot()
+                self._error = error
             await self.aclose()
-            if isinstance(told, FlashserveError):
-                told.partial = self._snapshot()
-            if told is error:
-                raise
-            raise told from None
+            raise
         if delta is None:
             await self.aclose()
             raise StopAsyncIteration
         return delta
 
     async def aclose(self) -> None:
-        """Ends the request if it still runs. May be called at any time, several times."""
+        """Ends the request if it still runs. May be called at any time, several times, and by any task.
+
+        Who reads on, then or at the moment, gets Cancelled, unless the answer was complete.
+        """
         self._ended = True
+        if self._error is None and self._finish_reason is None:
+            self._error = Cancelled("the stream was closed")
+            self._error.partial = self._snapshot()
         reader, self._reader = self._reader, None
         if self._deadline is not None:
             self._deadline.cancel()
+            if self._error is not None:
+                self._deadline.interrupt(self._error)
         if reader is not None:
             await reader.aclose()
 
@@ -102,15 +116,15 @@ class AsyncStream:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(_close_later, loop, reader)
 
-    def _start(self) -> None:
+    def _start(self) -> Deadline:
         self._loop = asyncio.get_running_loop()
         self._started = self._last = time.perf_counter()
-        if self._timeout_s is not None:
-            self._deadline = Deadline(self._timeout_s + CLIENT_GRACE_S)
         self._reader = self._transport.open(self._request)
+        return Deadline(None if self._timeout_s is None else self._timeout_s + CLIENT_GRACE_S)
 
     async def _next(self) -> Delta | None:
-        while self._reader is not None:
+        while True:
+            assert self._reader is not None
             try:
                 chunk = await self._reader.read()
             except Unavailable as error:
@@ -123,7 +137,6 @@ class AsyncStream:
             delta = self._take(chunk)
             if delta is not None:
                 return delta
-        raise asyncio.CancelledError  # closed while this task waited
 
     def _take(self, chunk: Chunk) -> Delta | None:
         """Books a response; None for a keep-alive, which carries no text and no token."""
@@ -151,29 +164,21 @@ class AsyncStream:
 
     async def _wait_to_retry(self, error: Unavailable) -> None:
         """Waits and prepares the request anew; raises `error` when it may not be sent again."""
-        if self._first or self._retries_left <= 0 or self._reader is None:
+        if self._first or self._retries_left <= 0 or self._reader is None or self._deadline is None:
             raise error
         self._retries_left -= 1
         wait_s = (error.retry_after_ms if error.retry_after_ms is not None else 250) / 1000
         # Up to a tenth more: those who were refused together should not come back together.
         wait_s = min(wait_s, _MAX_RETRY_WAIT_S) * (1 + 0.1 * random.random())
-        remaining = None if self._deadline is None else self._deadline.remaining() - CLIENT_GRACE_S - wait_s
-        if remaining is not None and remaining <= 0:
-            raise error
+        request, remaining = self._request, self._deadline.remaining()
+        if remaining is not None:
+            remaining -= CLIENT_GRACE_S + wait_s
+            if remaining <= 0:
+                raise error
+            request = request.with_timeout(remaining)
         await self._reader.aclose()
         await asyncio.sleep(wait_s)
-        if self._ended:
-            raise asyncio.CancelledError
-        request = self._request if remaining is None else self._request.with_timeout(remaining)
         self._reader = self._transport.open(request)
-
-    def _closed_error(self, error: BaseException) -> BaseException:
-        """What a reader is told whose stream was closed under it by another task."""
-        task = asyncio.current_task()
-        cancelled = task is not None and hasattr(task, "cancelling") and task.cancelling()
-        if self._ended and not cancelled and isinstance(error, (asyncio.CancelledError, ConnectionFailed)):
-            return Cancelled("the stream was closed")
-        return error
 
     def _snapshot(self) -> GenerateResult:
         return GenerateResult(
@@ -188,7 +193,6 @@ class AsyncStream:
         )
 
 
-_NO_DEADLINE = contextlib.nullcontext()
 _closing: set[asyncio.Task[None]] = set()
 
 

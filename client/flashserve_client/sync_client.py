@@ -51,6 +51,12 @@ class Stream:
         self._queue: SimpleQueue[Delta | _End] = SimpleQueue()
         self._pump: futures.Future[None] | None = None
         self._ended = False
+        self._error: BaseException | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last piece has come, so that there is a `result`."""
+        return self._stream.finished
 
     @property
     def result(self) -> GenerateResult:
@@ -62,6 +68,8 @@ class Stream:
 
     def __next__(self) -> Delta:
         if self._ended:
+            if self._error is not None:
+                raise self._error
             raise StopIteration
         if self._pump is None:
             self._pump = self._loop.start(_pump(self._stream, self._queue))
@@ -72,17 +80,17 @@ class Stream:
             raise
         if type(item) is not _End:
             return item  # type: ignore[return-value]
-        self._ended = True
-        if item.error is not None:
-            raise item.error
-        raise StopIteration
+        self._ended, self._error = True, item.error
+        return self.__next__()
 
     def close(self) -> None:
         """Ends the request if it still runs; returns when the server has been told. May be called several times."""
+        if not self._ended and not self.finished:
+            self._error = Cancelled("the stream was closed")
         self._ended = True
         if self._pump is not None and not self._pump.done():
-            self._pump.cancel()
-            self._loop.wait(self._stream.aclose())
+            with contextlib.suppress(RuntimeError):  # the client is closed already
+                self._loop.wait(self._stream.aclose())
 
     def __enter__(self) -> Stream:
         return self

@@ -1,0 +1,218 @@
+"""The client's subcommands: `flashserve generate` and `flashserve chat`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from io import TextIOWrapper
+from typing import Any
+
+from .errors import ConnectionFailed, FlashserveError, InvalidRequest, NotFound, Unavailable
+from .results import GenerateResult
+from .sync_client import Client, Stream
+from .transport import DEFAULT_URL
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+_DEFAULT_MODEL = "demo"
+_NOT_PARAMETERS = ("prompt", "model", "timeout_s", "request_id")  # arguments of `Client.generate`
+
+GENERATE_EXAMPLES = """\
+examples:
+  flashserve generate "def fibonacci(n):" --max-tokens 48
+  git diff | flashserve generate --url grpc://gpu-box:8001 --model qwen --stats
+  flashserve generate "def f(x):" --json --param stop='["\\n\\n"]' --param seed=7
+"""
+
+
+def add_commands(subparsers: Any) -> None:
+    """Registers generate and chat; each sets `run` to a function from the parsed arguments to an exit code."""
+    generate = subparsers.add_parser(
+        "generate",
+        help="ask a running server to continue a text",
+        description="Ask a running server to continue a text; the answer appears as it comes.",
+        epilog=GENERATE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    generate.add_argument("prompt", nargs="?", help="the text to continue (default: standard input)")
+    generate.add_argument("--json", action="store_true", help="print the whole result as one JSON object, at the end")
+    generate.add_argument("--no-stream", action="store_true", help="print the answer at its end, not as it comes")
+    _add_common(generate)
+    generate.set_defaults(run=run_generate)
+
+    chat = subparsers.add_parser(
+        "chat",
+        help="talk with a model of a running server",
+        description="Talk with a model of a running server. /reset forgets the conversation, /exit or Ctrl-D leaves, "
+        "Ctrl-C stops the running answer.",
+    )
+    chat.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
+    _add_common(chat)
+    chat.set_defaults(run=run_chat)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--url",
+        default=os.environ.get("FLASHSERVE_URL", DEFAULT_URL),
+        help="grpc://HOST:8001 or http://HOST:8000 (default: %(default)s, or $FLASHSERVE_URL)",
+    )
+    parser.add_argument("--model", metavar="NAME", help=f"default: {_DEFAULT_MODEL}, or the server's only model")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="stop after N tokens (default: what fits)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
+    parser.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest tokens of total weight P")
+    parser.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="stop before this text; repeatable")
+    parser.add_argument(
+        "--param",
+        action="append",
+        default=[],
+        type=_parameter,
+        metavar="NAME=VALUE",
+        help="any other sampling parameter; the value is JSON, or else a string; repeatable",
+    )
+    parser.add_argument("--timeout", type=float, metavar="S", help="give up after S seconds (default: never)")
+    parser.add_argument("--priority", type=int, metavar="N", help="lower goes first (default: 0)")
+    parser.add_argument(
+        "--retries", type=int, default=0, metavar="N", help="how often to retry while the server is busy"
+    )
+    parser.add_argument("--stats", action="store_true", help="print token counts, time to first token, tokens/s")
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    if name in _NOT_PARAMETERS:
+        raise argparse.ArgumentTypeError(f"{name} is no sampling parameter; see the other options")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def sampling_params(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments for `generate` and `stream` that the options stand for."""
+    names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "priority")
+    return {**{name: getattr(args, name) for name in names}, **dict(args.param)}
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """`flashserve generate`: the answer to standard output, all else to standard error."""
+    prompt = args.prompt if args.prompt is not None else " ".join(getattr(args, "rest", []))
+    if not prompt:
+        if sys.stdin.isatty():
+            return fail('no prompt: give one as an argument ("flashserve generate TEXT") or on standard input', 2)
+        prompt = sys.stdin.read()
+    return with_client(args, lambda client: _generate(client, prompt, args))
+
+
+def _generate(client: Client, prompt: str, args: argparse.Namespace) -> int:
+    model, params = choose_model(client, args.model), sampling_params(args)
+    if args.json or args.no_stream:
+        result = client.generate(prompt, model=model, **params)
+        write(json.dumps(asdict(result), ensure_ascii=False) if args.json else result.text)
+    else:
+        with client.stream(prompt, model=model, **params) as stream:
+            show(stream)
+            result = stream.result
+    write("\n")
+    if args.stats:
+        print(describe(result, streamed=not (args.json or args.no_stream)), file=sys.stderr)
+    return 0
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    """`flashserve chat`."""
+    from .chat import chat  # it loads readline, which changes how the terminal reads lines
+
+    def talk(client: Client) -> int:
+        return chat(client, choose_model(client, args.model), args.system, sampling_params(args), args.stats)
+
+    return with_client(args, talk)
+
+
+def with_client(args: argparse.Namespace, work: Callable[[Client], int]) -> int:
+    """Calls `work(client)` and turns what can go wrong into one line on standard error and an exit code."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end an answer
+    try:
+        with Client(args.url, timeout_s=args.timeout, retries=args.retries) as client:
+            return work(client)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # `| head` has seen enough; Python would complain when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except FlashserveError as error:
+        return fail(explain(error, args.url), 2 if isinstance(error, InvalidRequest) else 1)
+    except ValueError as error:  # the URL
+        return fail(str(error), 2)
+
+
+def choose_model(client: Client, name: str | None) -> str:
+    """The model that is meant: the one named, else the demo model, else the only one that is ready."""
+    if name is not None:
+        return name
+    ready = sorted({model.name for model in client.models() if model.state == "READY"})
+    if _DEFAULT_MODEL in ready or not ready:
+        return _DEFAULT_MODEL
+    if len(ready) > 1:
+        raise InvalidRequest(f"the server has several models: choose one with --model ({', '.join(ready)})")
+    return ready[0]
+
+
+def show(stream: Stream) -> None:
+    """Writes the pieces as they come; each is flushed, for pipes and files buffer 8 KiB."""
+    for delta in stream:
+        write(delta.text)
+
+
+def write(text: str) -> None:
+    """Writes to standard output at once."""
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def describe(result: GenerateResult, streamed: bool) -> str:
+    """A line about an answer's size and speed."""
+    cached = f" ({result.timings.cached_tokens} cached)" if result.timings.cached_tokens else ""
+    parts = [
+        f"{result.prompt_tokens} prompt tokens{cached}",
+        f"{result.completion_tokens} generated",
+        f"finish reason {result.finish_reason}",
+    ]
+    if streamed and result.ttft_s is not None:
+        parts.append(f"first token after {result.ttft_s * 1000:.0f} ms")
+    if streamed and result.tokens_per_s is not None:
+        parts.append(f"{result.tokens_per_s:.1f} tokens/s")
+    if not streamed:
+        parts.append(f"{result.latency_s * 1000:.0f} ms in all")
+    if result.timings.queue_ms is not None:
+        parts.append(f"queued {result.timings.queue_ms:.0f} ms")
+    return "[" + ", ".join(parts) + "]"
+
+
+def explain(error: FlashserveError, url: str) -> str:
+    """The error in words that say what to do."""
+    if isinstance(error, ConnectionFailed) and error.reason == "unreachable":
+        return f"no server at {url}: start one with `flashserve serve`, or give another --url"
+    if isinstance(error, NotFound):
+        return f"{error.message} (`flashserve models` lists what the server has)"
+    if isinstance(error, Unavailable):
+        wait = f" in {error.retry_after_ms / 1000:.1f} s" if error.retry_after_ms is not None else ""
+        return f"{error.message}: try again{wait}, or let --retries do it"
+    return error.message
+
+
+def fail(message: str, code: int) -> int:
+    """Prints an error and returns the exit code."""
+    print(f"flashserve: {message}", file=sys.stderr)
+    return code

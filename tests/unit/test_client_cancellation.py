@@ -1,0 +1,249 @@
+"""Whoever stops reading stops the server, whichever way they stop; and nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import threading
+import time
+
+import pytest
+from client_peers import PEERS, Peer, endless, peer_in_thread, silent, until, words
+
+from flashserve_client import AsyncClient, Cancelled, Client
+
+
+@pytest.fixture(params=PEERS)
+async def peer(request):
+    async with PEERS[request.param](endless) as peer:
+        yield peer
+
+
+@pytest.fixture(params=PEERS)
+def far_peer(request):
+    """A server on another thread's loop."""
+    with peer_in_thread(request.param, endless) as peer:
+        yield peer
+
+
+async def consume(stream):
+    async for _ in stream:
+        pass
+
+
+async def cancelled(peer: Peer) -> bool:
+    """Whether every request was ended by the client."""
+    return await until(lambda: bool(peer.asked) and all(asked.cancelled for asked in peer.asked))
+
+
+async def test_closing_the_stream(peer: Peer):
+    async with AsyncClient(peer.url) as client:
+        stream = client.stream("x")
+        await stream.__anext__()
+        await stream.aclose()
+        assert await cancelled(peer)
+        with pytest.raises(Cancelled):
+            await stream.__anext__()
+
+
+async def test_leaving_its_with_block(peer: Peer):
+    async with AsyncClient(peer.url) as client:
+        async with client.stream("x") as stream:
+            await stream.__anext__()
+        assert await cancelled(peer)
+
+
+async def test_dropping_it_after_a_break(peer: Peer):
+    async with AsyncClient(peer.url) as client:
+        async for _ in client.stream("x"):
+            break
+        gc.collect()
+        assert await cancelled(peer)
+
+
+async def test_dropping_it_in_another_thread(peer: Peer):
+    async with AsyncClient(peer.url) as client:
+        box = [client.stream("x")]
+        await box[0].__anext__()
+        thread = threading.Thread(target=box.clear)
+        thread.start()
+        thread.join()
+        assert await cancelled(peer)
+
+
+async def test_cancelling_the_task_that_reads(peer: Peer):
+    async with AsyncClient(peer.url) as client:
+        task = asyncio.create_task(consume(client.stream("x")))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await cancelled(peer)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_cancelling_the_task_that_waits_for_a_first_answer(peer: Peer, stream: bool):
+    peer.script = silent
+    async with AsyncClient(peer.url) as client:
+        task = asyncio.create_task(consume(client.stream("x")) if stream else client.generate("x"))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await cancelled(peer)
+
+
+@pytest.mark.parametrize("script", [endless, silent])
+async def test_closing_under_a_reader_tells_the_reader(peer: Peer, script):
+    peer.script = script
+    async with AsyncClient(peer.url) as client:
+        stream = client.stream("x", timeout_s=20)
+        task = asyncio.create_task(consume(stream))
+        await asyncio.sleep(0.1)
+        await stream.aclose()
+        with pytest.raises(Cancelled, match="the stream was closed"):
+            await asyncio.wait_for(task, 2)
+        assert await cancelled(peer)
+
+
+async def test_closing_the_client_ends_its_streams(peer: Peer):
+    client = AsyncClient(peer.url)
+    tasks = [asyncio.create_task(consume(client.stream("x"))) for _ in range(5)]
+    assert await until(lambda: len(peer.asked) == 5)
+    await client.aclose()
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        assert isinstance(outcome, Cancelled)
+    assert await cancelled(peer)
+
+
+async def test_closing_before_anything_was_sent_sends_nothing(peer: Peer):
+    async with AsyncClient(peer.url) as client, client.stream("x"):
+        pass
+    assert peer.asked == []
+
+
+async def test_a_burst_of_cancellations_leaves_the_client_usable(peer: Peer):
+    async with AsyncClient(peer.url) as client:
+        streams = [client.stream("x") for _ in range(50)]
+        await asyncio.gather(*(stream.__anext__() for stream in streams))
+        await asyncio.gather(*(stream.aclose() for stream in streams))
+        assert await cancelled(peer)
+        peer.script = words
+        assert (await client.generate("x")).text == "one two three"
+
+
+# --- the synchronous client -------------------------------------------------------------------------------------
+
+
+def cancelled_far(peer: Peer) -> bool:
+    return asyncio.run(cancelled(peer))
+
+
+def test_sync_closing_the_stream(far_peer: Peer):
+    with Client(far_peer.url) as client:
+        stream = client.stream("x")
+        next(stream)
+        stream.close()
+        assert cancelled_far(far_peer)
+        with pytest.raises(Cancelled):
+            next(stream)
+
+
+def test_sync_leaving_its_with_block(far_peer: Peer):
+    with Client(far_peer.url) as client:
+        with client.stream("x") as stream:
+            next(stream)
+        assert cancelled_far(far_peer)
+
+
+def test_sync_break(far_peer: Peer):
+    with Client(far_peer.url) as client:
+        for _ in client.stream("x"):
+            break
+        gc.collect()
+        assert cancelled_far(far_peer)
+
+
+def test_sync_closing_under_a_reader(far_peer: Peer):
+    with Client(far_peer.url) as client:
+        stream = client.stream("x")
+        next(stream)
+        timer = threading.Timer(0.2, stream.close)
+        timer.start()
+        with pytest.raises(Cancelled):
+            list(stream)
+        timer.join()
+        assert cancelled_far(far_peer)
+
+
+def test_sync_closing_the_client_wakes_its_readers(far_peer: Peer):
+    client = Client(far_peer.url)
+    outcomes: list[BaseException] = []
+
+    def work():
+        try:
+            list(client.stream("x"))
+        except BaseException as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    client.close()
+    for thread in threads:
+        thread.join(5)
+        assert not thread.is_alive()
+    assert len(outcomes) == 4
+    assert all(isinstance(outcome, (Cancelled, RuntimeError)) for outcome in outcomes)
+    assert cancelled_far(far_peer)
+
+
+def test_sync_dropping_the_client(far_peer: Peer):
+    client = Client(far_peer.url)
+    next(client.stream("x"))
+    del client
+    gc.collect()
+    assert cancelled_far(far_peer)
+    assert asyncio.run(until(lambda: not client_threads()))
+
+
+def client_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "flashserve-client"]
+
+
+def test_sync_no_thread_and_no_socket_is_left(far_peer: Peer):
+    def use():
+        with Client(far_peer.url) as client:
+            far_peer.script = words
+            list(client.stream("x"))
+            client.generate("x")
+            far_peer.script = endless
+            stream = client.stream("x")
+            next(stream)
+        assert not client_threads()
+
+    def descriptors():
+        return len(os.listdir("/proc/self/fd"))
+
+    use()  # grpc keeps a few for the process
+    assert asyncio.run(until(lambda: all(asked.over.is_set() for asked in far_peer.asked)))
+    before = descriptors()
+    for _ in range(3):
+        use()
+    for _ in range(100):
+        if descriptors() <= before:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{before} descriptors became {descriptors()}")
+
+
+def test_sync_a_client_that_is_closed_says_so(far_peer: Peer):
+    client = Client(far_peer.url)
+    client.close()
+    client.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        client.generate("x")
+    with pytest.raises(RuntimeError, match="closed"):
+        client.stream("x")
