@@ -15,7 +15,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import msgspec
 
 from flashserve.config import EngineConfig
 from flashserve.engine.loading import load_engine
@@ -23,6 +25,7 @@ from flashserve.engine.process import engine_limits
 from flashserve.errors import InternalError, InvalidArgument
 from flashserve.protocol import Abort, FinishReason, GenerateRequest, RequestTimings, SamplingParams, TokenOutput
 from flashserve.sampling_params import parse_sampling_params
+from flashserve.text.generation_defaults import load_generation_defaults
 from flashserve.text.output import TextStream
 from flashserve.text.tokenizer import Tokenizer
 
@@ -79,16 +82,20 @@ class LLM:
         self.resolved, self._core = load_engine(config)
         self.tokenizer = Tokenizer.load(self.resolved.model.tokenizer_file, [self.resolved.model.path])
         self.limits = engine_limits(self.resolved)
+        own_defaults = config.generation_config == "auto"
+        self._defaults = load_generation_defaults(Path(self.resolved.model.path)) if own_defaults else {}
         self._ids = itertools.count(1)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params] = None) -> list[Generated]:
         """Generate for all prompts at once; results in the prompts' order.
 
         A prompt is a text or token ids. ``params`` is one for all or one each: SamplingParams, or a mapping with
-        the names of the server's sampling_parameters. Raises InvalidArgument before anything runs.
+        the names of the server's sampling_parameters; what it leaves open comes from the model's
+        generation_config.json, as in the server. Raises InvalidArgument before anything runs.
         """
         prompt_list = _as_list(prompts)
-        each = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompt_list)
+        one = params is None or isinstance(params, (SamplingParams, Mapping))
+        each = [cast(Params, params)] * len(prompt_list) if one else list(cast(Sequence[Params], params))
         if len(each) != len(prompt_list):
             raise InvalidArgument(f"{len(prompt_list)} prompts but {len(each)} params: give one, or one each")
         requests = [self._request(prompt, given) for prompt, given in zip(prompt_list, each, strict=True)]
@@ -113,8 +120,10 @@ class LLM:
         self.close()
 
     def _request(self, prompt: Prompt, given: Params) -> GenerateRequest:
-        params = given if isinstance(given, SamplingParams) else parse_sampling_params(given or {})
+        params = parse_sampling_params(_as_mapping(given), self._defaults)
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if params.truncate_prompt_tokens is not None:
+            token_ids = token_ids[-params.truncate_prompt_tokens :]
         if not 0 < len(token_ids) < self.limits.max_model_len:
             raise InvalidArgument(
                 f"a prompt must have 1 to {self.limits.max_model_len - 1} tokens, not {len(token_ids)}"
@@ -147,6 +156,17 @@ class LLM:
             self._core.handle(Abort([output.request_id]))
         if state.finish_reason is not None:
             unfinished.discard(output.request_id)
+
+
+def _as_mapping(params: Params) -> dict[str, Any]:
+    """What a caller set, by name: SamplingParams built by hand are checked like everything else."""
+    if params is None:
+        return {}
+    if isinstance(params, Mapping):
+        return dict(params)
+    neutral = msgspec.structs.asdict(SamplingParams())
+    given = {name: value for name, value in msgspec.structs.asdict(params).items() if value != neutral[name]}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -164,6 +164,7 @@ class Scheduler:
                 request.block_ids += new_blocks
             request.num_computed_tokens = start + 1
             request.num_pending += 1
+            assert request.slot is not None
             rows.append(ScheduledRow(request.id, request.slot, start, 1, NO_IDS, new_blocks, True))
         return rows
 

@@ -1,0 +1,95 @@
+"""The offline API on a tiny model."""
+
+import pytest
+
+from flashserve import LLM, SamplingParams
+from flashserve.errors import ConfigError, InvalidArgument
+from tests.tiny_models import make_tiny_model
+
+GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llm")
+    make_tiny_model("llama", folder)
+    with LLM(folder, dtype="float32", num_threads=1, max_num_seqs=4, max_waiting_requests=2) as engine:
+        yield engine
+
+
+def free_blocks(llm):
+    return llm.stats().free_blocks
+
+
+def test_results_come_in_the_prompts_order_and_do_not_depend_on_company(llm):
+    prompts = ["def f(", "x", "class A:\n    pass", "import os", "return", "a = [1, 2", "for i in", "#"]
+    together = [r.token_ids for r in llm.generate(prompts, GREEDY)]
+    alone = [llm.generate(prompt, GREEDY)[0].token_ids for prompt in prompts]
+    assert together == alone
+    assert len({tuple(ids) for ids in alone}) > 1
+
+
+def test_a_prompt_of_token_ids_equals_its_text(llm):
+    ids = llm.tokenizer.encode("def f(")
+    assert llm.generate(ids, GREEDY)[0].text == llm.generate("def f(", GREEDY)[0].text
+
+
+def test_each_prompt_may_have_its_own_parameters(llm):
+    short, long = llm.generate(["a", "a"], [{**GREEDY, "max_tokens": 2}, GREEDY])
+    assert (len(short.token_ids), len(long.token_ids)) == (2, 12)
+    assert long.token_ids[:2] == short.token_ids
+    assert short.finish_reason == long.finish_reason == "length"
+
+
+def test_a_stop_string_ends_text_and_tokens_together(llm):
+    whole = llm.generate("a", GREEDY)[0]
+    stop = llm.tokenizer.decode(whole.token_ids[3:5])
+    stopped = llm.generate("a", {**GREEDY, "stop": [stop]})[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == whole.text[: whole.text.index(stop)]
+    assert len(stopped.token_ids) <= 5
+    assert free_blocks(llm) == llm.stats().total_blocks
+
+
+def test_sampling_params_built_by_hand_are_checked_too(llm):
+    made = llm.generate("a", SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True))[0]
+    assert made.token_ids == llm.generate("a", GREEDY)[0].token_ids[:3]
+    with pytest.raises(InvalidArgument, match="temperature"):
+        llm.generate("a", SamplingParams(temperature=-1.0))
+
+
+def test_a_truncated_prompt_keeps_its_end(llm):
+    ids = llm.tokenizer.encode("a long prompt with many words")
+    result = llm.generate(ids, {**GREEDY, "truncate_prompt_tokens": 4})[0]
+    assert result.prompt_token_ids == ids[-4:]
+
+
+@pytest.mark.parametrize("prompt", [[], [10**9], [-1], list(range(5)) * 1000])
+def test_bad_prompts_are_refused_before_anything_runs(llm, prompt):
+    steps = llm.stats().steps
+    with pytest.raises(InvalidArgument):
+        llm.generate([[1, 2], prompt], GREEDY)
+    assert llm.stats().steps == steps
+
+
+def test_an_interruption_leaves_an_empty_engine(llm, monkeypatch):
+    steps_left = iter(range(3))
+    step = llm._core.step
+
+    def interrupted():
+        if next(steps_left, None) is None:
+            monkeypatch.setattr(llm._core, "step", step)
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(llm._core, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["a"] * 6, GREEDY)
+    assert (llm.stats().running, llm.stats().waiting) == (0, 0)
+    assert free_blocks(llm) == llm.stats().total_blocks
+    assert llm.generate("a", GREEDY)[0].finish_reason == "length"
+
+
+def test_settings_are_checked_by_name(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean max_num_seqs"):
+        LLM(tmp_path, max_num_seq=4)
