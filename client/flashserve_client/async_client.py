@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from .deadline import Deadline
-from .errors import FlashserveError, InternalError, Timeout
+from .errors import FlashserveError, InternalError, Timeout, Unavailable
 from .request import (
     InferRequest,
     Prompt,
@@ -137,7 +137,9 @@ class AsyncClient:
         except Timeout:
             return Health(server_live, model_ready, False, f"no answer within {timeout_s:g} s")
         except FlashserveError as error:
-            return Health(server_live, model_ready, False, str(error))
+            # A full queue is the engine's own answer: it is busy, not dead, and must not be restarted for it.
+            busy = isinstance(error, Unavailable) and "queue is full" in error.message
+            return Health(server_live, model_ready, busy, str(error))
         finally:
             deadline.cancel()
         return Health(True, True, True, "ok")

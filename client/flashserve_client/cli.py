@@ -115,12 +115,11 @@ def _generate(client: Client, prompt: str, args: argparse.Namespace) -> int:
     model, params = choose_model(client, args.model), sampling_params(args)
     if args.json or args.no_stream:
         result = client.generate(prompt, model=model, **params)
-        write(json.dumps(asdict(result), ensure_ascii=False) if args.json else result.text)
+        write((json.dumps(asdict(result), ensure_ascii=False) if args.json else result.text) + "\n")
     else:
         with client.stream(prompt, model=model, **params) as stream:
             show(stream)
             result = stream.result
-    write("\n")
     if args.stats:
         print(describe(result, streamed=not (args.json or args.no_stream)), file=sys.stderr)
     return 0
@@ -140,11 +139,11 @@ def with_client(args: argparse.Namespace, work: Callable[[Client], int]) -> int:
     """Calls `work(client)` and turns what can go wrong into one line on standard error and an exit code."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end an answer
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else it logs a line when a server goes away
     try:
         with Client(args.url, timeout_s=args.timeout, retries=args.retries) as client:
             return work(client)
     except KeyboardInterrupt:
-        print(file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # `| head` has seen enough; Python would complain when it flushes at the end.
@@ -169,13 +168,18 @@ def choose_model(client: Client, name: str | None) -> str:
 
 
 def show(stream: Stream) -> None:
-    """Writes the pieces as they come; each is flushed, for pipes and files buffer 8 KiB."""
-    for delta in stream:
-        write(delta.text)
+    """Writes the pieces as they come, and ends the line, also after an error."""
+    shown = False
+    try:
+        for delta in stream:
+            write(delta.text)
+            shown = True
+    finally:
+        write("\n" if shown else "")
 
 
 def write(text: str) -> None:
-    """Writes to standard output at once."""
+    """Writes to standard output at once; pipes and files would else wait for 8 KiB."""
     if text:
         sys.stdout.write(text)
         sys.stdout.flush()

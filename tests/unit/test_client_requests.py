@@ -187,6 +187,17 @@ async def test_health_asks_the_engine_through_an_urgent_request(peer: Peer):
     assert sampling == {"prompt_token_ids": [0], "max_tokens": 1, "priority": -1_000_000}
 
 
+async def test_a_full_queue_is_not_a_dead_engine(peer: Peer):
+    async def full(asked):
+        yield Error("the queue is full: 9 requests with 99 tokens wait [code=UNAVAILABLE retry_after_ms=900]")
+
+    peer.script = full
+    async with AsyncClient(peer.url) as client:
+        health = await client.health()
+    assert health.engine_ready
+    assert "queue is full" in health.detail
+
+
 async def test_health_tells_a_dead_engine_from_a_missing_model_and_a_dead_server(peer: Peer):
     async def dead(asked):
         yield Error("the engine restarts [code=UNAVAILABLE retry_after_ms=900]")
