@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashserve.layers.linear import load_packed
 from flashserve.layers.weight_source import WeightSource
-from flashserve_kernels import embedding, linear, pack_linear, packing_pays
+from flashserve_kernels import embedding, linear, packing_pays
 
 
 class Embedding:
@@ -43,12 +44,13 @@ def load_embedding_and_head(
     shape = (vocab_size, hidden_size)
     if head_name is not None:
         table = weights.read(embedding_name, shape)
-        return Embedding(table), LMHead(pack_linear(weights.read(head_name, shape)))
+        head = load_packed(weights, shape, lambda weight: weights.read_into(head_name, weight))
+        return Embedding(table), LMHead(head)
     if packing_pays(weights.dtype, weights.device):
         mapped = weights.mapped(embedding_name, shape)
         if mapped is not None:
-            packed = pack_linear(weights.read(embedding_name, shape))
-            return Embedding(mapped), LMHead(packed)
+            head = load_packed(weights, shape, lambda weight: weights.read_into(embedding_name, weight))
+            return Embedding(mapped), LMHead(head)
     table = weights.read(embedding_name, shape)
     return Embedding(table), LMHead(table)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from flashserve.layers.weight_source import WeightSource
-from flashserve_kernels import linear, pack_linear
+from flashserve_kernels import linear, pack_linear, packing_pays
 
 
 class Linear:
@@ -31,17 +31,30 @@ class Linear:
         transposed: the checkpoint holds [in_features, size], as GPT-2's Conv1D does.
         """
         out_features = sum(size for _, size in shards)
-        weight = torch.empty((out_features, in_features), dtype=weights.dtype, device=weights.device)
         self.bias = torch.empty(out_features, dtype=weights.dtype, device=weights.device) if bias else None
-        first = 0
-        for name, size in shards:
-            rows = weight[first : first + size]
-            weights.read_into(f"{prefix}{name}.weight", rows.t() if transposed else rows)
-            if self.bias is not None:
-                weights.read_into(f"{prefix}{name}.bias", self.bias[first : first + size])
-            first += size
-        self.weight = pack_linear(weight)
+
+        def read_shards(weight: Tensor) -> None:
+            first = 0
+            for name, size in shards:
+                rows = weight[first : first + size]
+                weights.read_into(f"{prefix}{name}.weight", rows.t() if transposed else rows)
+                if self.bias is not None:
+                    weights.read_into(f"{prefix}{name}.bias", self.bias[first : first + size])
+                first += size
+
+        self.weight = load_packed(weights, (out_features, in_features), read_shards)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [T, in_features]. Returns [T, sum of the shards' sizes]."""
         return linear(x, self.weight, self.bias)
+
+
+def load_packed(weights: WeightSource, shape: tuple[int, int], read: Callable[[Tensor], None]) -> Tensor:
+    """The weight that ``read`` fills in, as :func:`flashserve_kernels.linear` wants it."""
+    if packing_pays(weights.dtype, weights.device):
+        staged = weights.scratch(shape)
+        read(staged)
+        return pack_linear(staged)
+    weight = torch.empty(shape, dtype=weights.dtype, device=weights.device)
+    read(weight)
+    return weight

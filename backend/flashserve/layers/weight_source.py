@@ -30,6 +30,11 @@ class WeightSource(Protocol):
         """A copy of a tensor."""
         ...
 
+    def scratch(self, shape: tuple[int, ...]) -> Tensor:
+        """Memory to put a tensor together in; the next call gives the same memory again. One buffer for all, since
+        freed ones of different sizes left holes of a third of the weights in the heap."""
+        ...
+
     def mapped(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         """The tensor inside the file's memory map: only rows that are read take memory. None where the dtype or
         the device differ. Never write to it."""

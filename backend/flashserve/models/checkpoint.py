@@ -144,6 +144,7 @@ class CheckpointWeights:
         self._checkpoint = checkpoint
         self._maps: dict[Path, mmap.mmap] = {}
         self._used: set[str] = set()
+        self._scratch = torch.empty(0)
 
     def has(self, name: str) -> bool:
         return name in self._checkpoint.entries
@@ -160,6 +161,13 @@ class CheckpointWeights:
         out = torch.empty(shape, dtype=self.dtype, device=self.device)
         self.read_into(name, out)
         return out
+
+    def scratch(self, shape: tuple[int, ...]) -> Tensor:
+        count = math.prod(shape)
+        if self._scratch.numel() < count:
+            self._scratch = torch.empty(0)  # the old one goes first
+            self._scratch = torch.empty(count, dtype=self.dtype, device=self.device)
+        return self._scratch[:count].view(shape)
 
     def mapped(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         view = self._view(name, shape)

@@ -1,0 +1,62 @@
+"""What the runner finds out about the machine."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from flashserve.errors import ConfigError
+from flashserve.runner import device
+from flashserve.runner.device import available_cores, read_device_facts
+
+
+def test_facts_of_the_cpu():
+    facts = read_device_facts("cpu")
+    assert facts.kind == "cpu"
+    assert 0 < facts.free_bytes <= facts.total_bytes
+    assert 1 <= facts.num_threads <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "tpu", "cuda:99", ""])
+def test_devices_that_are_not_there(name):
+    with pytest.raises(ConfigError, match="device"):
+        read_device_facts(name)
+
+
+@pytest.mark.parametrize("files, expected", [
+    ({"cpu.max": "150000 100000\n"}, 1.5),
+    ({"cpu.max": "max 100000\n"}, None),
+    ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4.0),
+    ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+    ({}, None),
+])  # fmt: skip
+def test_a_containers_cpu_quota(files, expected, tmp_path, monkeypatch):
+    write(tmp_path, files)
+    assert device._cpu_quota(tmp_path) == expected
+
+
+def test_a_quota_below_one_core_still_gives_one_thread(monkeypatch):
+    monkeypatch.setattr(device, "_cpu_quota", lambda: 0.3)
+    assert available_cores() == 1
+
+
+@pytest.mark.parametrize("files, total, free", [
+    ({"memory.max": "1000000\n", "memory.current": "400000\n"}, 1_000_000, 600_000),
+    ({"memory/memory.limit_in_bytes": "2000000", "memory/memory.usage_in_bytes": "2500000"}, 2_000_000, 0),
+])  # fmt: skip
+def test_a_containers_memory_limit(files, total, free, tmp_path):
+    write(tmp_path, files)
+    assert device._memory(tmp_path) == (total, free)
+
+
+def test_without_a_memory_limit_the_machine_counts(tmp_path):
+    write(tmp_path, {"memory.max": "max\n", "memory.current": "5\n"})
+    total, free = device._memory(tmp_path)
+    assert 0 < free <= total
+
+
+def write(folder, files) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
