@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from types import TracebackType
 
 from .errors import FlashserveError, Timeout
@@ -17,6 +18,7 @@ class Interruptible:
     def __init__(self) -> None:
         self._task: asyncio.Task[object] | None = None
         self._error: FlashserveError | None = None
+        self._cancelling = 0
 
     def interrupt(self, error: FlashserveError) -> None:
         """Raises `error` in the task that is in a block now, and in every later block. The first error stays."""
@@ -29,14 +31,16 @@ class Interruptible:
         if self._error is not None:
             raise self._error
         self._task = asyncio.current_task()
+        if sys.version_info >= (3, 11):
+            self._cancelling = self._task.cancelling() if self._task is not None else 0
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         task, self._task = self._task, None
         if self._error is not None and kind is asyncio.CancelledError:
-            # Python 3.11 counts cancellations; if somebody else cancelled too, theirs must win.
-            if task is not None and hasattr(task, "uncancel") and task.uncancel() > 0:
+            # If somebody else cancelled too, theirs must win; only Python 3.11 and newer can tell.
+            if sys.version_info >= (3, 11) and task is not None and task.uncancel() > self._cancelling:
                 return
             raise self._error from None
 

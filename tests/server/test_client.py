@@ -233,7 +233,9 @@ def test_health_follows_the_engine_and_models_come_and_go(tmp_path):
             health = client.health()
             assert (health.server_live, health.model_ready, health.engine_ready) == (True, True, False)
             assert "engine" in health.detail
+        for client in clients:
             assert wait_until(lambda: client.health().engine_ready, 30)  # noqa: B023
+            assert client.generate("x", max_tokens=1).completion_tokens == 1
 
         over_grpc.unload_model("m")
         for client in clients:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 import pytest
@@ -260,6 +261,22 @@ async def test_a_callers_own_timeout_stays_the_callers(peer: Peer):
         with pytest.raises((TimeoutError, asyncio.TimeoutError)) as caught:
             await asyncio.wait_for(client.generate("x", timeout_s=30), 0.2)
         assert not isinstance(caught.value, Timeout)
+
+
+async def test_a_task_that_survived_a_cancellation_gets_its_timeout(peer: Peer, short_grace):
+    peer.script = silent
+
+    async def stubborn(client):
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(10)
+        with pytest.raises(Timeout):
+            await client.generate("x", timeout_s=0.1)
+
+    async with AsyncClient(peer.url) as client:
+        task = asyncio.create_task(stubborn(client))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await task
 
 
 async def test_health_of_a_hung_server_is_bounded(peer: Peer):
