@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from flashserve.errors import BY_CODE, Cancelled, FlashserveError, InternalError, Unavailable
+from flashserve.errors import BY_CODE, INTERNAL, Cancelled, FlashserveError, InternalError, Unavailable
 from flashserve.frontend.generation import Generation
 from flashserve.frontend.metrics import Metrics
 from flashserve.frontend.request_metrics import record_end, record_first_token, record_stats
@@ -81,6 +81,11 @@ class Responder:
     def answer(self, sender: Any, response: Any) -> None:
         """Send a response that needs no engine, with its FINAL flag."""
         self._ready.put(lambda: sender.send(response, flags=RESPONSE_COMPLETE_FINAL))
+
+    def refuse(self, sender: Any, error: FlashserveError) -> None:
+        """Answer a request that was not opened with an error."""
+        self._count(error)
+        self.answer(sender, self._builder.error(error))
 
     def fail(self, generation: Generation, error: FlashserveError) -> None:
         """End a request with an error, from any thread; the first error wins."""
@@ -182,14 +187,20 @@ class Responder:
             generation.text_parts.append(generation.text.finish())
             self._close_with_data(generation, reason)
             return
-        if generation.parsed.stream and any(generation.text_parts):
-            self._send_delta(generation)
+        if generation.parsed.stream:
+            if last is not None or generation.failure is not None:
+                generation.text_parts.append(generation.text.finish())  # held back for a stop string that never came
+            if any(generation.text_parts):
+                self._send_delta(generation)
         if generation.failure is not None:
             if last is None:
                 self._abort(generation)  # the failure is ours, the engine may still be at it
             self._close_with_error(generation, generation.failure)
         elif last is not None:
-            self._close_with_error(generation, _error_of(last))
+            error = _error_of(last)
+            if error.code == INTERNAL:  # the engine has logged why, under a number that clients do not know
+                log.error("request %s (the engine's %d): %s", generation.name, generation.id, error.message)
+            self._close_with_error(generation, error)
 
     def _take_tokens(self, generation: Generation) -> TokenOutput | None:
         """Move the inbox into the text; returns the request's last output if it was there."""
@@ -228,11 +239,14 @@ class Responder:
 
     def _close_with_error(self, generation: Generation, error: FlashserveError) -> None:
         self._close(generation)
+        self._count(error)
+        generation.sender.send(self._builder.error(error), flags=RESPONSE_COMPLETE_FINAL)
+
+    def _count(self, error: FlashserveError) -> None:
         if isinstance(error, Cancelled):
             self._metrics.add("flashserve:requests_cancelled_total", label_value=error.reason)
         else:
             self._metrics.add("flashserve:request_errors_total", label_value=error.code)
-        generation.sender.send(self._builder.error(error), flags=RESPONSE_COMPLETE_FINAL)
 
     def _close(self, generation: Generation) -> None:
         generation.close()

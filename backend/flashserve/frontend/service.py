@@ -17,6 +17,7 @@ from flashserve.frontend.responder import Responder
 from flashserve.frontend.responses import ResponseBuilder
 from flashserve.ipc.supervisor import EngineSupervisor
 from flashserve.protocol import EngineLimits, GenerateRequest
+from flashserve.sampling_params import shorten
 from flashserve.text.output import TextStream
 
 log = logging.getLogger(__name__)
@@ -64,10 +65,10 @@ class ModelService:
             else:
                 self._responder.answer(sender, self._builder.text(parsed.answer))
         except FlashserveError as error:
-            self._responder.answer(sender, self._builder.error(error))
+            self._responder.refuse(sender, error)
         except Exception:
-            log.exception("a request could not be parsed")
-            self._responder.answer(sender, self._builder.error(InternalError("the request could not be parsed")))
+            log.exception("request %s could not be parsed", shorten(request.request_id()))
+            self._responder.refuse(sender, InternalError("the request could not be parsed"))
 
     def _generate(self, parsed: ParsedRequest, sender: Any) -> None:
         internal_id = next(self._ids)
