@@ -1,4 +1,4 @@
-"""How requests end: by themselves, refused, aborted, too late, or in a failed step. Each exactly once."""
+"""How requests end: by themselves, aborted, too late, or in a failed step. Each exactly once."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Callable
 import pytest
 from fake_runner import EOS, MiniEngine
 
-from flashserve.errors import INTERNAL, UNAVAILABLE
-from flashserve.protocol import TokenOutput
+from flashserve.errors import INTERNAL
 from flashserve.scheduling.output import StepOutput
 
 BOTH_ORDERS = pytest.mark.parametrize("run_ahead", [False, True], ids=["synchronous", "run-ahead"])
@@ -145,78 +144,6 @@ def test_timings_tell_when_what_happened() -> None:
     timings = engine.ended[second].output.timings
     assert timings is not None
     assert (timings.arrival, timings.first_scheduled, timings.first_token, timings.last_token) == (0.0, 4.0, 6.0, 7.0)
-
-
-# --- refused ------------------------------------------------------------------------------------------------
-
-
-def refusal(engine: MiniEngine, request_id: int) -> TokenOutput:
-    output = engine.ended[request_id].output
-    assert output.finish_reason == "error" and output.error is not None and output.error.code == UNAVAILABLE
-    return output
-
-
-def test_a_full_queue_refuses_with_a_time_to_retry() -> None:
-    engine = MiniEngine(max_waiting_requests=3)
-    ids = [engine.add(5) for _ in range(4)]
-    output = refusal(engine, ids[3])
-    assert output.error is not None and output.error.retry_after_ms is not None
-    assert 100 <= output.error.retry_after_ms <= 60_000
-    assert "3 requests with 15 tokens wait" in output.error.message
-    engine.step()
-    accepted = engine.add(5)
-    engine.run()
-    assert outcome(engine, accepted) == ("length", 4)
-
-
-def test_waiting_tokens_are_bounded_too() -> None:
-    engine = MiniEngine(max_waiting_tokens=20)
-    accepted, refused, fits = engine.add(15), engine.add(6), engine.add(5)
-    refusal(engine, refused)
-    engine.run()
-    assert outcome(engine, accepted) == outcome(engine, fits) == ("length", 4)
-
-
-def test_an_empty_queue_takes_any_request() -> None:
-    engine = MiniEngine(max_waiting_tokens=20)
-    request = engine.add(100)
-    engine.run()
-    assert outcome(engine, request) == ("length", 4)
-
-
-def test_aborting_makes_room_in_the_queue() -> None:
-    engine = MiniEngine(max_waiting_requests=2)
-    first = engine.add(5)
-    engine.add(5)
-    engine.abort(first)
-    assert engine.add(5) not in engine.ended
-
-
-def test_preempted_requests_come_back_even_into_a_full_queue() -> None:
-    engine = MiniEngine(num_blocks=12, block_size=4, max_waiting_requests=1, max_waiting_tokens=1)
-    ids = []
-    for _ in range(3):
-        ids.append(engine.add(8, 30))
-        engine.step()
-    engine.run()
-    assert engine.scheduler.stats().preemptions > 0
-    engine.check_answers()
-
-
-@pytest.mark.parametrize("seconds_each", [0.05, 2.0])
-def test_retry_after_follows_the_pace_of_admissions(seconds_each: float) -> None:
-    waiting = 40
-    engine = MiniEngine(max_num_seqs=1, max_waiting_requests=waiting)
-    for _ in range(waiting):
-        engine.add(4, 1)
-    for _ in range(80):  # one request per step comes and goes
-        engine.now += seconds_each
-        engine.step()
-        engine.add(4, 1)
-    output = refusal(engine, engine.add(4, 1))
-    assert output.error is not None and output.error.retry_after_ms is not None
-    in_an_eighth_of_the_queue = 1000 * seconds_each * waiting / 8
-    assert output.error.retry_after_ms == pytest.approx(in_an_eighth_of_the_queue, rel=0.1)
 
 
 # --- aborted, or too late: in every state -------------------------------------------------------------------

@@ -10,7 +10,7 @@ import random
 
 import pytest
 from fake_runner import EOS, MiniEngine, Oracle, check
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -170,13 +170,15 @@ class Life(RuleBasedStateMachine):
             self.world.finish()
 
 
-# The same examples in every run: a red test must not depend on luck. Raise the numbers to search for more.
+# The same examples in every run: a red test must not depend on luck. Raise the numbers to search for more. A failing
+# life is not shrunk, which would take minutes: add Phase.shrink to see a short one.
 Life.TestCase.settings = settings(
     max_examples=60,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
     database=None,
+    phases=(Phase.generate,),
     suppress_health_check=list(HealthCheck),
 )
 TestLife = Life.TestCase
