@@ -207,6 +207,8 @@ class Scheduler:
             if not self._prefilling:
                 break
             request = min(self._prefilling.values(), key=_prefill_order)
+            if request.unsent_block_ids:
+                self._share_late(request)
             count = min(budget, request.num_remaining)
             rows.append(self._prefill_row(request, count))
             budget -= count
@@ -249,6 +251,25 @@ class Scheduler:
                 self._cache_queries += request.num_prompt_tokens
                 self._cache_hits += request.cached_tokens
         self._prefilling[request.id] = request
+
+    def _share_late(self, request: Request) -> None:
+        """Before its first row: share what others computed since its admission.
+
+        Requests that arrive together are admitted together; without this, a burst with one system prompt would
+        compute it up to MAX_PARTIAL_PREFILLS times.
+        """
+        block_size = self.blocks.block_size
+        first = request.num_computed_tokens // block_size
+        found = self._cached_prefix(request)[first:]
+        last = first + len(found)
+        self.blocks.acquire(found)
+        self.blocks.release(request.block_ids[first:last])
+        request.block_ids[first:last] = found
+        request.unsent_block_ids = list(request.block_ids)
+        request.num_computed_tokens = last * block_size
+        if request.preemptions == 0:
+            request.cached_tokens += len(found) * block_size
+            self._cache_hits += len(found) * block_size
 
     def _admission(self, request: Request) -> Admission:
         assert request.slot is not None
