@@ -47,6 +47,8 @@ $(VENV)/.dev: pyproject.toml $(BIN)/python
 
 define install
 	@echo "Installing flashserve[$(1)] into $(VENV): torch, transformers, tritonserver (minutes, once)"
+	@command -v nvidia-smi >/dev/null || [ -n "$$PIP_INDEX_URL$$PIP_EXTRA_INDEX_URL" ] || \
+	  echo "No NVIDIA GPU here: README.md says how to get torch's CPU build instead of several GB of CUDA."
 	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[$(1)]'
 	@touch $@
 endef
