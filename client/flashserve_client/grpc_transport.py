@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -14,6 +16,7 @@ from .results import ModelInfo
 from .transport import Address, Chunk
 
 _STREAM_METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
+_END_TIMEOUT_S = 0.5
 _UNARY_TIMEOUT_S = 10.0
 _LOAD_TIMEOUT_S = 600.0  # a large model reads for minutes
 
@@ -109,12 +112,13 @@ class GrpcTransport:
 class GrpcReader:
     """The responses of one call."""
 
-    __slots__ = ("_call", "_request", "_transport")
+    __slots__ = ("_call", "_ended", "_request", "_transport")
 
     def __init__(self, transport: GrpcTransport, request: InferRequest) -> None:
         self._transport = transport
         self._request = request
         self._call: Any = None
+        self._ended = False
 
     async def read(self) -> Chunk | None:
         if self._call is None:
@@ -125,14 +129,22 @@ class GrpcReader:
         except grpc.aio.AioRpcError as error:
             self._transport.raise_for(error)
         if message is grpc.aio.EOF:
+            self._ended = False  # nothing is left to wait for
             return None
+        self._ended = message.infer_response.parameters["triton_final_response"].bool_param
         if message.error_message:
             raise error_from_message(message.error_message)
         return parse_response(message.infer_response)
 
     async def aclose(self) -> None:
-        if self._call is not None:
-            self._call.cancel()
+        if self._call is None:
+            return
+        if self._ended:
+            # Triton 2.51 loses a request that is cancelled within a millisecond of its last response, and then can
+            # never unload its model: let the call come to its own end.
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(self._call.read(), _END_TIMEOUT_S)
+        self._call.cancel()
 
 
 def parse_response(response: Any) -> Chunk:

@@ -41,7 +41,7 @@ class EngineListener(Protocol):
     def on_outputs(self, message: StepOutputs) -> None: ...
 
     def on_dead(self, error: Unavailable) -> None:
-        """The engine is gone with everything that was sent to it; a new one is about to start."""
+        """The engine is gone with everything that was sent to it. A new one starts soon, unless it was stopped."""
         ...
 
 
@@ -127,6 +127,7 @@ class EngineSupervisor:
                 self._first_start.set()
                 return
             if self._stopping.is_set():
+                self._listener.on_dead(Unavailable("the model is being unloaded", retry_after_ms=1000))
                 return
             stable = time.monotonic() - self._spawned > STABLE_AFTER_S
             backoff = FIRST_BACKOFF_S if stable else min(backoff * 2, MAX_BACKOFF_S)
