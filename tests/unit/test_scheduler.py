@@ -116,6 +116,32 @@ def test_a_newcomer_gets_its_first_token_soon(run_ahead: bool, prompt: int, busy
     assert engine.first_token_step[newcomer] - before <= math.ceil(prompt / budget) + 2
 
 
+@pytest.mark.parametrize("prompt, priority", [(100, 0), (100, 1), (600, -1)])
+def test_a_newcomer_that_goes_first_does_not_wait_behind_many_long_prefills(prompt: int, priority: int) -> None:
+    engine = MiniEngine(num_blocks=2000, max_num_seqs=16, max_num_batched_tokens=32)
+    for _ in range(8):
+        engine.add(600)
+    engine.step()
+    newcomer = engine.add(prompt, priority=priority)
+    before = engine.steps
+    engine.run(until=lambda: newcomer in engine.first_token_step)
+    waited = engine.first_token_step[newcomer] - before
+    if priority <= 0:
+        # Those that were passed over for long take a step now and then.
+        assert waited <= math.ceil(prompt / 32) * 17 / 16 + 2
+    else:
+        assert waited > 8 * 600 / 32 - 10
+
+
+def test_more_long_prompts_than_can_be_in_work_wait_outside_and_hold_nothing() -> None:
+    engine = MiniEngine(num_blocks=2000, max_num_seqs=16, max_num_batched_tokens=32)
+    for _ in range(12):
+        engine.add(600)
+    engine.step()
+    stats = engine.scheduler.stats()
+    assert (stats.running, stats.waiting) == (8, 4)
+
+
 @BOTH_ORDERS
 def test_decodes_get_their_token_in_every_step_whatever_is_prefilled(run_ahead: bool) -> None:
     engine = MiniEngine(num_blocks=400, max_num_seqs=6, max_num_batched_tokens=8, run_ahead=run_ahead)

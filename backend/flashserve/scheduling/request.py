@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from flashserve.protocol import GenerateRequest, RequestTimings, SamplingParams
+from flashserve.protocol import FinishReason, GenerateRequest, RequestTimings, SamplingParams
 from flashserve.scheduling.block_manager import BlockHash, chain_hash
+from flashserve.scheduling.output import Admission
+
+MAX_PASSED_OVER = 16  # steps after which a prefill that shorter ones overtook goes first: 1/17 of the budget at worst
 
 
 @dataclass(slots=True, eq=False)
@@ -80,6 +83,25 @@ class Request:
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
+    @property
+    def awaits_last_sample(self) -> bool:
+        """Whether the sample in flight reaches the length limit: it will end without another row."""
+        return self.num_pending > 0 and self.num_computed_tokens + 1 >= self.max_total_tokens
+
+    @property
+    def prefill_order(self) -> tuple[int, int, float]:
+        """Shortest remaining first within a priority; one that was passed over for long goes before."""
+        remaining = 0 if self.passed_over > MAX_PASSED_OVER else self.num_remaining
+        return (self.priority, remaining, self.arrival)
+
+    def finish_reason(self, token_id: int) -> FinishReason | None:
+        """Why the request ends with its newest token, or None."""
+        if token_id in self.end_token_ids and self.num_generated > self.params.min_tokens:
+            return "stop"
+        if len(self.token_ids) >= self.max_total_tokens:
+            return "length"
+        return None
+
     def hash_blocks(self, count: int, block_size: int) -> list[BlockHash]:
         """Hashes of the first ``count`` blocks, all of whose tokens must be known; each is computed once."""
         hashes = self.block_hashes
@@ -87,6 +109,18 @@ class Request:
             parent = hashes[-1] if hashes else self.hash_root
             hashes.append(chain_hash(parent, self.token_ids[index * block_size : (index + 1) * block_size]))
         return hashes[:count]
+
+    def admission(self) -> Admission:
+        """What the runner is told when the request takes its slot."""
+        assert self.slot is not None
+        return Admission(
+            request_id=self.id,
+            slot=self.slot,
+            params=self.params,
+            seed=self.seed,
+            num_prompt_tokens=self.num_prompt_tokens,
+            end_token_ids=tuple(self.end_token_ids),
+        )
 
     def timings(self) -> RequestTimings:
         return RequestTimings(

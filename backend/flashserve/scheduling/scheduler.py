@@ -13,6 +13,7 @@ import heapq
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 
 from flashserve.errors import INTERNAL, UNAVAILABLE
 from flashserve.protocol import ErrorInfo, FinishReason, GenerateRequest, Stats, TokenOutput
@@ -21,8 +22,8 @@ from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutpu
 from flashserve.scheduling.request import Request
 from flashserve.scheduling.waiting_queue import WaitingQueue
 
-MAX_PARTIAL_PREFILLS = 8  # prompts in work at once; each holds its blocks, so more would only cause preemptions
-MAX_PASSED_OVER = 16  # steps after which a prefill that shorter ones overtook goes first: 1/17 of the budget at worst
+MAX_PARTIAL_PREFILLS = 8  # prompts in work at once; each holds its blocks, and more would have to wait for these
+PREFILL_ORDER = attrgetter("prefill_order")
 NO_IDS: list[int] = []  # shared by all decode rows; rows are frozen, nobody appends
 
 
@@ -156,7 +157,7 @@ class Scheduler:
         rows = []
         for request in self._decoding.values():
             start = request.num_computed_tokens
-            if request.num_pending and _awaits_last_sample(request):
+            if request.num_pending and request.awaits_last_sample:
                 continue
             new_blocks = NO_IDS
             if start == len(request.block_ids) * block_size:
@@ -178,7 +179,7 @@ class Scheduler:
         needy = {
             r.id
             for r in self._decoding.values()
-            if r.num_computed_tokens == len(r.block_ids) * block_size and not _awaits_last_sample(r)
+            if r.num_computed_tokens == len(r.block_ids) * block_size and not r.awaits_last_sample
         }
         while len(needy) > self.blocks.num_free:
             victim = max(
@@ -192,6 +193,7 @@ class Scheduler:
         """Back to the queue; it is recomputed, through the prefix cache as far as its blocks survive."""
         self._release(request)
         request.num_computed_tokens = 0
+        request.passed_over = 0
         request.preemptions += 1
         self._preemptions += 1
         self._waiting.push(request)
@@ -206,7 +208,7 @@ class Scheduler:
             self._admit_waiting(admissions, now)
             if not self._prefilling:
                 break
-            request = min(self._prefilling.values(), key=_prefill_order)
+            request = min(self._prefilling.values(), key=PREFILL_ORDER)
             if request.unsent_block_ids:
                 self._share_late(request)
             count = min(budget, request.num_remaining)
@@ -215,10 +217,14 @@ class Scheduler:
         return budget
 
     def _admit_waiting(self, admissions: list[Admission], now: float) -> None:
-        while len(self._prefilling) < MAX_PARTIAL_PREFILLS and self._free_slots:
+        while self._free_slots:
             request = self._waiting.head()
             if request is None or request.num_pending:  # a preempted one whose last sample is still in flight
                 return
+            if len(self._prefilling) >= MAX_PARTIAL_PREFILLS:
+                first = min(self._prefilling.values(), key=PREFILL_ORDER)
+                if request.prefill_order >= first.prefill_order:
+                    return  # it would not get a row before them
             cached = self._cached_prefix(request)
             total = -(-len(request.token_ids) // self.blocks.block_size)
             missing = total - len(cached)
@@ -227,7 +233,7 @@ class Scheduler:
                 return
             self._waiting.admit_head(now)
             self._start(request, cached, missing, now)
-            admissions.append(self._admission(request))
+            admissions.append(request.admission())
 
     def _cached_prefix(self, request: Request) -> list[int]:
         """Cached blocks of the known tokens, short of the last token: its logits are needed."""
@@ -271,17 +277,6 @@ class Scheduler:
             request.cached_tokens += len(found) * block_size
             self._cache_hits += len(found) * block_size
 
-    def _admission(self, request: Request) -> Admission:
-        assert request.slot is not None
-        return Admission(
-            request_id=request.id,
-            slot=request.slot,
-            params=request.params,
-            seed=request.seed,
-            num_prompt_tokens=request.num_prompt_tokens,
-            end_token_ids=tuple(request.end_token_ids),
-        )
-
     def _prefill_row(self, request: Request, count: int) -> ScheduledRow:
         start = request.num_computed_tokens
         end = start + count
@@ -322,7 +317,7 @@ class Scheduler:
                 timings = request.timings()
             if request.slot is not None and row.num_tokens == 1 and (row.start + 1) % block_size == 0:
                 self._register_blocks(request, row.start, row.start + 1)
-            reason = _finish_reason(request, token_ids[0])
+            reason = request.finish_reason(token_ids[0])
             if reason is None:
                 outputs.append(TokenOutput(row.request_id, token_ids, None, timings))
             else:
@@ -400,22 +395,3 @@ class Scheduler:
         self.blocks.check_integrity(r.block_ids for r in running)
         if any(r.block_ids for r in self._waiting):
             raise RuntimeError("a waiting request holds blocks")
-
-
-def _awaits_last_sample(request: Request) -> bool:
-    """Whether the sample in flight reaches the length limit: it will end without another row."""
-    return request.num_pending > 0 and request.num_computed_tokens + 1 >= request.max_total_tokens
-
-
-def _prefill_order(request: Request) -> tuple[int, int, float]:
-    """Shortest remaining first within a priority; one that was passed over for long goes before."""
-    remaining = 0 if request.passed_over > MAX_PASSED_OVER else request.num_remaining
-    return (request.priority, remaining, request.arrival)
-
-
-def _finish_reason(request: Request, token_id: int) -> FinishReason | None:
-    if token_id in request.end_token_ids and request.num_generated > request.params.min_tokens:
-        return "stop"
-    if len(request.token_ids) >= request.max_total_tokens:
-        return "length"
-    return None
