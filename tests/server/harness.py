@@ -9,6 +9,7 @@ block stops the server as Ctrl-C would and asserts that no process, shared memor
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -33,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [str(ROOT / name) for name in ("backend", "kernels", "client", "gateway")]
 # Every process that a test's server starts carries it, whatever session or group it moves to.
 TEST_VARIABLE = "FLASHSERVE_TEST"
+PR_SET_PDEATHSIG = 1
 READY_TIMEOUT_S = 60.0
 # The launcher's promise is ten seconds from the signal on.
 STOP_TIMEOUT_S = 10.0
@@ -101,7 +103,13 @@ class Server:
         }
         with open(self._log_path, "ab") as log:
             self.launcher = subprocess.Popen(
-                command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         if wait:
             self.wait_ready()
@@ -236,6 +244,11 @@ class Server:
                 self.assert_nothing_left()
         finally:
             self.destroy()
+
+
+def _end_with_parent() -> None:
+    """Runs in the new process: a test run that is killed takes its servers along."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, poll_s: float = 0.05) -> bool:
