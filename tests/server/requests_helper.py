@@ -10,9 +10,8 @@ from typing import Any
 import grpc
 import httpx
 import numpy as np
+from harness import HTTP, Server, wait_until
 from tritonclient.grpc import service_pb2, service_pb2_grpc
-
-from harness import Server, wait_until
 
 TIMEOUT_S = 60.0
 ASK_FOR_ALL = {
@@ -30,7 +29,7 @@ NUMPY_TYPES = {"BOOL": np.bool_, "INT32": np.int32, "UINT32": np.uint32, "FP32":
 def post(server: Server, body: Any, *, model: str = "letters", verb: str = "generate") -> httpx.Response:
     """Send ``body``: bytes as they are, anything else as JSON."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx.post(f"{server.http}/v2/models/{model}/{verb}", content=content, timeout=TIMEOUT_S)
+    return HTTP.post(f"{server.http}/v2/models/{model}/{verb}", content=content, timeout=TIMEOUT_S)
 
 
 def generate(server: Server, *, model: str = "letters", **body: Any) -> dict[str, Any]:

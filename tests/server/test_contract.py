@@ -6,11 +6,10 @@ import json
 import uuid
 from typing import Any
 
-import httpx
 import pytest
 
 from flashserve_client import Client
-from harness import Server
+from harness import HTTP, Server
 from requests_helper import ASK_FOR_ALL, GrpcCall, Raw, call, call_one, generate, post, stream_sse, strings, text_of
 from shared_servers import letters
 
@@ -51,7 +50,7 @@ OUTPUTS = {
 
 def test_the_backends_name_in_config_pbtxt_is_enough(server: Server) -> None:
     assert (server.repository / "letters" / "config.pbtxt").read_text().strip() == 'backend: "flashserve"'
-    config = httpx.get(f"{server.http}/v2/models/letters/config").json()
+    config = HTTP.get(f"{server.http}/v2/models/letters/config").json()
 
     def tensors(kind: str) -> dict[str, tuple[str, list[str]]]:
         return {entry["name"]: (entry["data_type"], [str(d) for d in entry["dims"]]) for entry in config[kind]}
