@@ -45,8 +45,9 @@ def make_random_model(shape: str, folder: Path) -> Path:
     if (folder / "tokenizer_config.json").is_file():
         return folder
     import torch
-    from tiny_models import write_byte_level_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tiny_models import write_byte_level_tokenizer
 
     torch.manual_seed(0)
     default = torch.get_default_dtype()

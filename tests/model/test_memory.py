@@ -36,7 +36,7 @@ def resident(name):
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
 def load(folder):
-    config = EngineConfig(model=folder, dtype="bfloat16", kv_cache_memory_bytes=1 << 20, max_model_len=32, num_threads=1)
+    config = EngineConfig(folder, dtype="bfloat16", kv_cache_memory_bytes=1 << 20, max_model_len=32, num_threads=1)
     facts = read_model_facts(config, "cpu")
     runner = ModelRunner(resolve(config, facts, read_device_facts("cpu")))
     runner.load()
