@@ -103,6 +103,18 @@ def test_the_same_tokens_behind_another_beginning_are_not_shared() -> None:
     engine.check_answers()
 
 
+@pytest.mark.parametrize("differs_at", range(4))
+def test_a_block_is_shared_only_if_all_of_its_tokens_agree(differs_at: int) -> None:
+    engine = MiniEngine(block_size=4)
+    prompt = [11, 12, 13, 14, 15]
+    other = [token + 50 * (index == differs_at) for index, token in enumerate(prompt)]
+    for tokens in (prompt, other):
+        engine.add(tokens)
+        engine.run()
+    assert engine.scheduler.stats().prefix_cache_hits == 0
+    engine.check_answers()
+
+
 def test_salts_do_not_share() -> None:
     engine = MiniEngine(block_size=4)
     prompt = list(range(100, 120))
