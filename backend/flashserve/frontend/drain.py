@@ -76,7 +76,7 @@ class DrainWatcher:
         try:
             connection.request("GET", self._path)
             return {200: True, 400: False, 404: False}.get(connection.getresponse().status)
-        except ConnectionRefusedError:
+        except ConnectionError:  # refused, or, as long as Triton still has a stream open, accepted and reset
             return False
         except (OSError, http.client.HTTPException):
             return None
