@@ -134,7 +134,8 @@ def test_samples_follow_the_softmax(temperature):
 
 @pytest.mark.parametrize("top_k, top_p, min_p", [
     (1, None, None), (5, None, None), (50, None, None), (None, 0.3, None), (None, 0.9, None), (None, 1e-6, None),
-    (None, None, 0.05), (None, None, 1.0), (10, 0.7, None), (10, 0.7, 0.1), (3, 0.999, None), (None, 0.5, 0.2),
+    (None, None, 0.05), (None, None, 1.0), (10, 0.7, None), (10, 0.7, 0.1), (3, 0.999, None), (3, 0.99999994, None),
+    (None, 0.5, 0.2),
 ])  # fmt: skip
 def test_truncation_is_vllms(top_k, top_p, min_p):
     logits = torch.randn(60, generator=torch.Generator().manual_seed(4)) * 2
@@ -156,12 +157,12 @@ def test_top_p_beyond_the_sorted_head(scale, top_p):
     """Flat distributions over a large vocabulary need more tokens than are sorted at first."""
     logits = torch.randn(5000, generator=torch.Generator().manual_seed(5)) * scale
     kept = vllm_truncation(logits, None, top_p, None)
-    samples = draw(logits, 4000, top_p=top_p)
+    samples = draw(logits, 1000, top_p=top_p)
     assert bool(kept[samples].all())
     if scale == 0.001:
         # All are about equally likely, so nearly every kept token must turn up at its rate.
         assert int((~kept).sum()) > 20
-        assert len(samples.unique()) > 0.8 * min(4000, int(kept.sum())) * (1 - math.exp(-1))
+        assert len(samples.unique()) > 0.8 * min(1000, int(kept.sum())) * (1 - math.exp(-1))
 
 
 def test_ties_with_the_kth_token_stay():

@@ -34,6 +34,7 @@ class Driver:
         self.resolved = resolve_folder(folder, **settings)
         self.runner = ModelRunner(self.resolved)
         self.runner.load()
+        self.runner.warm_up()
         self.steps = 0
         self.mixed_steps = 0
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError
+from flashserve.models.qwen2 import read_windows
 from flashserve.models.registry import fingerprint, read_model_facts
 from tiny_models import FAMILIES, make_tiny_model
 
@@ -81,6 +82,18 @@ def test_old_style_rope_settings_mean_the_same(tmp_path, drive, greedy_reference
     edit_json(folder / "config.json", rope_parameters=None, rope_theta=5000.0, rope_scaling=scaling)
     assert facts(folder).context_len == 2 * 2048
     assert drive(folder).generate(prompts, 8) == expected
+
+
+@pytest.mark.parametrize("settings, windows", [
+    ({}, (None, None, None)),
+    ({"use_sliding_window": True}, (None, 9, 9)),
+    ({"use_sliding_window": True, "layer_types": ["sliding_attention"] + ["full_attention"] * 2}, (9, None, None)),
+    ({"layer_types": ["sliding_attention"] * 3}, (None, None, None)),
+])  # fmt: skip
+def test_which_layers_of_qwen_slide(settings, windows):
+    """Older checkpoints have no ``layer_types``: layers from ``max_window_layers`` on slide, if any do."""
+    config = {"num_hidden_layers": 3, "sliding_window": 9, "max_window_layers": 1, **settings}
+    assert read_windows(config) == windows
 
 
 @pytest.mark.parametrize("family", FAMILIES)
