@@ -127,13 +127,18 @@ class ServerProcess:
         """The end of the log."""
         return list(self._lines)[-count:]
 
+    # The reader thread adds names meanwhile, hence the lists.
     def failures(self) -> dict[str, str]:
         """Reasons by model, of those whose loading failed."""
-        return {name: state for name, state in self.load_states.items() if state not in ("loading", "ready")}
+        return {name: state for name, state in list(self.load_states.items()) if state not in ("loading", "ready")}
 
     def loading(self) -> list[str]:
         """Models that are being loaded."""
-        return [name for name, state in self.load_states.items() if state == "loading"]
+        return [name for name, state in list(self.load_states.items()) if state == "loading"]
+
+    def ready(self) -> list[str]:
+        """Models that have been loaded, sorted."""
+        return sorted(name for name, state in list(self.load_states.items()) if state == "ready")
 
     def _read(self, stream: IO[str]) -> None:
         for line in stream:

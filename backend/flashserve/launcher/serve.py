@@ -77,7 +77,7 @@ def serve(options: ServeOptions, console: Console | None = None) -> int:
         ready = _wait_until_ready(server, control, signals, console)
         if not ready:
             return 0 if signals.received else 1
-        _announce(console, endpoints, control, time.monotonic() - started)
+        _announce(console, endpoints, server.ready(), time.monotonic() - started)
         return _watch(server, control, signals, console)
     finally:
         _end(run, guard, server, signals, console, reaper.GRACE_S if ready else GRACE_BEFORE_READY_S)
@@ -141,7 +141,7 @@ def _wait_until_ready(server: ServerProcess, control: TritonControl, signals: Si
         if not loading and control.server_ready():
             console.done()
             return True
-        done = sum(state == "ready" for state in server.load_states.values())
+        done = len(server.ready())
         what = f"loading {', '.join(loading)}" if loading else "starting tritonserver"
         console.progress(f"{elapsed:>4}  {what}" + (f" ({done} ready)" if done else ""))
     console.done()
@@ -161,8 +161,7 @@ def _explain_failed_start(server: ServerProcess, console: Console) -> None:
     console.say("  → flashserve doctor shows what is missing; --verbose shows the whole log")
 
 
-def _announce(console: Console, endpoints: Endpoints, control: TritonControl, seconds: float) -> None:
-    names = sorted({row["name"] for row in control.index() if row.get("state") == "READY"})
+def _announce(console: Console, endpoints: Endpoints, names: Sequence[str], seconds: float) -> None:
     host = "localhost" if endpoints.local_host == "127.0.0.1" else endpoints.local_host
     console.say(f"ready in {seconds:.1f} s: {', '.join(names) or 'no model'}")
     console.say(f"  HTTP     http://{host}:{endpoints.http}")

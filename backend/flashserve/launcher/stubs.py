@@ -6,8 +6,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from flashserve.launcher.control import ControlError, TritonControl
 from flashserve.launcher.discover import STUB_NAME
 
@@ -62,7 +60,9 @@ def _children(pid: int) -> list[int]:
     try:
         for thread in Path(f"/proc/{pid}/task").iterdir():
             found += map(int, (thread / "children").read_text().split())
-    except FileNotFoundError:
+    except FileNotFoundError:  # a kernel without that list
+        import psutil
+
         try:
             found = [child.pid for child in psutil.Process(pid).children()]
         except psutil.Error:
