@@ -51,7 +51,7 @@ def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     count = 1
     for size in shape:
         count *= size
-    memory = mmap.mmap(-1, count * dtype.itemsize)
+    memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
 
 
