@@ -34,8 +34,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "paced": {"device": "null:5", "kv_cache_memory_bytes": 8 << 20},
     # One request runs, two may wait.
     "narrow": {"device": "null:5", "max_num_seqs": 1, "max_waiting_requests": 2, "max_model_len": 1024},
-    # Nobody but test_metrics asks it. Two requests of full length do not fit together.
-    "counted": {"device": "null", "max_model_len": 256, "num_gpu_blocks_override": 20, "max_num_batched_tokens": 128,
+    # Nobody but test_metrics asks it. Its 20 blocks hold one request of full length.
+    "counted": {"device": "null:1", "max_model_len": 256, "num_gpu_blocks_override": 20, "max_num_batched_tokens": 128,
                 "max_num_seqs": 4, "max_waiting_requests": 4},
 }  # fmt: skip
 

@@ -125,10 +125,7 @@ def test_a_client_that_comes_back_is_served(server: Server, full_queue: list[Grp
 
 def refused(server: Server) -> float:
     """How many requests `narrow` has refused because of its full queue."""
-    try:
-        return server.metric("flashserve:request_errors_total", model="narrow", code="UNAVAILABLE")
-    except KeyError:  # none yet
-        return 0
+    return server.metric("flashserve:request_errors_total", model="narrow", code="UNAVAILABLE")
 
 
 # --- CANCELLED, reason deadline ----------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from flashserve.errors import INTERNAL, INVALID_ARG, UNAVAILABLE
+
 log = logging.getLogger(__name__)
 
 GAUGE_PERIOD_S = 0.04  # three gauges change per step at most: 3 round trips, 1% of a core
@@ -37,6 +39,8 @@ class MetricSpec:
     help: str
     label: str | None = None
     buckets: tuple[float, ...] = ()
+    label_values: tuple[str, ...] = ()
+    """Those that are known from the start."""
 
 
 SPECS = (
@@ -52,9 +56,12 @@ SPECS = (
     MetricSpec("flashserve:prefill_chunks_total", "counter", "Steps that computed a part of a prompt, not its end."),
     MetricSpec("flashserve:engine_steps_total", "counter", "Steps of the engine."),
     MetricSpec("flashserve:engine_restarts_total", "counter", "Engine processes started after one died."),
-    MetricSpec("vllm:request_success_total", "counter", "Requests that ended by themselves.", "finished_reason"),
-    MetricSpec("flashserve:requests_cancelled_total", "counter", "Requests that were ended early.", "reason"),
-    MetricSpec("flashserve:request_errors_total", "counter", "Requests answered with an error.", "code"),
+    MetricSpec("vllm:request_success_total", "counter", "Requests that ended by themselves.", "finished_reason",
+               label_values=("stop", "length")),
+    MetricSpec("flashserve:requests_cancelled_total", "counter", "Requests that were ended early.", "reason",
+               label_values=("client", "deadline", "shutdown")),
+    MetricSpec("flashserve:request_errors_total", "counter", "Requests answered with an error.", "code",
+               label_values=(INVALID_ARG, UNAVAILABLE, INTERNAL)),
     MetricSpec("vllm:time_to_first_token_seconds", "histogram", "Arrival to first token.", None, LATENCY_BUCKETS),
     MetricSpec("vllm:inter_token_latency_seconds", "histogram", "Between tokens.", None, TOKEN_TIME_BUCKETS),
     MetricSpec(
@@ -149,8 +156,7 @@ class TritonExporter:
         self._series: dict[Series, Any] = {}
         self._sent_gauges: dict[Series, float] = {}
         for spec in SPECS:
-            if spec.label is None:
-                self._declare(spec)
+            self._declare(spec)
 
     def flush_gauges(self) -> None:
         for series, value in self._metrics.take_gauges().items():
@@ -176,8 +182,11 @@ class TritonExporter:
                 self._metric((f"{spec.name}_bucket", (("le", _format_bound(bound)),)))
             self._metric((f"{spec.name}_count", ()))
             self._metric((f"{spec.name}_sum", ()))
-        else:
+        elif spec.label is None:
             self._metric((spec.name, ()))
+        else:
+            for value in spec.label_values:
+                self._metric((spec.name, ((spec.label, value),)))
 
     def _metric(self, series: Series) -> Any:
         metric = self._series.get(series)

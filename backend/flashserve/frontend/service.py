@@ -90,6 +90,12 @@ class ModelService:
             "The KV cache's shape.",
             {"block_size": str(limits.block_size), "num_gpu_blocks": str(limits.num_blocks)},
         )
+        # Gateways that route by adapter read it before anything else: no adapters can be loaded yet.
+        exporter.publish_info(
+            "vllm:lora_requests_info",
+            "LoRA adapters that requests use.",
+            {"max_lora": "0", "running_lora_adapters": "", "waiting_lora_adapters": ""},
+        )
 
     def stop(self) -> None:
         """End everything, in an order that lets the last responses out."""
