@@ -104,6 +104,15 @@ def test_sharded_files(family, tmp_path, drive, greedy_reference, random_prompts
     assert drive(folder).generate(prompts, 8) == greedy_reference(folder, prompts, 8)
 
 
+def test_a_second_copy_of_the_weights_is_left_alone(tmp_path, drive, greedy_reference, random_prompts):
+    """Mistral's repositories hold consolidated.safetensors beside transformers' files."""
+    folder = make_tiny_model("mistral", tmp_path)
+    prompts = random_prompts(PROMPT_LENGTHS)
+    expected = greedy_reference(folder, prompts, 8)
+    save_file({"layers.0.attention.wq.weight": torch.zeros(4, 4)}, folder / "consolidated.safetensors")
+    assert drive(folder).generate(prompts, 8) == expected
+
+
 def test_gpt2_without_prefix_and_with_old_buffers(tmp_path, drive, greedy_reference, random_prompts):
     """The published "gpt2" checkpoint: no ``transformer.``, and the causal masks among the weights."""
     folder = make_tiny_model("gpt2", tmp_path)

@@ -88,7 +88,10 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The index's files if there is an index, else all safetensors files of the folder."""
+    """The index's files if there is an index, else model.safetensors, else all safetensors files of the folder.
+
+    Some repositories hold the same weights a second time under other names (consolidated.safetensors).
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -99,6 +102,8 @@ def _weight_files(folder: Path) -> list[Path]:
         if missing:
             raise ConfigError(f"{index.name} names files that are missing: {', '.join(missing)}")
         return [folder / name for name in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))

@@ -10,6 +10,7 @@ from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError
 
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+_SECOND_COPIES = ["consolidated*", "original/*"]
 _CONVERTIBLE = ("vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -27,7 +28,9 @@ def resolve_folder(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_PATTERNS))
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=_SECOND_COPIES)
+        )
     except Exception as error:  # its errors range from HTTP statuses over missing caches to bad names
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
