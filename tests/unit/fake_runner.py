@@ -300,7 +300,7 @@ class MiniEngine:
             request_id=request_id,
             prompt_token_ids=prompt,
             params=SamplingParams(max_tokens=max_tokens, **{"ignore_eos": True, **params}),  # type: ignore[arg-type]
-            arrival=self.now if arrival is None else arrival,
+            arrival=self.now + request_id * 1e-6 if arrival is None else arrival,
             priority=priority,
             deadline=deadline,
             cache_salt=salt,

@@ -137,13 +137,13 @@ def test_every_token_comes_out_in_the_step_that_sampled_it() -> None:
 def test_timings_tell_when_what_happened() -> None:
     engine = MiniEngine(max_num_seqs=1, max_num_batched_tokens=8)
     engine.add(4, 3)
-    second = engine.add(20, 2)
+    second = engine.add(20, 2, arrival=0.5)
     while second not in engine.ended:
         engine.now += 1
         engine.step()
     timings = engine.ended[second].output.timings
     assert timings is not None
-    assert (timings.arrival, timings.first_scheduled, timings.first_token, timings.last_token) == (0.0, 4.0, 6.0, 7.0)
+    assert (timings.arrival, timings.first_scheduled, timings.first_token, timings.last_token) == (0.5, 4.0, 6.0, 7.0)
 
 
 # --- aborted, or too late: in every state -------------------------------------------------------------------

@@ -36,6 +36,18 @@ def test_waiting_tokens_are_bounded_too() -> None:
     assert engine.ended[accepted].reason == engine.ended[fits].reason == "length"
 
 
+def test_tokens_that_wait_no_longer_do_not_count() -> None:
+    engine = MiniEngine(max_waiting_tokens=20)
+    engine.add(15)
+    engine.step()  # admitted
+    aborted = engine.add(15)
+    engine.abort(aborted)
+    accepted = [engine.add(6), engine.add(14)]
+    refusal(engine, engine.add(1))
+    engine.run()
+    assert all(engine.ended[i].reason == "length" for i in accepted)
+
+
 def test_an_empty_queue_takes_any_request() -> None:
     engine = MiniEngine(max_waiting_tokens=20)
     request = engine.add(100)
