@@ -7,7 +7,7 @@ import uuid
 from typing import Any
 
 import pytest
-from harness import HTTP, Server
+from harness import HTTP, Server, wait_until
 from requests_helper import ASK_FOR_ALL, GrpcCall, Raw, call, call_one, generate, post, stream_sse, strings, text_of
 from shared_servers import letters
 
@@ -257,15 +257,16 @@ def occupy(server: Server, max_tokens: int) -> GrpcCall:
 
 def test_a_better_priority_overtakes_those_who_wait(server: Server) -> None:
     """Lower goes first. One request runs, two wait; the one that came last has the better priority."""
-    ask = {"text_input": HELLO, "stream": True, "return_request_metrics": True}
-    running = occupy(server, max_tokens=60)
-    early = GrpcCall(server, {**ask, "sampling_parameters": {"priority": "9", "max_tokens": 5}}, model="narrow")
-    late = GrpcCall(
-        server, {**ask, "sampling_parameters": {"priority": -1, "max_tokens": 60, "ignore_eos": True}}, model="narrow"
-    )
-    waited = [json.loads(list(one)[-1].outputs["request_metrics"])["queue_ms"] for one in (early, late)]
-    assert waited[0] > waited[1] + 60 * 5, "the one that came first waited for all 60 steps of the other"
+    running = occupy(server, max_tokens=1000)
+    waiting = []
+    for priority, limit in ((9, 5), (-1, 60)):
+        sampling = {"priority": priority, "max_tokens": limit, "ignore_eos": True}
+        inputs = {"text_input": HELLO, "return_request_metrics": True, "sampling_parameters": sampling}
+        waiting.append(GrpcCall(server, inputs, model="narrow"))
+        assert wait_until(lambda: server.metric("vllm:num_requests_waiting", model="narrow") == len(waiting), 5)
     running.cancel()
+    waited = [json.loads(next(one).outputs["request_metrics"])["queue_ms"] for one in waiting]
+    assert waited[0] > waited[1] + 60 * 5, "the one that came first waited for all 60 steps of the other"
 
 
 def test_a_stream_that_waits_is_kept_alive_with_empty_chunks(server: Server) -> None:
