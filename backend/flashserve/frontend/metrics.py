@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -210,8 +210,9 @@ class TritonExporter:
 class MetricsExportThread:
     """Owns the exporter's thread: gauges soon after they change, counters a few times a second."""
 
-    def __init__(self, exporter: TritonExporter) -> None:
+    def __init__(self, exporter: TritonExporter, server_lives: Callable[[], bool]) -> None:
         self._exporter = exporter
+        self._server_lives = server_lives
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
 
@@ -224,7 +225,8 @@ class MetricsExportThread:
 
     def _run(self) -> None:
         ticks = 0
-        while not self._stopping.wait(GAUGE_PERIOD_S):
+        # Nobody answers for a dead tritonserver: the call would hold the interpreter's lock for ever.
+        while not self._stopping.wait(GAUGE_PERIOD_S) and self._server_lives():
             ticks += 1
             try:
                 self._exporter.flush_gauges()

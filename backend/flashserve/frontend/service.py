@@ -15,6 +15,7 @@ from flashserve.frontend.metrics import Metrics, MetricsExportThread, TritonExpo
 from flashserve.frontend.request_parser import ParsedRequest, ParserContext, parse, read_raw
 from flashserve.frontend.responder import Responder
 from flashserve.frontend.responses import ResponseBuilder
+from flashserve.frontend.server_watch import ServerWatch
 from flashserve.ipc.supervisor import EngineSupervisor
 from flashserve.protocol import EngineLimits, GenerateRequest
 from flashserve.sampling_params import shorten
@@ -29,6 +30,7 @@ class ModelService:
     """Everything that lives as long as a loaded model. The constructor blocks until the engine is ready."""
 
     def __init__(self, config: EngineConfig, pb_utils: Any, name: str, version: str) -> None:
+        self._server_watch = ServerWatch()
         self._builder = ResponseBuilder(pb_utils)
         metrics = Metrics()
         self._responder = Responder(self._builder, metrics)
@@ -42,13 +44,13 @@ class ModelService:
             self._supervisor.stop()
             raise
         self._ids = itertools.count(1)
-        self._metrics_thread = MetricsExportThread(exporter)
+        self._metrics_thread = MetricsExportThread(exporter, lambda: self._server_watch.server_lives)
         self._cancellation = CancellationWatcher(self._responder)
         self._drain = DrainWatcher(
             name, version, config.triton_http, config.drain_timeout_s, self._responder, self._supervisor.stop
         )
         self._responder.start(self._supervisor.send)
-        for part in (self._metrics_thread, self._cancellation, self._drain):
+        for part in (self._server_watch, self._metrics_thread, self._cancellation, self._drain):
             part.start()
 
     @property
@@ -99,5 +101,12 @@ class ModelService:
 
     def stop(self) -> None:
         """End everything, in an order that lets the last responses out."""
-        for part in (self._drain, self._cancellation, self._responder, self._supervisor, self._metrics_thread):
+        for part in (
+            self._drain,
+            self._cancellation,
+            self._responder,
+            self._supervisor,
+            self._metrics_thread,
+            self._server_watch,
+        ):
             part.stop()

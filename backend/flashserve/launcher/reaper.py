@@ -21,6 +21,8 @@ from dataclasses import dataclass
 RUN_VARIABLE = "FLASHSERVE_RUN"
 # Triton waits for requests in flight without a bound of its own (19.5 s were seen); so this is the bound.
 GRACE_S = 9.0
+# Without tritonserver there is nobody whom a stub could still answer; but calls on their way to it may lock a stub up.
+ORPHAN_GRACE_S = 2.0
 POLL_S = 0.1
 SHARED_MEMORY = "/dev/shm"
 
@@ -61,8 +63,11 @@ def end_run(run: Run, grace_s: float = GRACE_S, hurry: Callable[[], bool] = lamb
     if run.leader is not None:
         _signal(run.leader, signal.SIGTERM)
     peaceful = True
-    while run_processes(run):
-        if run.leader is None or time.monotonic() >= deadline or hurry():
+    while processes := run_processes(run):
+        now = time.monotonic()
+        if run.leader not in processes:
+            deadline = min(deadline, now + ORPHAN_GRACE_S)
+        if run.leader is None or now >= deadline or hurry():
             peaceful = False
             _kill_all(run)
             break
