@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_ADDRESS = "localhost:8000"
 POLL_S = 0.25
+READY_POLL_S = 0.02  # an unload that comes before the model was seen ready goes unnoticed
 TIMEOUT_S = 2.0
 # Triton 2.51 loses a request whose gRPC client cancels within a millisecond of its end, for instance one that leaves
 # its loop at the finish reason. It then waits for that request for ever and never calls finalize.
@@ -58,15 +59,17 @@ class DrainWatcher:
         self._thread.join(TIMEOUT_S)
 
     def _run(self) -> None:
-        if self._poll_until(ready=True) and self._poll_until(ready=False):
+        if self._poll_until(ready=True, times=1, period_s=READY_POLL_S) and self._poll_until(
+            ready=False, times=CONFIRMATIONS, period_s=POLL_S
+        ):
             self._drain()
 
-    def _poll_until(self, *, ready: bool) -> bool:
-        """Poll until the model's readiness is confirmed to be ``ready``; False when stopped before."""
+    def _poll_until(self, *, ready: bool, times: int, period_s: float) -> bool:
+        """Poll until so many answers in a row agree; False when stopped before."""
         agreeing = 0
-        while not self._stopping.wait(POLL_S):
+        while not self._stopping.wait(period_s):
             agreeing = agreeing + 1 if self._is_ready() is ready else 0
-            if agreeing == CONFIRMATIONS:
+            if agreeing == times:
                 return True
         return False
 
