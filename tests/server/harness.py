@@ -9,7 +9,6 @@ block stops the server as Ctrl-C would and asserts that no process, shared memor
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -34,7 +33,12 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [str(ROOT / name) for name in ("backend", "kernels", "client", "gateway")]
 # Every process that a test's server starts carries it, whatever session or group it moves to.
 TEST_VARIABLE = "FLASHSERVE_TEST"
-PR_SET_PDEATHSIG = 1
+# A test run that is killed takes its servers along. Not as preexec_fn: that forks, which breaks with gRPC's threads.
+END_WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
 READY_TIMEOUT_S = 60.0
 # One client for all requests: 1 ms each, where httpx.get takes 30 to read certificates that nobody needs here.
 HTTP = httpx.Client(trust_env=False, verify=False, limits=httpx.Limits(max_keepalive_connections=0))
@@ -93,7 +97,7 @@ class Server:
         http, grpc, metrics = map(str, self._ports)
         repository = ["--model-repository", str(self.repository)] if self._has_models else []
         command = [
-            *(sys.executable, "-m", "flashserve.cli", "serve", "--verbose", *repository),
+            *(sys.executable, "-c", END_WITH_PARENT, "-m", "flashserve.cli", "serve", "--verbose", *repository),
             *("--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics, *self._arguments),
         ]
         env = {
@@ -111,7 +115,6 @@ class Server:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
             )
         if wait:
             self.wait_ready()
@@ -246,11 +249,6 @@ class Server:
                 self.assert_nothing_left()
         finally:
             self.destroy()
-
-
-def _end_with_parent() -> None:
-    """Runs in the new process: a test run that is killed takes its servers along."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, poll_s: float = 0.05) -> bool:
