@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -56,3 +57,9 @@ def alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def shared_memory(server: Server) -> set[str]:
+    """Names of the server's shared memory regions."""
+    assert server.launcher is not None
+    return {name for name in os.listdir("/dev/shm") if name.startswith(f"flashserve-{server.launcher.pid}-")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import struct
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +12,10 @@ from typing import Any
 
 import psutil
 import pytest
-from async_requests import alive, cancel, engine_of, errors_of, read, until
+from async_requests import alive, cancel, engine_of, errors_of, read, shared_memory, until
 from harness import HTTP, Server, wait_until
 from null_models import MetricsReader, null_model, write_null_model
+from requests_helper import GrpcCall
 
 from flashserve_client import AsyncClient, Timeout, Unavailable
 
@@ -149,6 +149,29 @@ async def test_a_killed_stub_takes_its_engine_along_and_the_launcher_brings_the_
     await until(metrics.is_idle, "all blocks are free")
 
 
+def test_a_model_whose_request_triton_has_lost_ends_itself_and_can_be_loaded_again(
+    server: Server, folder: Path
+) -> None:
+    """Triton 2.51 loses a request that is cancelled within a millisecond of its end, and never finalizes its model."""
+    server.add_model("lost", null_model(folder, 1))
+    server.load("lost")
+    for _ in range(20):
+        call = GrpcCall(server, {"text_input": "hello", "max_tokens": 1}, model="lost")
+        assert next(call).final
+        call.cancel()
+    (stub,) = server.stubs("lost")
+    engine = engine_of(server, "lost")
+    server.unload("lost")
+    assert wait_until(lambda: not alive(engine) and not server.stubs("lost"), 10)
+    assert "does not finalize this model" in server.log, "this Triton has lost no request: the test shows nothing"
+    metrics = MetricsReader(server.metrics, "lost")
+    assert metrics.read()["flashserve:engine_ready"] == 0
+    server.load("lost")
+    assert server.stubs("lost") not in ([], [stub])
+    assert wait_until(lambda: metrics.read()["flashserve:engine_ready"] == 1, 5)
+    metrics.close()
+
+
 # --- models that cannot load ---------------------------------------------------------------------------------
 
 
@@ -174,7 +197,6 @@ def broken_models(folder: Path, parent: Path) -> dict[str, tuple[dict[str, Any],
         ),
         "other-weights": (copy("other-weights"), "the weights lack the tensor"),
         "foreign": (copy("foreign", config_json=foreign), "architecture not supported: MambaForCausalLM"),
-        "nowhere": ({"model": str(parent / "nowhere")}, "does not exist"),
         "misspelt": ({"model": str(folder), "max_model_length": 5}, "did you mean max_model_len?"),
     }
 
@@ -199,9 +221,3 @@ def test_a_model_that_cannot_load_says_why_and_leaves_nothing_running(
         assert "Traceback" not in reasons[name]
     assert wait_until(lambda: set(server.processes()) == before, 5), server.processes()
     assert shared_memory(server) == shared
-
-
-def shared_memory(server: Server) -> set[str]:
-    """Names of the server's shared memory regions."""
-    assert server.launcher is not None
-    return {name for name in os.listdir("/dev/shm") if name.startswith(f"flashserve-{server.launcher.pid}-")}
