@@ -106,8 +106,8 @@ async def run_streams(url: str, streams: int, max_tokens: int, token_ids: list[l
     sizes: list[int] = []
 
     async def consume(client: AsyncClient, prompt: list[int]) -> None:
-        async for delta in client.stream(prompt, model="m", max_tokens=max_tokens, temperature=0, ignore_eos=True):
-            sizes.append(delta.completion_tokens)
+        stream = client.stream(prompt, model="m", max_tokens=max_tokens, temperature=0, ignore_eos=True)
+        sizes.extend([delta.completion_tokens async for delta in stream])
 
     async with AsyncClient(url) as client:
         await client.generate(token_ids[0], model="m", max_tokens=1)

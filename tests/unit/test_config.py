@@ -10,7 +10,7 @@ from flashserve.errors import ConfigError
 
 MODEL = ModelFacts(
     path="/m", architecture="LlamaForCausalLM", context_len=1000, vocab_size=100, num_layers=2, num_kv_heads=2,
-    head_dim=8, checkpoint_dtype="bfloat16", weight_bytes=10_000, eos_token_ids=(1,), tokenizer_file="/m/tokenizer.json",
+    head_dim=8, checkpoint_dtype="bfloat16", weight_bytes=10_000, eos_token_ids=(1,), tokenizer_file="/m/t.json",
 )  # fmt: skip
 CPU = DeviceFacts(kind="cpu", name="cpu", total_bytes=1 << 30, free_bytes=1 << 29, num_threads=2)
 GPU = DeviceFacts(kind="cuda", name="gpu", total_bytes=1 << 30, free_bytes=(1 << 30) - (1 << 20), num_threads=2)

@@ -1,5 +1,7 @@
 """The metrics' arithmetic; that Triton shows them is a server test."""
 
+from typing import ClassVar
+
 import pytest
 
 from flashserve.frontend.metrics import BY_NAME, SPECS, Metrics, TritonExporter
@@ -26,7 +28,7 @@ class RecordingFamily:
     """Stands in for the C++ class, which exists only inside a stub."""
 
     COUNTER, GAUGE = "counter", "gauge"
-    made: dict = {}
+    made: ClassVar[dict] = {}
 
     def __init__(self, name, description, kind):
         self.name, self.kind = name, kind
