@@ -63,5 +63,5 @@ def make_models(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A running server with all of MODELS."""
-    with Server(make_models(tmp_path_factory.mktemp("models"))) as running:
+    with Server(make_models(tmp_path_factory.mktemp("models")), ready_timeout_s=110) as running:
         yield running

@@ -18,18 +18,19 @@ from typing import Any
 
 import pytest
 from harness import Server
-from requests_helper import wait_idle
+from requests_helper import wait_metric
 
-from flashserve_client import AsyncClient
+from flashserve_client import AsyncClient, GenerateResult
 from tiny_models import FAMILIES, VOCAB_SIZE, make_tiny_model
 
 FIRST_CHARACTER = 0x4E00
 COMMON_PREFIX = 40
-LENGTHS = (150, 1, 5, 16, 17, 41, 64, 90, 33)
+BLOCK_SIZE = 16
 NUM_TOKENS = 36
-SEEDS = {"mistral": 1, "qwen3": 1}
-CLEAR_MARGIN = 1e-3
-"""Between the logits of the best and the second token: float32 in another order of sums changes them by 1e-5."""
+MAX_ROUNDS = 10
+SEEDS = {"mistral": 1, "qwen3": 2, "gpt2": 1}
+CLEAR_MARGIN = 5e-4
+"""Between the logits of the best and the second token: float32 is off by up to 2e-5 here."""
 
 SETTINGS: dict[str, Any] = {
     "dtype": "float32",
@@ -38,16 +39,28 @@ SETTINGS: dict[str, Any] = {
     "max_model_len": 192,
     "max_num_seqs": 16,
     "max_num_batched_tokens": 32,
-    "num_gpu_blocks_override": 24,  # the requests need 46 at their ends
+    "block_size": BLOCK_SIZE,
+    "num_gpu_blocks_override": 20,  # the requests need 51 at their ends
 }
 
 
 def prompts() -> list[list[int]]:
-    """Those that are long enough begin alike."""
+    """Nine; four begin alike, and one begins with what is the second block of those."""
     rng = random.Random(7)
-    common = [rng.randrange(3, VOCAB_SIZE) for _ in range(COMMON_PREFIX)]
-    return [(common + [rng.randrange(3, VOCAB_SIZE) for _ in range(n)])[-n if n < COMMON_PREFIX else 0 :][:n]
-            for n in LENGTHS]  # fmt: skip
+
+    def some(count: int) -> list[int]:
+        return [rng.randrange(3, VOCAB_SIZE) for _ in range(count)]
+
+    common = some(COMMON_PREFIX)
+    shifted = common[BLOCK_SIZE : 2 * BLOCK_SIZE]
+    return [
+        common + some(110),
+        *map(some, (1, 5, 16, 17)),
+        common + some(1),
+        common + some(24),
+        common + some(50),
+        shifted + some(17),
+    ]
 
 
 def write_one_character_tokenizer(folder: Path) -> None:
@@ -106,7 +119,7 @@ def families(folders: dict[str, Path]) -> Iterator[Server]:
         for family, folder in folders.items()
         for cached in (True, False)
     }
-    with Server(models, ready_timeout_s=110) as server:
+    with Server(models, ready_timeout_s=200) as server:
         yield server
 
 
@@ -122,23 +135,22 @@ async def test_greedy_tokens_are_transformers(families: Server, folders: dict[st
     for cached in (True, False):
         name = model_name(family, cached)
         async with AsyncClient(f"grpc://{families.grpc}", model=name) as client:
+            alone = [await greedy(client, prompt) for prompt in prompts()]
+            assert [ids_of(result.text) for result in alone] == expected, f"{name}, one at a time"
+            preemptions, rounds = 0, 0
+            while rounds < 2 or (not preemptions and rounds < MAX_ROUNDS):  # it takes requests that really meet
+                together = await asyncio.gather(*(greedy(client, prompt) for prompt in prompts()))
+                assert [ids_of(result.text) for result in together] == expected, f"{name}, batched, round {rounds}"
+                preemptions += sum(result.timings.preemptions or 0 for result in together)
+                rounds += 1
+        wait_metric(families, "vllm:num_preemptions_total", preemptions, model=name)
+        assert preemptions > 0
+        assert families.metric("flashserve:prefill_chunks_total", model=name) > 2 * len(prompts())
+        hits = families.metric("vllm:prefix_cache_hits_total", model=name)
+        assert hits >= COMMON_PREFIX if cached else hits == 0
 
-            async def tokens(prompt: list[int], client: AsyncClient = client) -> list[int]:
-                result = await client.generate(prompt, temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-                assert result.completion_tokens == NUM_TOKENS
-                return ids_of(result.text)
 
-            assert [await tokens(prompt) for prompt in prompts()] == expected, f"{name}, one at a time"
-            for again in range(3):
-                together = await asyncio.gather(*map(tokens, prompts()))
-                assert together == expected, f"{name}, batched, round {again}"
-        assert_it_was_hard(families, name, cached)
-
-
-def assert_it_was_hard(server: Server, name: str, cached: bool) -> None:
-    """Chunks, preemptions and cache hits really happened."""
-    wait_idle(server, name)
-    assert server.metric("vllm:num_preemptions_total", model=name) > 0
-    assert server.metric("flashserve:prefill_chunks_total", model=name) > len(LENGTHS)
-    hits = server.metric("vllm:prefix_cache_hits_total", model=name)
-    assert hits >= COMMON_PREFIX if cached else hits == 0
+async def greedy(client: AsyncClient, prompt: list[int]) -> GenerateResult:
+    result = await client.generate(prompt, temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    assert result.completion_tokens == NUM_TOKENS
+    return result
