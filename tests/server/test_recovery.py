@@ -138,6 +138,13 @@ async def test_a_killed_stub_takes_its_engine_along_and_the_launcher_brings_the_
     lost = asyncio.create_task(read(client, texts=texts, timeout_s=1.0))
     await until(lambda: bool(texts), "a request streams")
     engine, (stub,), bystander = engine_of(server, "victim"), server.stubs("victim"), server.stubs("other")
+    # A stub killed in the microseconds in which it holds a lock of shared memory takes tritonserver 2.51 along: it
+    # ends by boost's lock_exception. With nothing to send and no gauge that changes, this one holds none.
+    engine.suspend()
+    sent = 0
+    while sent < len(texts):
+        sent = len(texts)
+        await asyncio.sleep(0.2)
     psutil.Process(stub.pid).kill()
     await until(lambda: not alive(engine), "the engine ends with its stub", AT_ONCE_S)
     # Triton never answers a request in flight on a dead stub: the client's own timeout has to end it.
