@@ -263,11 +263,11 @@ def test_histograms_are_cumulative_and_hold_each_value_in_its_bucket(server: Ser
 
 
 def test_gauges_follow_the_engine_and_return_to_zero(server: Server) -> None:
-    """`narrow` runs one request; a second one waits."""
+    """`narrow` runs one request; two others wait."""
     total = next(int(lb["num_gpu_blocks"]) for n, lb, _ in lines(server, "narrow") if n == "vllm:cache_config_info")
     endless = {"prompt_token_ids": [40] * 160, "max_tokens": 800, "ignore_eos": True}
-    calls = [GrpcCall(server, {"sampling_parameters": endless, "stream": True}, model="narrow") for _ in range(2)]
-    assert wait_until(lambda: [read(server, "narrow")[name] for name in GAUGES[:2]] == [1, 1], 5)
+    calls = [GrpcCall(server, {"sampling_parameters": endless, "stream": True}, model="narrow") for _ in range(3)]
+    assert wait_until(lambda: [read(server, "narrow")[name] for name in GAUGES[:2]] == [1, 2], 5)
     used = read(server, "narrow")["vllm:kv_cache_usage_perc"] * total
     assert used == pytest.approx(round(used), abs=1e-3)
     assert 10 <= used <= 60
