@@ -43,6 +43,7 @@ def export(model: LanguageModel, tokenizer_path: Path, output: Path) -> None:
     end_of_text, end = tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id(END)
     weights = {name: p.detach().bfloat16().contiguous() for name, p in model.named_parameters()}
     save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
+    (output / "model.safetensors").chmod(0o644)  # safetensors lets only the owner read it
     generation = {"bos_token_id": end_of_text, "eos_token_id": [end_of_text, end],
                   "pad_token_id": end_of_text, "do_sample": True, "temperature": 0.7, "top_p": 0.95}
     config = llama_config(model.config, end_of_text)
