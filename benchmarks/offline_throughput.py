@@ -3,14 +3,16 @@
     python benchmarks/offline_throughput.py                         # SmolLM2-135M's shape, 16 x (128 in, 64 out)
     python benchmarks/offline_throughput.py --model tinyllama-1.1b --requests 4
 
-Same weights, prompts, dtype and threads, both greedy with SDPA in one process, one after the other in each round:
-the memory bandwidth of a virtual machine changes from minute to minute, so only interleaved runs compare.
+Same weights, prompts, dtype and threads, both greedy with SDPA, each in a process of its own with its own defaults,
+one after the other in each round: the memory bandwidth of a virtual machine changes from minute to minute, so only
+interleaved runs compare.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -18,21 +20,20 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from make_random_model import SHAPES, make_random_model
-
-import flashserve
-from flashserve import LLM
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def flashserve_runner(folder: Path, prompts: list[list[int]], args: argparse.Namespace) -> Callable[[], int]:
     """A function that generates once with flashserve and returns the number of tokens."""
+    from flashserve import LLM
+
     llm = LLM(
         folder,
         dtype=args.dtype,
@@ -46,6 +47,10 @@ def flashserve_runner(folder: Path, prompts: list[list[int]], args: argparse.Nam
 
 def transformers_runner(folder: Path, prompts: list[list[int]], args: argparse.Namespace) -> Callable[[], int]:
     """The same with transformers."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(args.threads)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, args.dtype), attn_implementation="sdpa"
     ).eval()
@@ -67,17 +72,36 @@ def transformers_runner(folder: Path, prompts: list[list[int]], args: argparse.N
     return generate
 
 
-def measure(engines: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
+ENGINES = {"flashserve": flashserve_runner, "transformers": transformers_runner}
+
+
+def work(name: str, folder: Path, prompts: list[list[int]], args: argparse.Namespace, parent: Connection) -> None:
+    """An engine's process: generates once for each message and answers (tokens, seconds)."""
+    generate = ENGINES[name](folder, prompts, args)
+    while parent.recv():
+        started = time.perf_counter()
+        tokens = generate()
+        parent.send((tokens, time.perf_counter() - started))
+
+
+def measure(folder: Path, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, list[float]]:
     """Tokens per second of each engine in each round, after one round to warm up."""
-    speeds: dict[str, list[float]] = {name: [] for name in engines}
-    for index in range(rounds + 1):
-        for name, generate in engines.items():
-            started = time.perf_counter()
-            tokens = generate()
-            speed = tokens / (time.perf_counter() - started)
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    for name in ENGINES:
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=work, args=(name, folder, prompts, args, theirs), daemon=True).start()
+        theirs.close()
+    speeds: dict[str, list[float]] = {name: [] for name in ENGINES}
+    for index in range(args.rounds + 1):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            tokens, seconds = pipe.recv()
             if index:
-                speeds[name].append(speed)
-                print(f"round {index}: {name:12s} {speed:8.1f} tokens/s", flush=True)
+                speeds[name].append(tokens / seconds)
+                print(f"round {index}: {name:12s} {tokens / seconds:8.1f} tokens/s", flush=True)
+    for pipe in pipes.values():
+        pipe.send(False)
     return speeds
 
 
@@ -96,20 +120,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    torch.set_num_threads(args.threads)
     folder = Path(args.model)
     if args.model in SHAPES:
         folder = make_random_model(args.model, Path(tempfile.gettempdir()) / f"flashserve-random-{args.model}")
     vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
     rng = random.Random(0)
     prompts = [[rng.randrange(3, vocab) for _ in range(args.input_len)] for _ in range(args.requests)]
-    speeds = measure(
-        {
-            "flashserve": flashserve_runner(folder, prompts, args),
-            "transformers": transformers_runner(folder, prompts, args),
-        },
-        args.rounds,
-    )
+    speeds = measure(folder, prompts, args)
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     ratio = medians["flashserve"] / medians["transformers"]
     for name, value in medians.items():
@@ -124,9 +141,7 @@ def save(args: argparse.Namespace, speeds: dict[str, list[float]], medians: dict
     result: dict[str, Any] = {
         "settings": {key: value for key, value in vars(args).items() if key != "json"},
         "versions": {
-            "flashserve": flashserve.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            **{name: version(name) for name in ("torch", "transformers")},
             "python": platform.python_version(),
         },
         "cpu": _cpu_name(),

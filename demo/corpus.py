@@ -18,8 +18,17 @@ from pathlib import Path
 HELD_OUT_PER_MILLE = 40
 # Not language: character maps (1.4 MB of tables), the help topics (0.7 MB of prose in string literals),
 # and what the build wrote about the computer it ran on.
-SKIPPED_PARTS = {"site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data", "data",
-                 "cjkencodings", "lib-dynload", "Icons"}
+SKIPPED_PARTS = {
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "encodings",
+    "pydoc_data",
+    "data",
+    "cjkencodings",
+    "lib-dynload",
+    "Icons",
+}
 SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 TEST_PARTS = {"test", "tests", "idle_test"}
 
@@ -152,8 +161,7 @@ def instruction_for(function: Function, rng: random.Random) -> str:
     signature = " ".join(function.head.split())
     words = function.name.strip("_").replace("_", " ")
     patterns = INSTRUCTIONS if function.summary else BARE_INSTRUCTIONS
-    return rng.choice(patterns).format(name=function.name, signature=signature, words=words,
-                                       summary=function.summary)
+    return rng.choice(patterns).format(name=function.name, signature=signature, words=words, summary=function.summary)
 
 
 def chat_document(function: Function, rng: random.Random) -> str:

@@ -36,7 +36,7 @@ class Documents:
         chosen: list[np.ndarray] = []
         for kind, times in zip(KINDS, mix, strict=True):
             documents = self.kinds[kind]
-            chosen += documents * int(times) if times >= 1 else documents[:int(len(documents) * times)]
+            chosen += documents * int(times) if times >= 1 else documents[: int(len(documents) * times)]
         return chosen
 
     def tokens(self) -> dict[str, int]:
@@ -44,8 +44,7 @@ class Documents:
         return {kind: sum(map(len, documents)) for kind, documents in self.kinds.items()}
 
 
-def _take(functions: list[Function], limit: float,
-          encode: Callable[[Function], np.ndarray]) -> list[np.ndarray]:
+def _take(functions: list[Function], limit: float, encode: Callable[[Function], np.ndarray]) -> list[np.ndarray]:
     """Encode functions until there are `limit` tokens."""
     taken, total = [], 0
     for function in functions:
@@ -76,10 +75,8 @@ def build_documents(corpus: Corpus, tokenizer: Tokenizer, seed: int) -> Document
     # Conversations come first from functions with a docstring: those give the better instructions.
     by_summary = sorted(functions["library"], key=lambda f: (not f.summary, not f.top_level))
     by_level = sorted(functions["library"], key=lambda f: not f.top_level)
-    kinds["chats"] = _take(by_summary + functions["tests"], total * CHAT_SHARE,
-                           lambda f: encode(chat_document(f, rng)))
-    kinds["snippets"] = _take(by_level + functions["tests"], total * SNIPPET_SHARE,
-                              lambda f: encode(f.source + "\n"))
+    kinds["chats"] = _take(by_summary + functions["tests"], total * CHAT_SHARE, lambda f: encode(chat_document(f, rng)))
+    kinds["snippets"] = _take(by_level + functions["tests"], total * SNIPPET_SHARE, lambda f: encode(f.source + "\n"))
     for documents in kinds.values():
         rng.shuffle(documents)
     return Documents(kinds)
@@ -117,7 +114,7 @@ class Stream:
         if self.offset // length + rows > len(self._order(length)):
             self.seek(self.epoch + 1, 0)
         first = self.offset // length
-        starts = self._order(length)[first:first + rows] * length
+        starts = self._order(length)[first : first + rows] * length
         self.offset = (first + rows) * length
         block = torch.from_numpy(self._tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64))
         return block[:, :-1].contiguous(), block[:, 1:].contiguous()
@@ -129,4 +126,4 @@ def held_out_chunks(corpus: Corpus, tokenizer: Tokenizer, length: int) -> Iterat
     for file in corpus.held_out:
         ids = [separator, *tokenizer.encode(file.text, add_special_tokens=False).ids]
         for start in range(0, len(ids) - length, length):
-            yield ids[start:start + length + 1]
+            yield ids[start : start + length + 1]

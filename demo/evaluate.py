@@ -33,8 +33,7 @@ BATCH = 25
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     root = Path(__file__).resolve().parent.parent
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help="loss, baseline, completions (default: all of them)")
     parser.add_argument("--model", type=Path, default=root / "model_repository/demo/1/weights")
     parser.add_argument("--results", type=Path, default=root / "demo/results.json")
@@ -62,18 +61,24 @@ def model_loss(model, tokenizer: Tokenizer, corpus: Corpus) -> dict:
         done = 1  # the separator is given
         while done < len(ids):
             end = min(len(ids), done + (STRIDE if done > 1 else WINDOW - 1))
-            window = ids[max(0, end - WINDOW):end]
+            window = ids[max(0, end - WINDOW) : end]
             logits = model(window[None, :-1]).logits[0].float()
             scored = end - done
             nats += cross_entropy(logits[-scored:], window[-scored:], reduction="sum").item()
             tokens, done = tokens + scored, end
     size = held_out_bytes(corpus)
-    return {"files": len(corpus.held_out), "bytes": size, "tokens": tokens,
-            "nats_per_token": round(nats / tokens, 4), "bits_per_byte": round(nats / math.log(2) / size, 4)}
+    return {
+        "files": len(corpus.held_out),
+        "bytes": size,
+        "tokens": tokens,
+        "nats_per_token": round(nats / tokens, 4),
+        "bits_per_byte": round(nats / math.log(2) / size, 4),
+    }
 
 
 def baseline(tokenizer: Tokenizer, corpus: Corpus) -> dict:
     """Bits per byte of the two 5-gram models."""
+
     def as_bytes(files: list) -> list[np.ndarray]:
         return [np.frombuffer(file.text.encode(), dtype=np.uint8) for file in files]
 
@@ -82,8 +87,10 @@ def baseline(tokenizer: Tokenizer, corpus: Corpus) -> dict:
 
     size, results = held_out_bytes(corpus), {}
     separator = tokenizer.token_to_id(END_OF_TEXT)
-    for name, encode, vocab, start in (("bytes", as_bytes, 257, 256),
-                                       ("tokens", as_tokens, tokenizer.get_vocab_size(), separator)):
+    for name, encode, vocab, start in (
+        ("bytes", as_bytes, 257, 256),
+        ("tokens", as_tokens, tokenizer.get_vocab_size(), separator),
+    ):
         model = KneserNey(vocab, start)
         model.fit(encode(corpus.train))
         results[name] = round(model.bits_total(encode(corpus.held_out)) / size, 4)
@@ -114,12 +121,18 @@ def complete(model, tokenizer, prompts: list[str], args: argparse.Namespace) -> 
     torch.manual_seed(args.seed)
     stops, out = model.generation_config.eos_token_id, []
     for start in tqdm(range(0, len(prompts), BATCH), desc="completions", mininterval=10):
-        texts = [END_OF_TEXT + prompt for prompt in prompts[start:start + BATCH]]
+        texts = [END_OF_TEXT + prompt for prompt in prompts[start : start + BATCH]]
         batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-        ids = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                             do_sample=True, temperature=args.temperature, top_p=args.top_p,
-                             top_k=0, max_new_tokens=args.max_new_tokens)
-        for row in ids[:, batch["input_ids"].shape[1]:].tolist():
+        ids = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            do_sample=True,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=0,
+            max_new_tokens=args.max_new_tokens,
+        )
+        for row in ids[:, batch["input_ids"].shape[1] :].tolist():
             length = next((i for i, token in enumerate(row) if token in stops), len(row))
             out.append((tokenizer.decode(row[:length]), length < len(row)))
     return out
@@ -131,18 +144,26 @@ def completions(model, tokenizer, corpus: Corpus, args: argparse.Namespace) -> d
     sampled = complete(model, tokenizer, heads, args)
     verdicts = [check(head, text, ended) for head, (text, ended) in zip(heads, sampled, strict=True)]
     if args.samples:
-        shown = [f"##### {v.reason} {'ended' if ended else 'cut'}\n{head}{text}\n"
-                 for head, (text, ended), v in zip(heads, sampled, verdicts, strict=True)]
+        shown = [
+            f"##### {v.reason} {'ended' if ended else 'cut'}\n{head}{text}\n"
+            for head, (text, ended), v in zip(heads, sampled, verdicts, strict=True)
+        ]
         args.samples.write_text("\n".join(shown))
     n, good = len(heads), [v.parsed and v.has_code for v in verdicts]
-    return {"heads": n, "top_level": top_level, "seed": args.seed,
-            "temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens,
-            "ended_by_model": sum(ended for _, ended in sampled),
-            "parsed": sum(v.parsed for v in verdicts),
-            "parsed_rate": round(sum(v.parsed for v in verdicts) / n, 4),
-            "parsed_with_more_than_a_docstring": sum(good),
-            "of_these_top_level": sum(good[:top_level]),
-            "parsed_with_more_than_a_docstring_rate": round(sum(good) / n, 4)}
+    return {
+        "heads": n,
+        "top_level": top_level,
+        "seed": args.seed,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_new_tokens": args.max_new_tokens,
+        "ended_by_model": sum(ended for _, ended in sampled),
+        "parsed": sum(v.parsed for v in verdicts),
+        "parsed_rate": round(sum(v.parsed for v in verdicts) / n, 4),
+        "parsed_with_more_than_a_docstring": sum(good),
+        "of_these_top_level": sum(good[:top_level]),
+        "parsed_with_more_than_a_docstring_rate": round(sum(good) / n, 4),
+    }
 
 
 def main() -> None:

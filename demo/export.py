@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write a trained model in the layout of transformers (also usable on a checkpoint of a running training).
 
-    python demo/export.py build/demo exported          # work directory of train.py, folder to write
+python demo/export.py build/demo exported          # work directory of train.py, folder to write
 """
 
 from __future__ import annotations
@@ -23,14 +23,29 @@ from model import LanguageModel, ModelConfig
 def llama_config(c: ModelConfig, end_of_text: int) -> dict:
     """config.json: the names which transformers' LlamaConfig has for our dimensions."""
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
-        "vocab_size": c.vocab_size, "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": c.num_hidden_layers, "num_attention_heads": c.num_attention_heads,
-        "num_key_value_heads": c.num_key_value_heads, "head_dim": c.head_dim, "hidden_act": "silu",
-        "max_position_embeddings": c.max_position_embeddings, "rope_theta": c.rope_theta,
-        "rope_scaling": None, "rms_norm_eps": c.rms_norm_eps, "tie_word_embeddings": True,
-        "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02,
-        "bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": end_of_text,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_hidden_layers,
+        "num_attention_heads": c.num_attention_heads,
+        "num_key_value_heads": c.num_key_value_heads,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": c.max_position_embeddings,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": None,
+        "rms_norm_eps": c.rms_norm_eps,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "pad_token_id": end_of_text,
         "use_cache": True,
     }
 
@@ -44,8 +59,14 @@ def export(model: LanguageModel, tokenizer_path: Path, output: Path) -> None:
     weights = {name: p.detach().bfloat16().contiguous() for name, p in model.named_parameters()}
     save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
     (output / "model.safetensors").chmod(0o644)  # safetensors lets only the owner read it
-    generation = {"bos_token_id": end_of_text, "eos_token_id": [end_of_text, end],
-                  "pad_token_id": end_of_text, "do_sample": True, "temperature": 0.7, "top_p": 0.95}
+    generation = {
+        "bos_token_id": end_of_text,
+        "eos_token_id": [end_of_text, end],
+        "pad_token_id": end_of_text,
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_p": 0.95,
+    }
     config = llama_config(model.config, end_of_text)
     (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (output / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

@@ -142,12 +142,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
         total = x.new_zeros((), dtype=torch.float32)
         for start in range(0, n, 512):
-            rows, wanted = x[start:start + 512], targets[start:start + 512, None]
+            rows, wanted = x[start : start + 512], targets[start : start + 512, None]
             logp = torch.log_softmax((rows @ w.T).float(), dim=-1)
             total -= logp.gather(1, wanted).sum()
             grad = logp.exp_().scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=logp.dtype))
             grad = grad.mul_(1 / n).to(x.dtype)
-            grad_x[start:start + 512] = grad @ w
+            grad_x[start : start + 512] = grad @ w
             grad_w += (grad.T @ rows).float()
         ctx.save_for_backward(grad_x, grad_w)
         return total / n

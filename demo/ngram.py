@@ -65,7 +65,7 @@ class KneserNey:
         real = np.concatenate([np.full(len(p), i % 2 == 1) for i, p in enumerate(parts)])
         keys = np.zeros(len(symbols) - pad, dtype=np.uint64)
         for k in range(self.order):
-            keys = (keys << np.uint64(self.bits)) | symbols[k:len(symbols) - pad + k]
+            keys = (keys << np.uint64(self.bits)) | symbols[k : len(symbols) - pad + k]
         return keys[real[pad:]]
 
     def fit(self, documents: list[np.ndarray]) -> None:

@@ -42,8 +42,11 @@ def _indent(line: str) -> int:
 
 def _drop_dangling_headers(lines: list[str]) -> list[str]:
     """Drop from the end what cannot stand there: block headers, and comments and decorators below them."""
-    while lines and (not lines[-1].strip() or lines[-1].lstrip().startswith(("#", "@"))
-                     or lines[-1].split("#")[0].rstrip().endswith(":")):
+    while lines and (
+        not lines[-1].strip()
+        or lines[-1].lstrip().startswith(("#", "@"))
+        or lines[-1].split("#")[0].rstrip().endswith(":")
+    ):
         lines = lines[:-1]
     return lines
 

@@ -48,25 +48,39 @@ PART_TOKENS = 2048
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     root = Path(__file__).resolve().parent.parent
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=root / "model_repository/demo/1/weights",
-                        help="where the finished model goes (default: %(default)s)")
-    parser.add_argument("--work-dir", type=Path, default=root / "build/demo",
-                        help="where tokenizer, checkpoints and log go (default: %(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=root / "model_repository/demo/1/weights",
+        help="where the finished model goes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        default=root / "build/demo",
+        help="where tokenizer, checkpoints and log go (default: %(default)s)",
+    )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--minutes", type=float, default=60.0, help="wall-clock budget (default: 60)")
     budget.add_argument("--steps", type=int, help="number of steps, instead of a budget of time")
     parser.add_argument("--tokens-per-step", type=int, default=8192, help="default: %(default)s")
-    parser.add_argument("--lr", type=float, default=0.005,
-                        help="peak rate of Muon, for the matrices of the layers (default: %(default)s)")
-    parser.add_argument("--adam-lr", type=float, default=0.003,
-                        help="peak rate of AdamW, for embedding and norms (default: %(default)s)")
+    parser.add_argument(
+        "--lr",
+        type=float,
+        default=0.005,
+        help="peak rate of Muon, for the matrices of the layers (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--adam-lr",
+        type=float,
+        default=0.003,
+        help="peak rate of AdamW, for embedding and norms (default: %(default)s)",
+    )
     parser.add_argument("--weight-decay", type=float, default=0.1, help="default: %(default)s")
     parser.add_argument("--warmup-steps", type=int, default=60, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=20240229, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=2,
-                        help="parts of a batch at once (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="parts of a batch at once (default: %(default)s)")
     parser.add_argument("--no-compile", action="store_true", help="do without torch.compile")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --work-dir")
     return parser.parse_args()
@@ -87,9 +101,17 @@ def build_optimizers(model: LanguageModel, args: argparse.Namespace) -> list[tor
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
     rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
     # One Muon for each thread: orthogonalising the updates is a tenth of the work of a step.
-    muons = [torch.optim.Muon(matrices[i::args.threads], lr=args.lr, momentum=0.95, nesterov=True,
-                              weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
-             for i in range(args.threads)]
+    muons = [
+        torch.optim.Muon(
+            matrices[i :: args.threads],
+            lr=args.lr,
+            momentum=0.95,
+            nesterov=True,
+            weight_decay=args.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        for i in range(args.threads)
+    ]
     adam = torch.optim.AdamW(rest, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     return [*muons, adam]
 
@@ -125,9 +147,15 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint, replacing the last one only when it is complete."""
-        state = {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
-                 "step": self.step, "tokens": self.tokens, "elapsed": self.elapsed,
-                 "mix": self.mix, "stream": (self.stream.epoch, self.stream.offset)}
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "step": self.step,
+            "tokens": self.tokens,
+            "elapsed": self.elapsed,
+            "mix": self.mix,
+            "stream": (self.stream.epoch, self.stream.offset),
+        }
         partial = self.checkpoint_path.with_suffix(".partial")
         torch.save(state, partial)
         partial.replace(self.checkpoint_path)
@@ -186,8 +214,13 @@ class Trainer:
         """Train to the end of the schedule, with a checkpoint and a line of log every two minutes."""
         log = (self.args.work_dir / "log.jsonl").open("a", encoding="utf-8")
         start, last, smooth = time.monotonic() - self.elapsed, time.monotonic(), math.nan
-        bar = tqdm(total=1000, initial=int(1000 * self.fraction()), mininterval=10, ascii=True,
-                   bar_format="{percentage:5.1f}% [{elapsed}<{remaining}] {postfix}")
+        bar = tqdm(
+            total=1000,
+            initial=int(1000 * self.fraction()),
+            mininterval=10,
+            ascii=True,
+            bar_format="{percentage:5.1f}% [{elapsed}<{remaining}] {postfix}",
+        )
         while self.fraction() < 1.0:
             loss = self.advance()
             smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss
@@ -196,9 +229,15 @@ class Trainer:
             bar.set_postfix_str(f"step {self.step} loss {smooth:.3f} {speed:.0f} tokens/s", refresh=False)
             bar.update(int(1000 * self.fraction()) - bar.n)
             if time.monotonic() - last > 120 or self.fraction() >= 1.0:
-                record = {"step": self.step, "tokens": self.tokens, "seconds": round(self.elapsed),
-                          "mix": self.mix, "epoch": self.stream.epoch,
-                          "train_loss": round(smooth, 4), "held_out_loss": round(self.held_out_loss(), 4)}
+                record = {
+                    "step": self.step,
+                    "tokens": self.tokens,
+                    "seconds": round(self.elapsed),
+                    "mix": self.mix,
+                    "epoch": self.stream.epoch,
+                    "train_loss": round(smooth, 4),
+                    "held_out_loss": round(self.held_out_loss(), 4),
+                }
                 log.write(json.dumps(record) + "\n")
                 log.flush()
                 self.save()
@@ -221,12 +260,20 @@ def main() -> None:
     if args.resume and trainer.checkpoint_path.exists():
         trainer.load()
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    print(f"{parameters / 1e6:.2f} million parameters; {len(corpus.train)} files for training, "
-          f"{len(corpus.held_out)} held out; tokens by kind: {trainer.documents.tokens()}", flush=True)
+    print(
+        f"{parameters / 1e6:.2f} million parameters; {len(corpus.train)} files for training, "
+        f"{len(corpus.held_out)} held out; tokens by kind: {trainer.documents.tokens()}",
+        flush=True,
+    )
     trainer.run()
-    summary = {"parameters": parameters, "steps": trainer.step, "tokens": trainer.tokens,
-               "minutes": round(trainer.elapsed / 60, 1), "tokens_by_kind": trainer.documents.tokens(),
-               "config": dataclasses.asdict(trainer.model.config)}
+    summary = {
+        "parameters": parameters,
+        "steps": trainer.step,
+        "tokens": trainer.tokens,
+        "minutes": round(trainer.elapsed / 60, 1),
+        "tokens_by_kind": trainer.documents.tokens(),
+        "config": dataclasses.asdict(trainer.model.config),
+    }
     (args.work_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     export(trainer.model, path, args.output)
 

@@ -76,7 +76,7 @@ class EngineConfig:
     """CPU threads of the engine; default: all cores this process may use."""
     triton_http: str | None = None
     """host:port of this tritonserver's HTTP endpoint, polled to notice an unload; default: the launcher's
-    FLASHSERVE_TRITON_HTTP, else localhost:8000."""
+    FLASHSERVE_TRITON_HTTP, else what tritonserver's command line says."""
 
     @classmethod
     def from_file(cls, path: Path) -> EngineConfig:

@@ -64,6 +64,8 @@ async def unload_right_after_a_stream(server: Server, client: AsyncClient) -> No
     server.unload("demo")
     await gone(old)
     server_has_no_model_process(server)
+    with pytest.raises(KeyError):
+        server.metric("flashserve:engine_ready", model="demo")
     await in_thread(server.load, "demo")
 
 

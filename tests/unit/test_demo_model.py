@@ -53,9 +53,7 @@ def render(tokenizer_config: dict, messages: list[dict], add_generation_prompt: 
 
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(tokenizer_config["chat_template"])
-    return template.render(
-        messages=messages, add_generation_prompt=add_generation_prompt, raise_exception=fail
-    )
+    return template.render(messages=messages, add_generation_prompt=add_generation_prompt, raise_exception=fail)
 
 
 def test_all_files_are_there_and_small():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flashserve.config import EngineConfig, ResolvedConfig, resolve, resolve_dtype
 from flashserve.engine.core import EngineCore, build_core
+from flashserve.runner.threads import limit_spinning
 
 
 def load_engine(config: EngineConfig) -> tuple[ResolvedConfig, EngineCore]:
@@ -11,6 +12,7 @@ def load_engine(config: EngineConfig) -> tuple[ResolvedConfig, EngineCore]:
 
     Raises ConfigError when the model or the settings cannot be served.
     """
+    limit_spinning()  # before anything imports torch
     from flashserve.models.registry import fingerprint, read_model_facts
 
     if config.device.split(":")[0] == "null":

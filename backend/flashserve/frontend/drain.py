@@ -13,6 +13,8 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
 from urllib.parse import quote
 
 from flashserve.errors import Cancelled, Unavailable
@@ -20,7 +22,6 @@ from flashserve.frontend.responder import Responder
 
 log = logging.getLogger(__name__)
 
-DEFAULT_ADDRESS = "localhost:8000"
 POLL_S = 0.25
 READY_POLL_S = 0.02  # an unload that comes before the model was seen ready goes unnoticed
 TIMEOUT_S = 2.0
@@ -44,7 +45,7 @@ class DrainWatcher:
     ) -> None:
         """``stop_engine`` is called once nothing may run any more."""
         self._path = f"/v2/models/{quote(model_name)}/versions/{version}/ready"
-        self._address = address or os.environ.get("FLASHSERVE_TRITON_HTTP") or DEFAULT_ADDRESS
+        self._address = address or os.environ.get("FLASHSERVE_TRITON_HTTP") or address_of(os.getppid())
         self._drain_timeout_s = drain_timeout_s
         self._responder = responder
         self._stop_engine = stop_engine
@@ -109,6 +110,21 @@ class DrainWatcher:
             if time.monotonic() > deadline:
                 log.warning("Triton does not finalize this model, although all its requests have ended: ending anyway")
                 os._exit(0)
+
+
+def address_of(server: int) -> str:
+    """Where the tritonserver with this process id listens for HTTP, from its command line."""
+    try:
+        words = Path(f"/proc/{server}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
+    except OSError:
+        words = []
+    options = {"--http-address": "localhost", "--http-port": "8000"}
+    for word, following in pairwise([*words, ""]):
+        name, equals, value = word.partition("=")
+        if name in options:
+            options[name] = value if equals else following
+    host, port = options.values()
+    return f"{'localhost' if host in ('0.0.0.0', '::') else host}:{port}"
 
 
 _UNLOADED = Cancelled("the model was unloaded", reason="shutdown")
