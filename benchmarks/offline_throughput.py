@@ -11,6 +11,7 @@ interleaved runs compare.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -78,10 +79,11 @@ ENGINES = {"flashserve": flashserve_runner, "transformers": transformers_runner}
 def work(name: str, folder: Path, prompts: list[list[int]], args: argparse.Namespace, parent: Connection) -> None:
     """An engine's process: generates once for each message and answers (tokens, seconds)."""
     generate = ENGINES[name](folder, prompts, args)
-    while parent.recv():
-        started = time.perf_counter()
-        tokens = generate()
-        parent.send((tokens, time.perf_counter() - started))
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
+        while parent.recv():
+            started = time.perf_counter()
+            tokens = generate()
+            parent.send((tokens, time.perf_counter() - started))
 
 
 def measure(folder: Path, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, list[float]]:
