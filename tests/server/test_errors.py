@@ -122,7 +122,7 @@ def test_a_client_that_comes_back_is_served(server: Server, full_queue: list[Grp
         assert wait_until(lambda: refused(server) > refusals, 5)
         for one in full_queue:
             one.cancel()
-        assert answer.result(10).text == letters(3, 3)
+        assert answer.result(30).text == letters(3, 3)
 
 
 def refused(server: Server) -> float:

@@ -15,9 +15,8 @@ import pytest
 from async_requests import alive, cancel, engine_of, errors_of, read, shared_memory, until
 from harness import HTTP, Server, wait_until
 from null_models import MetricsReader, null_model, write_null_model
-from requests_helper import GrpcCall
 
-from flashserve_client import AsyncClient, Timeout, Unavailable
+from flashserve_client import AsyncClient, Timeout, Unavailable, grpc_transport
 
 AT_ONCE_S = 1.0
 LOAD_TIMEOUT_S = 30.0
@@ -156,27 +155,30 @@ async def test_a_killed_stub_takes_its_engine_along_and_the_launcher_brings_the_
     await until(metrics.is_idle, "all blocks are free")
 
 
-def test_a_model_whose_request_triton_has_lost_ends_itself_and_can_be_loaded_again(
-    server: Server, folder: Path
+async def test_a_model_whose_request_triton_has_lost_ends_itself_and_can_be_loaded_again(
+    server: Server, client: AsyncClient, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Triton 2.51 loses a request that is cancelled within a millisecond of its end, and never finalizes its model."""
+    monkeypatch.setattr(grpc_transport, "_END_TIMEOUT_S", 0)  # our client would wait for the end
     server.add_model("lost", null_model(folder, 1))
     server.load("lost")
-    for _ in range(200):  # each meets the millisecond only now and then
-        call = GrpcCall(server, {"text_input": "hello", "max_tokens": 1}, model="lost")
-        assert next(call).final
-        call.cancel()
+    for _ in range(200):
+        async with client.stream("hello", model="lost", max_tokens=1) as stream:
+            async for delta in stream:
+                if delta.finish_reason is not None:
+                    break
     (stub,) = server.stubs("lost")
     engine = engine_of(server, "lost")
     server.unload("lost")
-    assert wait_until(lambda: not alive(engine) and not server.stubs("lost"), 10)
+    await until(lambda: not alive(engine) and not server.stubs("lost"), "stub and engine have ended")
     if "does not finalize this model" not in server.log:
-        pytest.skip("Triton has lost no request this time, so there is nothing to end")
+        pytest.skip("this Triton has lost no request")
     metrics = MetricsReader(server.metrics, "lost")
     assert metrics.read()["flashserve:engine_ready"] == 0
-    server.load("lost")
+    await asyncio.get_running_loop().run_in_executor(None, server.load, "lost")
     assert server.stubs("lost") not in ([], [stub])
-    assert wait_until(lambda: metrics.read()["flashserve:engine_ready"] == 1, 5)
+    await until(lambda: metrics.read()["flashserve:engine_ready"] == 1, "the new one is ready")
+    assert (await client.generate("hello", model="lost", max_tokens=3)).completion_tokens == 3
     metrics.close()
 
 

@@ -22,7 +22,9 @@ import flashserve_client
 from flashserve_client import cli
 
 PROGRAM = (
-    "import argparse, sys\nfrom flashserve_client.cli import add_commands\n"
+    # A run in the background of a shell ignores Ctrl-C, and what it starts inherits that.
+    "import argparse, signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "from flashserve_client.cli import add_commands\n"
     "parser = argparse.ArgumentParser()\nadd_commands(parser.add_subparsers())\n"
     "args = parser.parse_args()\nsys.exit(args.run(args))\n"
 )

@@ -172,8 +172,11 @@ def test_a_model_that_is_never_finalized_ends_its_process(
     ],
 )
 def test_the_endpoint_is_that_of_the_own_tritonserver(options: list[str], address: str) -> None:
-    process = subprocess.Popen([sys.executable, "-c", "input()", *options], stdin=subprocess.PIPE)
+    command = [sys.executable, "-c", "print(flush=True); input()", *options]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
+        assert process.stdout is not None
+        process.stdout.readline()  # until then the kernel may not show its command line
         assert address_of(process.pid) == address
     finally:
         process.communicate(b"\n")
