@@ -37,9 +37,11 @@ class AttentionBatch:
     slot_mapping: Tensor
     """[T] int64: where each token's key and value are stored."""
     block_size: int
-    host_query_lens: Sequence[int]
-    """The numbers of the two tensors above on the host; device kernels do not need them."""
-    host_seq_lens: Sequence[int]
+    max_query_len: int
+    """No row has more tokens in this step; 1: decodes only."""
+    host_query_lens: Sequence[int] = ()
+    """The rows' lengths on the host, which the torch implementation plans with; captured steps have none."""
+    host_seq_lens: Sequence[int] = ()
     _groups: dict[int | None, list[_Group]] = field(default_factory=dict, repr=False, compare=False)
 
     def groups(self, window: int | None) -> list[_Group]:
@@ -65,12 +67,17 @@ class _Group:
 
 
 def paged_attention(
-    q: Tensor, cache: KVLayer, batch: AttentionBatch, scale: float, window: int | None = None
+    q: Tensor,
+    cache: KVLayer,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """``softmax(q k^T * scale) v`` of every token over its own sequence's earlier tokens and itself.
 
-    q: [T, num_heads, D], any strides; the keys and values of this step are already in the cache.
-    Returns [T, num_heads * D].
+    q: [T, num_heads, D], any strides; the keys and values of this step are already in the cache. softcap: scores are
+    ``softcap * tanh(score / softcap)`` before the softmax (Gemma 2). Returns [T, num_heads * D].
     """
     num_tokens, num_heads, head_dim = q.shape
     out = q.new_empty((num_tokens, num_heads * head_dim))
@@ -81,19 +88,22 @@ def paged_attention(
     for group in batch.groups(window):
         tokens = slice(group.first_token, group.first_token + group.num_tokens)
         attend = _attend_chunk if group.is_chunk else _attend_decodes
-        attend(q[tokens], cache, group, scale, out_heads[tokens])
+        attend(q[tokens], cache, group, scale, softcap, out_heads[tokens])
     return out
 
 
-def _attend_decodes(q: Tensor, cache: KVLayer, group: _Group, scale: float, out: Tensor) -> None:
+def _attend_decodes(q: Tensor, cache: KVLayer, group: _Group, scale: float, softcap: float | None, out: Tensor) -> None:
     """n rows of one token: the heads that share a KV head take SDPA's query dimension. q, out: [n, KV, G, D]."""
     num_kv_heads, head_dim = q.shape[1], q.shape[3]
     shape = (group.num_tokens, -1, num_kv_heads, head_dim)
-    k, v = (stored.index_select(0, group.blocks).view(shape)[:, : group.num_keys].transpose(1, 2) for stored in cache)
-    out.copy_(F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scale))
+    k, v = (
+        stored.index_select(0, group.blocks).view(shape)[:, : group.num_keys].transpose(1, 2)
+        for stored in (cache.k, cache.v)
+    )
+    out.copy_(_attend(q, k, v, group.mask, False, scale, softcap))
 
 
-def _attend_chunk(q: Tensor, cache: KVLayer, group: _Group, scale: float, out: Tensor) -> None:
+def _attend_chunk(q: Tensor, cache: KVLayer, group: _Group, scale: float, softcap: float | None, out: Tensor) -> None:
     """One row of several tokens: KV heads are SDPA's batch, their query heads its heads. q, out: [n, KV, G, D]."""
     heads_per_kv = q.shape[2]
     k, v = (
@@ -102,12 +112,24 @@ def _attend_chunk(q: Tensor, cache: KVLayer, group: _Group, scale: float, out: T
         .flatten(0, 1)[: group.num_keys]
         .permute(1, 0, 2)[:, None]
         .expand(-1, heads_per_kv, -1, -1)
-        for stored in cache
+        for stored in (cache.k, cache.v)
     )
-    result = F.scaled_dot_product_attention(
-        q.permute(1, 2, 0, 3), k, v, attn_mask=group.mask, is_causal=group.mask is None, scale=scale
-    )
+    result = _attend(q.permute(1, 2, 0, 3), k, v, group.mask, group.mask is None, scale, softcap)
     out.copy_(result.permute(2, 0, 1, 3))
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, softcap: float | None
+) -> Tensor:
+    """SDPA, which knows no soft cap: with one, the definition."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
+    scores = (q @ k.transpose(-1, -2)).float().mul_(scale / softcap).tanh_().mul_(softcap)
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_()
+    if mask is not None:
+        scores.masked_fill_(~mask, float("-inf"))
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 def _make_groups(batch: AttentionBatch, window: int | None) -> list[_Group]:

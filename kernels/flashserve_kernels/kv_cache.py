@@ -18,6 +18,9 @@ class KVLayer(NamedTuple):
 
     k: Tensor
     v: Tensor
+    k_scale: float = 1.0
+    """What a stored key is multiplied with, where the cache is 8 bits wide."""
+    v_scale: float = 1.0
 
 
 def allocate_kv_cache(
@@ -60,7 +63,7 @@ def write_kv(k: Tensor, v: Tensor, cache: KVLayer, slot_mapping: Tensor) -> None
 
     k, v: [T, num_kv_heads, head_dim], any strides; slot_mapping: [T] int64, all slots different.
     """
-    for new, stored in zip((k, v), cache, strict=True):
+    for new, stored in ((k, cache.k), (v, cache.v)):
         block_size = stored.shape[1]
         if stored.stride(0) == block_size * stored.stride(1):
             stored.flatten(0, 1).index_copy_(0, slot_mapping, new)

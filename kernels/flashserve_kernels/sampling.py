@@ -21,10 +21,40 @@ def greedy(logits: Tensor) -> Tensor:
     return logits.float().argmax(-1)
 
 
+def sample_rows(
+    logits: Tensor,
+    temperature: Tensor,
+    min_p: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """One token for each row: greedy where the temperature is 0, else :func:`sample`; neither changes the other's.
+
+    logits: [R, V]; temperature, min_p, top_p: [R] float32; top_k, seeds, positions: [R] int64. Returns [R] int64.
+    """
+    random = temperature > 0
+    if not bool(random.any()):
+        return greedy(logits)
+    tokens = greedy(logits) if not bool(random.all()) else positions.new_empty(len(random))
+    rows = random.nonzero()[:, 0]
+    own_min_p, own_top_k, own_top_p = min_p[rows], top_k[rows], top_p[rows]
+    tokens[rows] = sample(
+        logits[rows],
+        temperature[rows],
+        own_min_p if bool(own_min_p.any()) else None,
+        own_top_k if bool(own_top_k.any()) else None,
+        own_top_p if bool((own_top_p < 1).any()) else None,
+        seeds[rows],
+        positions[rows],
+    )
+    return tokens
+
+
 def mask_tokens_(logits: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
     """Rule out single tokens: ``logits[rows[i], tokens[i]] = -inf``, in place. rows, tokens: [N] int64."""
-    logits[rows, tokens] = float("-inf")
-    return logits
+    return logits.index_put_((rows, tokens), torch.full((), float("-inf"), dtype=logits.dtype, device=logits.device))
 
 
 def sample(

@@ -1,0 +1,103 @@
+"""The KV cache in the layout that the native attention reads (cpu/src/rope_cache.h), and its writes."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashserve_kernels.cpu import program
+from flashserve_kernels.cpu.program import DTYPES, Pool, emit, rows_of
+
+_GROUP = 16  # tokens that lie side by side, rope_cache.h's GROUP
+
+
+@dataclass(frozen=True)
+class PackedKVLayer:
+    """Keys and values of one layer. A block's bytes are contiguous, so blocks are copied as rows of ``memory``."""
+
+    memory: Tensor
+    """[num_blocks, bytes per block] uint8; what is inside is the kernels' business."""
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+    """Of the elements in the cache: the model's, or int8."""
+
+
+def allocate_packed_kv_cache(
+    num_layers: int,
+    num_blocks: int,
+    block_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype | None = None,
+) -> list[PackedKVLayer]:
+    """One allocation for all layers, zeroed; its pages are mapped but untouched until they are written.
+
+    kv_dtype: None for the model's dtype, or int8 (with a float32 scale per token and head).
+    Raises ValueError for a head_dim that is not a multiple of 16, or another kv_dtype.
+    """
+    kv_dtype = dtype if kv_dtype is None else kv_dtype
+    if kv_dtype not in (dtype, torch.int8):
+        raise ValueError(f"the KV cache can be {dtype} or int8, not {kv_dtype}")
+    num_bytes = packed_block_bytes(block_size, num_kv_heads, head_dim, kv_dtype)
+    total = num_layers * num_blocks * num_bytes
+    memory = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Blocks are read in any order: with pages of 4 KiB most reads would miss the TLB.
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    layers = torch.frombuffer(memory, dtype=torch.uint8, count=total).view(num_layers, num_blocks, num_bytes)
+    return [PackedKVLayer(layer, num_kv_heads, head_dim, block_size, kv_dtype) for layer in layers.unbind(0)]
+
+
+def packed_block_bytes(block_size: int, num_kv_heads: int, head_dim: int, kv_dtype: torch.dtype) -> int:
+    """Bytes of a block in one layer. Raises ValueError for a head_dim that is not a multiple of 16."""
+    if head_dim <= 0 or head_dim % 16:
+        raise ValueError(f"head_dim must be a multiple of 16, not {head_dim}")
+    tokens = -(-block_size // _GROUP) * _GROUP
+    scales = 2 * tokens * torch.float32.itemsize if kv_dtype == torch.int8 else 0
+    return num_kv_heads * (2 * tokens * head_dim * kv_dtype.itemsize + scales)
+
+
+def rope_and_cache(
+    pool: Pool, qkv: Tensor, num_heads: int, cos_sin: Tensor, cache: PackedKVLayer, slot_mapping: Tensor
+) -> Tensor:
+    """Rotate queries and keys in place, store keys and values in their slots, return the queries.
+
+    qkv: [T, num_heads + 2 num_kv_heads, D], in the order queries, keys, values; cos_sin: [T, D] float32, the D/2
+    cosines first; slot_mapping: [T] int64, -1 is not stored. Returns the view [T, num_heads, D] of qkv.
+    """
+    end = num_heads + cache.num_kv_heads
+    if qkv.dim() != 3 or qkv.shape[1] != end + cache.num_kv_heads:
+        raise ValueError(f"qkv must be [T, {end + cache.num_kv_heads}, {cache.head_dim}], not {tuple(qkv.shape)}")
+    if cos_sin.dtype != torch.float32 or cos_sin.shape[-1] != cache.head_dim or cos_sin.stride(-1) != 1:
+        raise ValueError(f"cos_sin must be float32 [T, {cache.head_dim}], not {cos_sin.dtype} {tuple(cos_sin.shape)}")
+    q, k, v = qkv[:, :num_heads], qkv[:, num_heads:end], qkv[:, end:]
+    _emit(pool, q, k, v, cos_sin, cache, slot_mapping)
+    return q
+
+
+def write_kv(pool: Pool, k: Tensor, v: Tensor, cache: PackedKVLayer, slot_mapping: Tensor) -> None:
+    """Store each token's key and value. k, v: [T, num_kv_heads, D], adjacent in D; slot_mapping: [T] int64, -1 is not
+    stored."""
+    _emit(pool, None, k, v, None, cache, slot_mapping)
+
+
+def _emit(
+    pool: Pool, q: Tensor | None, k: Tensor, v: Tensor, cos_sin: Tensor | None, cache: PackedKVLayer, slots: Tensor
+) -> None:
+    shape = (cache.num_kv_heads, cache.head_dim)
+    if k.shape[1:] != shape or v.shape != k.shape or v.dtype != k.dtype or k.stride(2) != 1 or v.stride(2) != 1:
+        raise ValueError(f"k and v must be [T, {shape[0]}, {shape[1]}], not {tuple(k.shape)} and {tuple(v.shape)}")
+    if cache.dtype not in (k.dtype, torch.int8):
+        raise ValueError(f"the cache holds {cache.dtype}, the keys are {k.dtype}")
+    if slots.dtype != torch.int64 or not slots.is_contiguous():
+        raise ValueError(f"slot_mapping must be contiguous int64, not {slots.dtype}")
+    heads, q_row, q_head = (0, 0, 0) if q is None else (q.shape[1], q.stride(0), q.stride(1))
+    emit(pool, program.ROPE_CACHE, k.dtype, rows_of(slots), (q, k, v, cos_sin, slots, cache.memory),
+         (heads, *shape, q_row, q_head, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+          0 if cos_sin is None else cos_sin.stride(0), cache.block_size, DTYPES[cache.dtype]))  # fmt: skip

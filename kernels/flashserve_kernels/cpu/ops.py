@@ -1,0 +1,120 @@
+"""The ops in C++. Implements Ops for a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flashserve_kernels.attention import AttentionBatch
+from flashserve_kernels.cpu import attention, elementwise, kv_cache, linear, norm, sampling, tokens
+from flashserve_kernels.cpu.kv_cache import PackedKVLayer
+from flashserve_kernels.cpu.linear import PackedLinear
+from flashserve_kernels.cpu.program import Pool, Program
+
+
+class NativeOps:
+    """One pool of threads and the instruction set that it runs. Use from one thread."""
+
+    captures = False
+
+    def __init__(self, isa: str, num_threads: int, cpus: list[int] | None = None) -> None:
+        """cpus: one CPU number per thread to pin it to. Raises NativeUnavailable where the library cannot be had."""
+        self.name = f"native ({isa})"
+        self._pool = Pool(isa, num_threads, cpus)
+
+    def new_program(self, capacity: tuple[int, int, int]) -> Program:
+        """Something to record a step into, with room for that many tokens, sequences and rows of logits."""
+        return Program(self._pool, capacity)
+
+    def packs(self, dtype: torch.dtype) -> bool:
+        return True
+
+    def pack_linear(self, weight: Tensor, *, gated: bool = False, quantization: str | None = None) -> PackedLinear:
+        if quantization not in (None, "int8"):
+            raise ValueError(f"quantization must be int8, not {quantization!r}")
+        return linear.pack_linear(self._pool, weight, gated=gated, quantize=quantization is not None)
+
+    def linear(self, x: Tensor, weight: PackedLinear, bias: Tensor | None = None) -> Tensor:
+        return linear.linear(self._pool, x, weight, bias)
+
+    def linear_silu_and_mul(self, x: Tensor, weight: PackedLinear, bias: Tensor | None = None) -> Tensor:
+        return linear.linear_silu_and_mul(self._pool, x, weight, bias)
+
+    def logits(self, hidden: Tensor, weight: PackedLinear) -> Tensor:
+        return linear.linear(self._pool, hidden, weight, out_dtype=torch.float32)
+
+    def embedding(self, table: Tensor, ids: Tensor) -> Tensor:
+        return elementwise.embedding(self._pool, table, ids)
+
+    def add_embedding_(self, x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+        return elementwise.add_embedding_(self._pool, x, table, ids)
+
+    def gather_tokens(self, token_ids: Tensor, last_tokens: Tensor, slots: Tensor) -> Tensor:
+        return tokens.gather_tokens(self._pool, token_ids, last_tokens, slots)
+
+    def scatter_tokens_(self, last_tokens: Tensor, slots: Tensor, sampled: Tensor) -> None:
+        tokens.scatter_tokens_(self._pool, last_tokens, slots, sampled)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+        return norm.rms_norm(self._pool, x, weight, eps, out)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return norm.add_rms_norm(self._pool, x, residual, weight, eps)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        return norm.layer_norm(self._pool, x, weight, bias, eps)
+
+    def add_layer_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        return norm.add_layer_norm(self._pool, x, residual, weight, bias, eps)
+
+    def gelu_tanh(self, x: Tensor) -> Tensor:
+        return elementwise.gelu_tanh(self._pool, x)
+
+    def allocate_kv_cache(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        cache_dtype: torch.dtype,
+    ) -> Sequence[PackedKVLayer]:
+        return kv_cache.allocate_packed_kv_cache(
+            num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype, cache_dtype
+        )
+
+    def rope_and_cache(
+        self, qkv: Tensor, num_heads: int, cos_sin: Tensor, cache: PackedKVLayer, slot_mapping: Tensor
+    ) -> Tensor:
+        return kv_cache.rope_and_cache(self._pool, qkv, num_heads, cos_sin, cache, slot_mapping)
+
+    def write_kv(self, k: Tensor, v: Tensor, cache: PackedKVLayer, slot_mapping: Tensor) -> None:
+        kv_cache.write_kv(self._pool, k, v, cache, slot_mapping)
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        cache: PackedKVLayer,
+        batch: AttentionBatch,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        return attention.paged_attention(self._pool, q, cache, batch, scale, window, softcap)
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        min_p: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+    ) -> Tensor:
+        return sampling.sample_rows(self._pool, logits, temperature, min_p, top_k, top_p, seeds, positions)

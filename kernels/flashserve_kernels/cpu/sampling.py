@@ -1,0 +1,125 @@
+"""From logits to token ids, penalties on logits, and log-probabilities."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashserve_kernels.cpu import program
+from flashserve_kernels.cpu.program import Pool, emit, empty, rows_of
+
+_TOKENS, _PENALTIES, _COUNT_TOKENS, _LOG_PROBABILITIES = range(4)
+"""sample.cpp's Which."""
+
+
+def greedy(pool: Pool, logits: Tensor) -> Tensor:
+    """The most probable token of each row, the first of equals. logits: [N, V]. Returns [N] int64."""
+    _check_logits(logits)
+    rows = rows_of(logits)
+    out = empty(rows, (), torch.int64)
+    emit(pool, program.SAMPLE, logits.dtype, rows, (logits, out), (_TOKENS, logits.shape[1], logits.stride(0)))
+    return out
+
+
+def sample_rows(
+    pool: Pool,
+    logits: Tensor,
+    temperature: Tensor,
+    min_p: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """One token per row: greedy where the temperature is 0, else drawn as :func:`flashserve_kernels.sample` does.
+
+    logits: [N, V]; temperature, min_p (0 is off), top_p (1 is off): [N] float32; top_k (0 is off), seeds, positions:
+    [N] int64. Returns [N] int64. The noise has the reference's bits; its logarithms differ by up to 2e-6.
+    """
+    _check_logits(logits)
+    for vector in (temperature, min_p, top_p):
+        _check_vector(vector, torch.float32)
+    for vector in (top_k, seeds, positions):
+        _check_vector(vector, torch.int64)
+    rows = rows_of(logits)
+    out = empty(rows, (), torch.int64)
+    emit(pool, program.SAMPLE, logits.dtype, rows,
+         (logits, out, temperature, min_p, top_k, top_p, seeds, positions),
+         (_TOKENS, logits.shape[1], logits.stride(0)))  # fmt: skip
+    return out
+
+
+def apply_penalties_(
+    pool: Pool,
+    logits: Tensor,
+    slots: Tensor,
+    counts: Tensor,
+    in_prompt: Tensor,
+    repetition: Tensor,
+    presence: Tensor,
+    frequency: Tensor,
+) -> Tensor:
+    """Penalise what was said before, in place, as vLLM does.
+
+    A token of the prompt or of the output: its logit is divided by ``repetition`` if positive, else multiplied with
+    it (Keskar et al., 2019). A token of the output: less ``frequency`` times its count, less ``presence``.
+
+    logits: [N, V]; slots: [N] int64, negative: no penalties; counts: [S, V] int32, generated tokens; in_prompt: [S, V]
+    bool; repetition (1 is off), presence, frequency (0 is off): [N] float32. Returns logits.
+    """
+    _check_logits(logits)
+    _check_table(counts, torch.int32, logits.shape[1])
+    _check_table(in_prompt, torch.bool, logits.shape[1])
+    _check_vector(slots, torch.int64)
+    for vector in (repetition, presence, frequency):
+        _check_vector(vector, torch.float32)
+    emit(pool, program.SAMPLE, logits.dtype, rows_of(logits),
+         (logits, slots, counts, in_prompt, repetition, presence, frequency),
+         (_PENALTIES, logits.shape[1], logits.stride(0), counts.stride(0), in_prompt.stride(0)))  # fmt: skip
+    return logits
+
+
+def count_tokens_(pool: Pool, counts: Tensor, slots: Tensor, tokens: Tensor) -> Tensor:
+    """``counts[slots[r], tokens[r]] += 1`` where ``slots[r] >= 0``; a pair may occur several times.
+
+    counts: [S, V] int32; slots, tokens: [R] int64. Returns counts.
+    """
+    _check_table(counts, torch.int32, counts.shape[1])
+    _check_vector(slots, torch.int64)
+    _check_vector(tokens, torch.int64)
+    emit(pool, program.SAMPLE, torch.float32, rows_of(tokens), (counts, slots, tokens),
+         (_COUNT_TOKENS, counts.shape[1], counts.stride(0)))  # fmt: skip
+    return counts
+
+
+def logprobs(pool: Pool, logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of softmax(logits): the chosen token's log-probability and rank, and the num_top most probable tokens.
+
+    logits: [N, V]; tokens: [N] int64. Returns chosen [N] float32, rank [N] int64 (1 plus the number of more probable
+    tokens), top [N, num_top] float32 (falling), top tokens [N, num_top] int64 (of equal ones the lower token first).
+    """
+    _check_logits(logits)
+    _check_vector(tokens, torch.int64)
+    if not 0 <= num_top <= logits.shape[1]:
+        raise ValueError(f"num_top must be 0 to {logits.shape[1]}, not {num_top}")
+    rows = rows_of(logits)
+    chosen, rank = empty(rows, (), torch.float32), empty(rows, (), torch.int64)
+    top, top_tokens = empty(rows, (num_top,), torch.float32), empty(rows, (num_top,), torch.int64)
+    emit(pool, program.SAMPLE, logits.dtype, rows, (logits, tokens, chosen, rank, top, top_tokens),
+         (_LOG_PROBABILITIES, logits.shape[1], logits.stride(0), num_top))  # fmt: skip
+    return chosen, rank, top, top_tokens
+
+
+def _check_table(x: Tensor, dtype: torch.dtype, columns: int) -> None:
+    if x.dim() != 2 or x.dtype != dtype or x.shape[1] != columns or x.stride(1) != 1:
+        raise ValueError(f"expected [slots, {columns}] of {dtype}, not {x.dtype} {tuple(x.shape)} {x.stride()}")
+
+
+def _check_logits(logits: Tensor) -> None:
+    if logits.dim() != 2 or logits.stride(1) != 1 or not logits.dtype.is_floating_point:
+        raise ValueError(f"logits must be [N, V] with adjacent columns, not {logits.dtype} {tuple(logits.shape)}")
+
+
+def _check_vector(x: Tensor, dtype: torch.dtype) -> None:
+    if x.dim() != 1 or x.dtype != dtype or not x.is_contiguous():
+        raise ValueError(f"expected a contiguous vector of {dtype}, not {x.dtype} {tuple(x.shape)} {x.stride()}")

@@ -1,0 +1,206 @@
+"""Paged attention of mixed batches on a GPU: :func:`flashserve_kernels.paged_attention` with Triton-lang kernels."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from flashserve_kernels.attention import AttentionBatch
+from flashserve_kernels.gpu.attention_config import (
+    MAX_DECODE_ROWS,
+    MAX_SPLIT_QUERIES,
+    AttentionConfig,
+    AttentionShape,
+    choose_config,
+)
+from flashserve_kernels.gpu.attention_kernel import attention_kernel, reduce_splits_kernel
+from flashserve_kernels.gpu.device import GPUProperties, gpu_properties
+from flashserve_kernels.gpu.launch import ModelShape, Variant, launch, record
+from flashserve_kernels.kv_cache import KVLayer
+
+_LOG2_E = math.log2(math.e)
+
+
+def paged_attention(
+    q: Tensor,
+    cache: KVLayer,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """``softmax(cap(q k^T * scale)) v`` of every token over its own sequence's earlier tokens and itself.
+
+    q: [T, num_heads, D], D contiguous; cache: views [blocks, block size, num_kv_heads, D] of equal strides, D
+    contiguous, the block size a power of two; E4M3 keys and values are multiplied by the layer's scales. Returns
+    [T, num_heads * D]. Zeros for the tokens of a row of length 0; tokens that no row owns are left uninitialised.
+    Reads no number of the batch on the host but its shapes and ``max_query_len``. ``window``: a token sees so many
+    tokens, itself included; ``softcap``: scores become ``cap * tanh(score / cap)``.
+
+    The partial results of a decode that is split along its keys lie in two temporaries from torch's allocator: in a
+    CUDA graph's pool they are allocated once, when it is captured.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    _, block_size, num_kv_heads, _ = cache.k.shape
+    _check(q, cache, window)
+    out = q.new_empty((num_tokens, num_heads * head_dim))
+    num_rows, table_width = batch.block_tables.shape
+    if num_tokens == 0 or num_rows == 0:
+        return out
+    properties = gpu_properties(q.device)
+    shape = AttentionShape(
+        num_heads, num_kv_heads, head_dim, q.dtype, cache.k.dtype, block_size, window is not None, softcap is not None
+    )
+    max_query_len = max(1, batch.max_query_len)
+    max_keys = table_width * block_size
+    if window is not None:
+        max_keys = min(max_keys, window + max_query_len)
+    config = choose_config(properties, shape, num_rows, max_query_len, max_keys)
+    if config.splits == 1:
+        _launch_attention(out, None, q, cache, batch, properties, shape, config, scale, window, softcap)
+        return out
+    # At batch 64, 32 heads and 2 splits these are 2 MB per layer, next to 1 GB of keys and values of context 4k.
+    partial = torch.empty((num_tokens, num_heads, config.splits, head_dim), dtype=torch.float32, device=q.device)
+    log_sums = torch.empty((num_tokens, num_heads, config.splits), dtype=torch.float32, device=q.device)
+    _launch_attention(partial, log_sums, q, cache, batch, properties, shape, config, scale, window, softcap)
+    launch(
+        reduce_splits_kernel,
+        (num_heads, num_rows * max_query_len),
+        out,
+        partial,
+        log_sums,
+        batch.query_start_loc,
+        max_query_len,
+        config.splits,
+        HEAD_DIM=head_dim,
+        BLOCK_D=shape.block_d,
+        BLOCK_SPLITS=16,
+        num_warps=4,
+        num_stages=1,
+    )
+    return out
+
+
+def _launch_attention(
+    out: Tensor,
+    log_sums: Tensor | None,
+    q: Tensor,
+    cache: KVLayer,
+    batch: AttentionBatch,
+    properties: GPUProperties,
+    shape: AttentionShape,
+    config: AttentionConfig,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    k, v = cache.k, cache.v
+    is_fp8 = k.dtype == torch.float8_e4m3fn
+    as_bytes = is_fp8 and not properties.has_fp8
+    if as_bytes:
+        k, v = k.view(torch.uint8), v.view(torch.uint8)
+    key_scale, value_scale = (cache.k_scale, cache.v_scale) if is_fp8 else (1.0, 1.0)
+    scale *= key_scale
+    num_rows = batch.block_tables.shape[0]
+    head_tiles = shape.num_kv_heads * -(-shape.group // config.tile_heads)
+    tiles_per_row = -(-max(1, batch.max_query_len) // config.block_q)
+    if config.decode:
+        grid = (head_tiles, num_rows * tiles_per_row, config.splits)
+    else:
+        grid = (q.shape[0] // config.block_q + num_rows, head_tiles, 1)
+    launch(
+        attention_kernel,
+        grid,
+        out,
+        log_sums,
+        q,
+        k,
+        v,
+        batch.query_start_loc,
+        batch.seq_lens,
+        batch.block_tables,
+        num_rows,
+        tiles_per_row,
+        scale * _LOG2_E if softcap is None else scale * _LOG2_E * 2 / softcap,
+        0.0 if softcap is None else softcap * _LOG2_E,
+        float(value_scale),
+        0 if window is None else window,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        k.stride(2),
+        batch.block_tables.stride(0),
+        NUM_HEADS=shape.num_heads,
+        GROUP=shape.group,
+        TILE_HEADS=config.tile_heads,
+        HEAD_DIM=shape.head_dim,
+        BLOCK_D=shape.block_d,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_SIZE=shape.block_size,
+        FIXED_TILES=config.decode,
+        SPLITS=config.splits > 1,
+        USE_WINDOW=shape.window,
+        USE_SOFTCAP=shape.softcap,
+        E4M3_BYTES=as_bytes,
+        EDGE_STAGES=config.edge_stages,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def _check(q: Tensor, cache: KVLayer, window: int | None) -> None:
+    k, v = cache.k, cache.v
+    if q.stride(2) != 1 or k.stride(3) != 1:
+        raise ValueError("paged attention on a GPU needs queries, keys and values with a contiguous head dimension")
+    if k.stride() != v.stride() or k.shape != v.shape:
+        raise ValueError(f"keys and values need the same strides and shapes: {k.stride()}, {v.stride()}")
+    if k.shape[1] & (k.shape[1] - 1):
+        raise ValueError(f"block size {k.shape[1]}: a GPU needs a power of two")
+    if q.shape[1] % k.shape[2]:
+        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[2]} KV heads")
+    if window is not None and window < 1:
+        raise ValueError(f"window {window}: a token sees at least itself")
+
+
+def variants(
+    properties: GPUProperties,
+    shape: ModelShape,
+    windows: Sequence[int | None] = (None,),
+    softcap: float | None = None,
+) -> Iterator[Variant]:
+    """Whatever the launcher starts for a model with such windows (one per kind of layer), whatever the batch."""
+    cache_shape = (2, shape.block_size, shape.num_kv_heads, shape.head_dim)
+    keys = torch.empty(cache_shape, dtype=shape.cache_dtype, device="meta")
+    cache = KVLayer(keys, keys)
+
+    def call(max_query_len: int, max_blocks: int, window: int | None) -> None:
+        def integers(*sizes: int) -> Tensor:
+            return torch.empty(sizes, dtype=torch.int32, device="meta")
+
+        qkv_heads = shape.num_heads + 2 * shape.num_kv_heads
+        qkv = torch.empty((max_query_len, qkv_heads, shape.head_dim), dtype=shape.dtype, device="meta")
+        batch = AttentionBatch(
+            query_start_loc=integers(2),
+            seq_lens=integers(1),
+            block_tables=integers(1, max_blocks),
+            slot_mapping=integers(max_query_len),
+            block_size=shape.block_size,
+            max_query_len=max_query_len,
+        )
+        paged_attention(qkv[:, : shape.num_heads], cache, batch, 1.0, window, softcap)
+
+    group = shape.num_heads // shape.num_kv_heads
+    longest_decode = max(MAX_SPLIT_QUERIES, MAX_DECODE_ROWS // group)
+    found: set[Variant] = set()
+    # One row of many keys is split, one of a single block is not; the next length after decodes is a prefill.
+    for window, max_query_len, max_blocks in itertools.product(windows, range(1, longest_decode + 2), (1 << 16, 1)):
+        launched = record(properties, functools.partial(call, max_query_len, max_blocks, window))
+        yield from (variant for variant in launched if variant not in found)
+        found.update(launched)

@@ -1,0 +1,115 @@
+"""The ops in Triton-lang, with cuBLAS for matrix products. Implements Ops for GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashserve_kernels import kv_cache
+from flashserve_kernels.attention import AttentionBatch
+from flashserve_kernels.gpu import activation, attention, embedding, norm, rope_cache, sampling
+from flashserve_kernels.kv_cache import KVLayer
+
+
+class TritonOps:
+    """Steps of these ops can be captured into CUDA graphs: no op looks at data on the host."""
+
+    name = "Triton-lang"
+    captures = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def packs(self, dtype: torch.dtype) -> bool:
+        return False
+
+    def pack_linear(self, weight: Tensor, *, gated: bool = False, quantization: str | None = None) -> Tensor:
+        if quantization is not None:
+            raise ValueError(f"quantization {quantization!r} is not supported on GPUs")
+        return weight
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def linear_silu_and_mul(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return activation.silu_and_mul(F.linear(x, weight, bias))
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(hidden, weight)
+
+    def embedding(self, table: Tensor, ids: Tensor) -> Tensor:
+        return embedding.embedding(table, ids)
+
+    def add_embedding_(self, x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+        return embedding.add_embedding_(x, table, ids)
+
+    def gather_tokens(self, token_ids: Tensor, last_tokens: Tensor, slots: Tensor) -> Tensor:
+        return embedding.gather_tokens(token_ids, last_tokens, slots)
+
+    def scatter_tokens_(self, last_tokens: Tensor, slots: Tensor, tokens: Tensor) -> None:
+        embedding.scatter_tokens_(last_tokens, slots, tokens)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+        return norm.rms_norm(x, weight, eps, out)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return norm.add_rms_norm(x, residual, weight, eps)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        return norm.layer_norm(x, weight, bias, eps)
+
+    def add_layer_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        return norm.add_layer_norm(x, residual, weight, bias, eps)
+
+    def gelu_tanh(self, x: Tensor) -> Tensor:
+        return activation.gelu_tanh(x)
+
+    def allocate_kv_cache(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        cache_dtype: torch.dtype,
+    ) -> Sequence[KVLayer]:
+        return kv_cache.allocate_kv_cache(
+            num_layers, num_blocks, block_size, num_kv_heads, head_dim, cache_dtype, self.device
+        )
+
+    def rope_and_cache(
+        self, qkv: Tensor, num_heads: int, cos_sin: Tensor, cache: KVLayer, slot_mapping: Tensor
+    ) -> Tensor:
+        return rope_cache.rope_and_cache(qkv, num_heads, cos_sin, cache, slot_mapping)
+
+    def write_kv(self, k: Tensor, v: Tensor, cache: KVLayer, slot_mapping: Tensor) -> None:
+        rope_cache.write_kv(k, v, cache, slot_mapping)
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        cache: KVLayer,
+        batch: AttentionBatch,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        return attention.paged_attention(q, cache, batch, scale, window, softcap)
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        min_p: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+    ) -> Tensor:
+        return sampling.sample_rows(logits, temperature, min_p, top_k, top_p, seeds, positions)
