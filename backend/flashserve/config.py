@@ -20,14 +20,11 @@ ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "tensor_parallel_size": (1,),
     "pipeline_parallel_size": (1,),
     "trust_remote_code": (False,),
-    "quantization": (None,),
     "enable_lora": (False,),
     "enable_chunked_prefill": (True,),
     "disable_log_requests": (True,),
-    "enforce_eager": (True,),
     "tokenizer_mode": ("auto",),
     "load_format": ("auto", "safetensors"),
-    "kv_cache_dtype": ("auto",),
 }
 
 
@@ -70,10 +67,21 @@ class EngineConfig:
     """Of the seeds that requests without their own get."""
     generation_config: str = "auto"
     """auto: sampling defaults from the model's generation_config.json; vllm: vLLM's neutral defaults."""
+    stream_interval: int | None = None
+    """Tokens of a request that one response may hold while the server is busy; 1: each token alone. Default: 2 where
+    the engine computes on the cores that send, else 1."""
     drain_timeout_s: float = 5.0
     """What running requests get to finish after an unload or a shutdown."""
     num_threads: int | None = None
     """CPU threads of the engine; default: all cores this process may use."""
+    enforce_eager: bool = False
+    """No CUDA graphs and no recorded steps: slower, for finding faults."""
+    quantization: str | None = None
+    """int8: weights and activations of the linear layers in 8 bits; on a CPU with the native kernels."""
+    kv_cache_dtype: str = "auto"
+    """auto (the model's), int8 (on a CPU with the native kernels), fp8 (E4M3, on a GPU): half the memory."""
+    pin_threads: bool = False
+    """Bind each of a CPU engine's threads to a core of its own; for machines that serve nothing else."""
     triton_http: str | None = None
     """host:port of this tritonserver's HTTP endpoint, polled to notice an unload; default: the launcher's
     FLASHSERVE_TRITON_HTTP, else what tritonserver's command line says."""
@@ -123,6 +131,7 @@ class EngineConfig:
             "max_num_batched_tokens",
             "block_size",
             "num_threads",
+            "stream_interval",
             "num_gpu_blocks_override",
             "kv_cache_memory_bytes",
             "max_waiting_requests",
@@ -133,6 +142,9 @@ class EngineConfig:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        if self.quantization is not None:
+            _one_of("quantization", self.quantization, ("int8",))
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "int8", "fp8"))
         _one_of("generation_config", self.generation_config, ("auto", "vllm"))
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], not {self.gpu_memory_utilization}")
@@ -193,7 +205,13 @@ class DeviceFacts:
     name: str
     total_bytes: int
     free_bytes: int
+    """What this engine may still take; on a GPU after its weights and a step's activations have their room."""
     num_threads: int
+    used_bytes: int = 0
+    """On a GPU: what this engine takes for weights and a step's activations."""
+    supports_bfloat16: bool = True
+    computes_on_cpu: bool = False
+    """Steps take the cores that also send responses."""
 
 
 @dataclass(frozen=True)
@@ -215,9 +233,15 @@ class ResolvedConfig:
     def block_size(self) -> int:
         return self.config.block_size
 
+    @property
+    def stream_interval(self) -> int:
+        return self.config.stream_interval or (2 if self.device.computes_on_cpu else 1)
+
     def summary(self) -> str:
         """One line for the log."""
-        kv_mib = self.num_blocks * kv_block_bytes(self.model, self.block_size, self.dtype) / 2**20
+        kv_mib = (
+            self.num_blocks * kv_block_bytes(self.model, self.block_size, kv_dtype(self.config, self.dtype)) / 2**20
+        )
         line = (
             f"{self.model.architecture} on {self.device.name} ({self.dtype}), context {self.max_model_len}, "
             f"{self.max_num_seqs} requests at once, {self.max_num_batched_tokens} tokens per step, "
@@ -226,21 +250,35 @@ class ResolvedConfig:
         return "; ".join((line, *self.notes))
 
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
 DEFAULT_SEQS = {"cpu": 128, "cuda": 256}
 DEFAULT_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
 CPU_KV_SHARE = 0.15  # of the free memory: a server's machine has other users, and pages cost nothing until touched
 
 
+INT8_SCALE_BYTES = 4  # of each token's key and value of a head
+
+
+def kv_dtype(config: EngineConfig, dtype: str) -> str:
+    """What the KV cache holds: the model's dtype unless the configuration says otherwise."""
+    return dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+
+
 def kv_block_bytes(model: ModelFacts, block_size: int, dtype: str) -> int:
     """Bytes of one KV block over all layers: keys and values."""
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * block_size * DTYPE_BYTES[dtype]
+    vector = model.head_dim * DTYPE_BYTES[dtype] + (INT8_SCALE_BYTES if dtype == "int8" else 0)
+    return 2 * model.num_layers * model.num_kv_heads * block_size * vector
 
 
-def resolve_dtype(config_dtype: str, checkpoint_dtype: str, device_kind: str) -> str:
-    """float16 checkpoints run in bfloat16 on a CPU, where float16 matrix products are slow or missing."""
+def resolve_dtype(config_dtype: str, checkpoint_dtype: str, device_kind: str, supports_bfloat16: bool = True) -> str:
+    """float16 checkpoints run in bfloat16 on a CPU, where float16 matrix products are slow or missing; bfloat16 ones
+    in float16 on a GPU without bfloat16 (before Ampere). Raises ConfigError for bfloat16 asked of such a GPU."""
+    if config_dtype == "bfloat16" and not supports_bfloat16:
+        raise ConfigError("this GPU has no bfloat16; use dtype float16 or auto")
     if config_dtype != "auto":
         return config_dtype
+    if checkpoint_dtype == "bfloat16" and not supports_bfloat16:
+        return "float16"
     if device_kind == "cpu" and checkpoint_dtype == "float16":
         return "bfloat16"
     return checkpoint_dtype
@@ -252,7 +290,14 @@ def resolve(config: EngineConfig, model: ModelFacts, device: DeviceFacts) -> Res
     Raises ConfigError when the settings contradict each other or the memory.
     """
     notes: list[str] = []
-    dtype = resolve_dtype(config.dtype, model.checkpoint_dtype, device.kind)
+    for name, value, kind in (
+        ("quantization", config.quantization == "int8", "cpu"),
+        ("kv_cache_dtype", config.kv_cache_dtype == "int8", "cpu"),
+        ("kv_cache_dtype", config.kv_cache_dtype == "fp8", "cuda"),
+    ):
+        if value and device.kind != kind:
+            raise ConfigError(f"{name}={getattr(config, name)!r} works on a {kind} device only, this is {device.name}")
+    dtype = resolve_dtype(config.dtype, model.checkpoint_dtype, device.kind, device.supports_bfloat16)
     if config.max_model_len is not None and config.max_model_len > model.context_len:
         raise ConfigError(f"max_model_len={config.max_model_len} exceeds the model's context of {model.context_len}")
     max_model_len = config.max_model_len or model.context_len
@@ -285,10 +330,9 @@ def _num_blocks(config: EngineConfig, model: ModelFacts, device: DeviceFacts, dt
         if device.kind == "cpu":
             budget = int(device.free_bytes * CPU_KV_SHARE)
         else:
-            # free_bytes is measured after the weights are on the device.
-            used = device.total_bytes - device.free_bytes
-            budget = int(device.total_bytes * config.gpu_memory_utilization) - used
-    block = kv_block_bytes(model, config.block_size, dtype)
+            allowed = int(device.total_bytes * config.gpu_memory_utilization)
+            budget = min(allowed - device.used_bytes, device.free_bytes)
+    block = kv_block_bytes(model, config.block_size, kv_dtype(config, dtype))
     if budget < block * 2:
         raise ConfigError(
             f"no memory for the KV cache: {max(0, budget) / 2**20:.0f} MiB are left, one block takes "

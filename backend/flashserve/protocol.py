@@ -144,6 +144,8 @@ class EngineLimits(msgspec.Struct, frozen=True, array_like=True):
     """The folder with the model's files, after any download."""
     tokenizer_file: str
     """A tokenizer.json: the model's own, or one converted from its SentencePiece or BPE files."""
+    stream_interval: int = 1
+    """Tokens of a request that one response may hold while the server is busy."""
 
 
 class EngineReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):

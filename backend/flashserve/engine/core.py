@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flashserve.config import ResolvedConfig
+from flashserve.engine.pacing import PrefillPacing
 from flashserve.protocol import Abort, GenerateRequest, StepOutputs, StubMessage
 from flashserve.runner.base import Runner
 from flashserve.scheduling.block_manager import BlockManager
@@ -27,8 +28,16 @@ class EngineBroken(Exception):
 class EngineCore:
     """Drives a scheduler and a runner. Single-threaded: its caller is the engine's only thread."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        clock: Callable[[], float] = time.monotonic,
+        pacing: PrefillPacing | None = None,
+    ) -> None:
+        """pacing: for engines whose users wait for single tokens; a runner that runs ahead cannot be measured."""
         self.scheduler = scheduler
+        self.pacing = pacing
         self._runner = runner
         self._clock = clock
         self._in_flight: deque[tuple[SchedulerOutput, Any]] = deque()
@@ -50,13 +59,17 @@ class EngineCore:
 
         Raises EngineBroken after repeated faults of the runner.
         """
-        plan = self.scheduler.schedule(self._clock())
+        started = self._clock()
+        limit = self.pacing.limit() if self.pacing is not None else None
+        plan = self.scheduler.schedule(started, limit)
         if plan is not None:
             self._guarded(plan, lambda: self._in_flight.append((plan, self._runner.submit(plan))))
         ahead = 1 if self._runner.run_ahead and plan is not None else 0
         while len(self._in_flight) > ahead:
             oldest, handle = self._in_flight.popleft()
             self._guarded(oldest, lambda: self._finish(oldest, handle))  # noqa: B023 - called at once
+        if self.pacing is not None and plan is not None and not ahead:
+            self.pacing.observe(plan, self._clock() - started)
         return StepOutputs(self.scheduler.take_outputs(), self.scheduler.stats())
 
     def close(self) -> None:

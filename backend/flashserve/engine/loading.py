@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flashserve.config import EngineConfig, ResolvedConfig, resolve, resolve_dtype
+from flashserve.config import EngineConfig, ResolvedConfig, kv_dtype, resolve
 from flashserve.engine.core import EngineCore, build_core
 from flashserve.runner.threads import limit_spinning
 
@@ -22,14 +22,16 @@ def load_engine(config: EngineConfig) -> tuple[ResolvedConfig, EngineCore]:
         null_runner = NullRunner(resolved.model.vocab_size, step_seconds(config.device))
         return resolved, build_core(resolved, null_runner, cache_root="null")
 
-    from flashserve.runner.device import read_device_facts
+    from flashserve.runner.device import loading_lock, read_device_facts, torch_device
     from flashserve.runner.model_runner import ModelRunner
 
-    device = read_device_facts(config.device)
-    facts = read_model_facts(config, device.kind)
-    resolved = resolve(config, facts, device)
-    runner = ModelRunner(resolved)
-    runner.load()
-    runner.warm_up()
-    dtype = resolve_dtype(config.dtype, facts.checkpoint_dtype, device.kind)
-    return resolved, build_core(resolved, runner, fingerprint(facts.path, dtype, f"block{config.block_size}"))
+    with loading_lock(torch_device(config.device, read_device_facts(config.device))):
+        device = read_device_facts(config.device)
+        facts = read_model_facts(config, device.kind)
+        runner = ModelRunner(resolve(config, facts, device))
+        runner.load_weights()
+        resolved = resolve(config, facts, runner.measure_memory())
+        runner.prepare(resolved)
+        runner.warm_up()
+    layout = f"block{config.block_size}-{kv_dtype(config, resolved.dtype)}"
+    return resolved, build_core(resolved, runner, fingerprint(facts.path, resolved.dtype, layout))

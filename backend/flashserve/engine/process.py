@@ -20,6 +20,7 @@ import time
 from flashserve.config import EngineConfig, ResolvedConfig
 from flashserve.engine.core import EngineBroken, EngineCore
 from flashserve.engine.loading import load_engine
+from flashserve.engine.pacing import PrefillPacing
 from flashserve.errors import INTERNAL, FlashserveError
 from flashserve.ipc.channel import Channel, ChannelClosed
 from flashserve.protocol import EngineFailed, EngineLimits, EngineReady, ErrorInfo, StubMessage
@@ -70,6 +71,8 @@ def _run(config: EngineConfig, channel: Channel[StubMessage]) -> int:
         channel.send(EngineFailed(ErrorInfo(INTERNAL, f"loading failed: {type(error).__name__}: {error}")))
         return 1
     log.info("ready after %.1f s: %s", time.monotonic() - started, resolved.summary())
+    if resolved.device.computes_on_cpu:
+        core.pacing = PrefillPacing(resolved.max_num_batched_tokens)
     channel.send(EngineReady(engine_limits(resolved)))
     gc.collect()
     gc.freeze()  # the model's objects never become garbage: later collections need not visit them
@@ -115,6 +118,7 @@ def engine_limits(resolved: ResolvedConfig) -> EngineLimits:
         device=resolved.device.name,
         model_path=resolved.model.path,
         tokenizer_file=resolved.model.tokenizer_file,
+        stream_interval=resolved.stream_interval,
     )
 
 

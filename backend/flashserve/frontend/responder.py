@@ -16,6 +16,7 @@ from typing import Any
 
 from flashserve.errors import BY_CODE, INTERNAL, Cancelled, FlashserveError, InternalError, Unavailable
 from flashserve.frontend.generation import Generation
+from flashserve.frontend.merging import Merging
 from flashserve.frontend.metrics import Metrics
 from flashserve.frontend.request_metrics import record_end, record_first_token, record_stats
 from flashserve.frontend.responses import ResponseBuilder
@@ -39,6 +40,7 @@ class Responder:
         self._ready: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._stats: Stats | None = None
         self._engine_seen = False
+        self._merging = Merging()
         self._send_to_engine: SendToEngine | None = None
         self._refusal: FlashserveError | None = None
         self._thread = threading.Thread(target=self._run, name="sender", daemon=True)
@@ -118,6 +120,7 @@ class Responder:
             self._metrics.add("flashserve:engine_restarts_total")
         self._engine_seen = True
         self._stats = None
+        self._merging.max_tokens = ready.limits.stream_interval
         self._metrics.set("flashserve:engine_ready", 1)
 
     def on_dead(self, error: Unavailable) -> None:
@@ -129,6 +132,7 @@ class Responder:
     def on_outputs(self, message: StepOutputs) -> None:
         now = time.monotonic()
         latencies = []
+        self._merging.start_step(now, len(message.outputs))
         for output in message.outputs:
             generation = self._open.get(output.request_id)
             if generation is None:
@@ -142,8 +146,12 @@ class Responder:
                     record_first_token(self._metrics, output.timings)
                 generation.timings = output.timings
             generation.inbox.append(output)
-            if generation.parsed.needs_every_token or output.finish_reason is not None:
+            if output.finish_reason is not None or (
+                generation.parsed.needs_every_token and not self._merging.holds(generation)
+            ):
                 self._enqueue(generation)
+        for generation in self._merging.overdue():
+            self._enqueue(generation)
         if latencies:
             self._metrics.observe_all("vllm:inter_token_latency_seconds", latencies)
         record_stats(self._metrics, self._stats, message.stats)

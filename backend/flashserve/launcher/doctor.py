@@ -22,8 +22,10 @@ SHARED_MEMORY_MIN = 32 << 20
 MEMORY_MIN = 2 << 30
 TORCH_PROBE = """
 import json, torch
+from flashserve_kernels.cpu import library
 names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-print(json.dumps([torch.__version__, names]))
+isa = library.supported_isas()[0]
+print(json.dumps([torch.__version__, names, isa, bool(library.find_library(isa)), library.find_compiler()]))
 """
 
 
@@ -107,7 +109,7 @@ def _torch() -> Iterable[Check]:
         reason = (probe.stderr.strip().splitlines() or ["no message"])[-1]
         yield Check("torch", "fail", reason, INSTALL if "No module" in reason else "reinstall torch")
         return
-    version, gpus = json.loads(probe.stdout.splitlines()[-1])
+    version, gpus, isa, is_built, compiler = json.loads(probe.stdout.splitlines()[-1])
     yield Check("torch", "ok", version)
     if gpus:
         yield Check("GPU", "ok", ", ".join(gpus))
@@ -115,6 +117,13 @@ def _torch() -> Iterable[Check]:
         yield Check("GPU", "warn", "there is one, but this torch cannot use it", "install a CUDA build of torch")
     else:
         yield Check("GPU", "ok", "none; the CPU will do the work")
+    if is_built or compiler:
+        yield Check(
+            "CPU kernels", "ok", f"{isa}, {'ready' if is_built else f'to be compiled by {compiler} at first use'}"
+        )
+    elif not gpus:
+        fix = "Debian and Ubuntu: apt install g++; or set CXX"
+        yield Check("CPU kernels", "warn", "no C++ compiler: torch's ops serve, at a third of the speed", fix)
     triton_lang = _version("triton")
     if triton_lang or not gpus:
         yield Check("Triton-lang", "ok", triton_lang or "not installed; only GPUs need it")

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from flashserve.layers.linear import load_packed
 from flashserve.layers.weight_source import WeightSource
-from flashserve_kernels import embedding, linear, packing_pays
+from flashserve_kernels import LinearWeight, Ops
 
 
 class Embedding:
     """A table of one row per token or position."""
 
-    def __init__(self, table: Tensor) -> None:
+    def __init__(self, ops: Ops, table: Tensor) -> None:
+        self._ops = ops
         self.table = table
 
     def __call__(self, ids: Tensor) -> Tensor:
         """ids: [T] int64. Returns [T, hidden]."""
-        return embedding(self.table, ids)
+        return self._ops.embedding(self.table, ids)
+
+    def add_(self, x: Tensor, ids: Tensor) -> Tensor:
+        """x: [T, hidden], to which the rows of ids [T] are added. Returns x."""
+        return self._ops.add_embedding_(x, self.table, ids)
 
 
 class LMHead:
     """Hidden states to logits, without bias."""
 
-    def __init__(self, weight: Tensor) -> None:
-        """weight: [vocab, hidden], plain or packed."""
+    def __init__(self, ops: Ops, weight: LinearWeight) -> None:
+        """weight: [vocab, hidden], packed."""
+        self._ops = ops
         self.weight = weight
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [N, hidden]. Returns [N, vocab]."""
-        return linear(x, self.weight)
+        return self._ops.logits(x, self.weight)
 
 
 def load_embedding_and_head(
@@ -39,27 +44,19 @@ def load_embedding_and_head(
     """Both layers; ``head_name`` None ties them.
 
     A tied table would be in memory twice where the head is packed (21% of a 135M model). There the lookup reads
-    the file's memory map, which costs only the rows that are used; without a map the head stays unpacked.
+    the file's memory map, which costs only the rows that are used, if the file has the model's dtype.
     """
-    shape = (vocab_size, hidden_size)
-    if head_name is not None:
+    shape, ops = (vocab_size, hidden_size), weights.ops
+    own_name = head_name or embedding_name
+    if head_name is None and not ops.packs(weights.dtype):
         table = weights.read(embedding_name, shape)
-        head = load_packed(weights, shape, lambda weight: weights.read_into(head_name, weight))
-        return Embedding(table), LMHead(head)
-    if packing_pays(weights.dtype, weights.device):
-        mapped = weights.mapped(embedding_name, shape)
-        if mapped is not None:
-            head = load_packed(weights, shape, lambda weight: weights.read_into(embedding_name, weight))
-            return Embedding(mapped), LMHead(head)
-    table = weights.read(embedding_name, shape)
-    return Embedding(table), LMHead(table)
+        return Embedding(ops, table), LMHead(ops, ops.pack_linear(table, quantization=weights.quantization))
+    mapped = weights.mapped(embedding_name, shape) if head_name is None else None
+    table = weights.read(embedding_name, shape) if mapped is None else mapped
+    head = load_packed(weights, shape, lambda weight: weights.read_into(own_name, weight))
+    return Embedding(ops, table), LMHead(ops, head)
 
 
 def load_table(weights: WeightSource, name: str, rows: int, columns: int) -> Embedding:
     """A table of its own, such as learned positions."""
-    return Embedding(weights.read(name, (rows, columns)))
-
-
-def select_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """The rows whose logits are wanted. x: [T, hidden]; rows: [N] int64."""
-    return x if rows.shape[0] == x.shape[0] else torch.index_select(x, 0, rows)
+    return Embedding(weights.ops, weights.read(name, (rows, columns)))

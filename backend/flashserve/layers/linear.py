@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashserve.layers.weight_source import WeightSource
-from flashserve_kernels import linear, pack_linear, packing_pays
+from flashserve_kernels import LinearWeight
 
 
 class Linear:
@@ -16,6 +16,8 @@ class Linear:
 
     Fused projections (query, key, value; gate, up) are one matrix product instead of several.
     """
+
+    gated = False
 
     def __init__(
         self,
@@ -42,19 +44,35 @@ class Linear:
                     weights.read_into(f"{prefix}{name}.bias", self.bias[first : first + size])
                 first += size
 
-        self.weight = load_packed(weights, (out_features, in_features), read_shards)
+        self.weight = load_packed(weights, (out_features, in_features), read_shards, self.gated)
+        self._ops = weights.ops
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [T, in_features]. Returns [T, sum of the shards' sizes]."""
-        return linear(x, self.weight, self.bias)
+        return self._ops.linear(x, self.weight, self.bias)
 
 
-def load_packed(weights: WeightSource, shape: tuple[int, int], read: Callable[[Tensor], None]) -> Tensor:
-    """The weight that ``read`` fills in, as :func:`flashserve_kernels.linear` wants it."""
-    if packing_pays(weights.dtype, weights.device):
-        staged = weights.scratch(shape)
-        read(staged)
-        return pack_linear(staged)
-    weight = torch.empty(shape, dtype=weights.dtype, device=weights.device)
+class GatedLinear(Linear):
+    """SwiGLU's first half: ``silu(gate(x)) * up(x)``."""
+
+    gated = True
+
+    def __init__(
+        self, weights: WeightSource, prefix: str, in_features: int, names: tuple[str, str], size: int, bias: bool
+    ) -> None:
+        """names: those of the gate's and the up projection's tensors, of ``size`` outputs each."""
+        super().__init__(weights, prefix, in_features, [(name, size) for name in names], bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [T, in_features]. Returns [T, size]."""
+        return self._ops.linear_silu_and_mul(x, self.weight, self.bias)
+
+
+def load_packed(
+    weights: WeightSource, shape: tuple[int, int], read: Callable[[Tensor], None], gated: bool = False
+) -> LinearWeight:
+    """The weight that ``read`` fills in, as the ops want it."""
+    packs = weights.ops.packs(weights.dtype)
+    weight = weights.scratch(shape) if packs else torch.empty(shape, dtype=weights.dtype, device=weights.device)
     read(weight)
-    return weight
+    return weights.ops.pack_linear(weight, gated=gated, quantization=weights.quantization)

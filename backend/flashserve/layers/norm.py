@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from flashserve.layers.weight_source import WeightSource
-from flashserve_kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 
 class RMSNorm:
@@ -14,14 +13,15 @@ class RMSNorm:
     def __init__(self, weights: WeightSource, prefix: str, size: int, eps: float) -> None:
         self.weight = weights.read(f"{prefix}.weight", (size,))
         self.eps = eps
+        self._ops = weights.ops
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x: [..., size]; ``out`` may be x itself."""
-        return rms_norm(x, self.weight, self.eps, out)
+        return self._ops.rms_norm(x, self.weight, self.eps, out)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm(x + residual), x + residual); x is overwritten."""
-        return add_rms_norm(x, residual, self.weight, self.eps)
+        """(norm(x + residual), x + residual); both may be overwritten."""
+        return self._ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class LayerNorm:
@@ -31,10 +31,11 @@ class LayerNorm:
         self.weight = weights.read(f"{prefix}.weight", (size,))
         self.bias = weights.read(f"{prefix}.bias", (size,))
         self.eps = eps
+        self._ops = weights.ops
 
     def __call__(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
+        return self._ops.layer_norm(x, self.weight, self.bias, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm(x + residual), x + residual); x is overwritten."""
-        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+        """(norm(x + residual), x + residual); both may be overwritten."""
+        return self._ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)

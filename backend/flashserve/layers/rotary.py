@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flashserve.errors import ConfigError
-from flashserve_kernels import embedding
+from flashserve_kernels import Ops
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -63,14 +63,15 @@ def scaled_context_len(config: Mapping[str, Any], rope: RopeSettings) -> int:
 class RotaryEmbedding:
     """Cosines and sines of all positions, looked up once per step for all layers."""
 
-    def __init__(self, rope: RopeSettings, head_dim: int, num_positions: int, device: torch.device) -> None:
+    def __init__(self, rope: RopeSettings, head_dim: int, num_positions: int, ops: Ops, device: torch.device) -> None:
+        self._ops = ops
         frequencies, magnitude = _frequencies(rope, head_dim)
         angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
         self._cos_sin = (torch.cat((angles.cos(), angles.sin()), -1) * magnitude).to(device)
 
     def __call__(self, positions: Tensor) -> Tensor:
         """positions: [T] int64. Returns [T, head_dim] float32: half cosines, half sines."""
-        return embedding(self._cos_sin, positions)
+        return self._ops.embedding(self._cos_sin, positions)
 
 
 def _frequencies(rope: RopeSettings, head_dim: int) -> tuple[Tensor, float]:

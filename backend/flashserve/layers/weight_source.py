@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flashserve_kernels import Ops
+
 
 class WeightSource(Protocol):
     """Named tensors of a checkpoint, in the dtype and on the device that the model runs with.
@@ -17,6 +19,10 @@ class WeightSource(Protocol):
 
     dtype: torch.dtype
     device: torch.device
+    ops: Ops
+    """What the model's layers call."""
+    quantization: str | None
+    """How linear weights are quantised while they load: None or "int8"."""
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds the tensor."""

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from flashserve.errors import ConfigError
+from flashserve.models.progress import LoadingProgress
+from flashserve_kernels import Ops
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -143,13 +145,23 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
 class CheckpointWeights:
     """Implements layers' WeightSource over a checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        ops: Ops,
+        quantization: str | None = None,
+    ) -> None:
         self.dtype = dtype
         self.device = device
+        self.ops = ops
+        self.quantization = quantization
         self._checkpoint = checkpoint
         self._maps: dict[Path, mmap.mmap] = {}
         self._used: set[str] = set()
         self._scratch = torch.empty(0)
+        self._progress = LoadingProgress(sum(entry.num_bytes for entry in checkpoint.entries.values()))
 
     def has(self, name: str) -> bool:
         return name in self._checkpoint.entries
@@ -161,6 +173,7 @@ class CheckpointWeights:
             part = source[first : first + rows]
             out[first : first + rows].copy_(part)
             self._give_back(name, part)
+            self._progress.advance(part.nbytes)
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         out = torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -178,8 +191,9 @@ class CheckpointWeights:
         view = self._view(name, shape)
         return view if view.dtype == self.dtype and self.device.type == "cpu" else None
 
-    def check_all_used(self, ignored: Iterable[str]) -> None:
-        """Raise ConfigError if the checkpoint holds tensors that the model did not take."""
+    def finish(self, ignored: Iterable[str]) -> None:
+        """Nothing more will be read. Raises ConfigError if the checkpoint holds tensors that the model did not take."""
+        self._progress.close()
         unused = sorted(n for n in self._checkpoint.entries if n not in self._used and not _matches(n, ignored))
         if unused:
             more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""

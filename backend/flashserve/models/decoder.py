@@ -10,14 +10,14 @@ from torch import Tensor
 
 from flashserve.errors import ConfigError
 from flashserve.layers.attention import Attention
-from flashserve.layers.embedding import load_embedding_and_head, select_rows
+from flashserve.layers.embedding import load_embedding_and_head
 from flashserve.layers.linear import Linear
 from flashserve.layers.mlp import GatedMLP
 from flashserve.layers.norm import RMSNorm
 from flashserve.layers.rotary import RopeSettings, RotaryEmbedding, read_rope_settings, scaled_context_len
 from flashserve.layers.weight_source import WeightSource
 from flashserve.models.model_input import ModelInput, ModelShape
-from flashserve_kernels import AttentionBatch, KVLayer
+from flashserve_kernels import AttentionBatch, CacheLayer
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,12 @@ class Decoder:
 
     def __init__(self, config: dict[str, Any], weights: WeightSource, context_len: int) -> None:
         spec = self.read_spec(config)
+        self._ops = weights.ops
         head_name = None if spec.tied_head else "lm_head.weight"
         self.embed_tokens, self.lm_head = load_embedding_and_head(
             weights, "model.embed_tokens.weight", head_name, spec.vocab_size, spec.hidden_size
         )
-        self.rotary = RotaryEmbedding(spec.rope, spec.head_dim, context_len, weights.device)
+        self.rotary = RotaryEmbedding(spec.rope, spec.head_dim, context_len, weights.ops, weights.device)
         self.layers = [DecoderLayer(spec, weights, index) for index in range(spec.num_layers)]
         self.norm = RMSNorm(weights, "model.norm", spec.hidden_size, spec.norm_eps)
 
@@ -107,15 +108,15 @@ class Decoder:
         tied = ("lm_head.weight",) if cls.read_spec(config).tied_head else ()
         return ("*.rotary_emb.inv_freq", *tied)
 
-    def forward(self, inputs: ModelInput, kv_cache: Sequence[KVLayer]) -> Tensor:
+    def forward(self, inputs: ModelInput, kv_cache: Sequence[CacheLayer]) -> Tensor:
         residual = None
         x = self.embed_tokens(inputs.token_ids)
         cos_sin = self.rotary(inputs.positions)
         for layer, cache in zip(self.layers, kv_cache, strict=True):
             x, residual = layer(x, residual, cos_sin, cache, inputs.attention)
         assert residual is not None
-        x, residual = select_rows(x, inputs.logits_rows), select_rows(residual, inputs.logits_rows)
-        return self.norm.add(x, residual)[0]
+        rows = inputs.logits_rows
+        return self.norm.add(self._ops.embedding(x, rows), self._ops.embedding(residual, rows))[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)
@@ -132,6 +133,7 @@ class DecoderLayer:
         shards = [("q_proj", q_size), ("k_proj", kv_size), ("v_proj", kv_size)]
         self.input_norm = RMSNorm(weights, f"{prefix}input_layernorm", hidden, spec.norm_eps)
         self.attention = Attention(
+            ops=weights.ops,
             qkv_proj=Linear(weights, attention, hidden, shards, spec.qkv_bias),
             o_proj=Linear(weights, attention, q_size, [("o_proj", hidden)], spec.o_bias),
             num_heads=spec.num_heads,
@@ -145,7 +147,7 @@ class DecoderLayer:
         self.mlp = GatedMLP(weights, f"{prefix}mlp.", hidden, spec.intermediate_size, spec.mlp_bias)
 
     def __call__(
-        self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: KVLayer, batch: AttentionBatch
+        self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: CacheLayer, batch: AttentionBatch
     ) -> tuple[Tensor, Tensor]:
         """x: the last layer's output, [T, hidden], still to be added to ``residual``. Returns the same pair."""
         if residual is None:

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from flashserve.errors import ConfigError
 from flashserve.layers.attention import Attention
-from flashserve.layers.embedding import load_embedding_and_head, load_table, select_rows
+from flashserve.layers.embedding import load_embedding_and_head, load_table
 from flashserve.layers.linear import Linear
 from flashserve.layers.mlp import MLP
 from flashserve.layers.norm import LayerNorm
 from flashserve.layers.weight_source import WeightSource
 from flashserve.models.model_input import ModelInput, ModelShape
-from flashserve_kernels import AttentionBatch, KVLayer
+from flashserve_kernels import AttentionBatch, CacheLayer
 
 # Both names mean the tanh form.
 _ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")
@@ -26,6 +26,7 @@ class GPT2LMHeadModel:
 
     def __init__(self, config: dict[str, Any], weights: WeightSource, context_len: int) -> None:
         hidden, eps = config["n_embd"], config.get("layer_norm_epsilon", 1e-5)
+        self._ops = weights.ops
         prefix = "transformer." if weights.has("transformer.wte.weight") else ""
         head_name = None if _is_tied(config) else "lm_head.weight"
         self.tokens, self.lm_head = load_embedding_and_head(
@@ -59,14 +60,14 @@ class GPT2LMHeadModel:
         # The causal masks were buffers once and lie in old checkpoints.
         return ("*h.*.attn.bias", "*h.*.attn.masked_bias", *(("lm_head.weight",) if _is_tied(config) else ()))
 
-    def forward(self, inputs: ModelInput, kv_cache: Sequence[KVLayer]) -> Tensor:
-        x = self.tokens(inputs.token_ids).add_(self.positions(inputs.positions))
+    def forward(self, inputs: ModelInput, kv_cache: Sequence[CacheLayer]) -> Tensor:
+        x = self.positions.add_(self.tokens(inputs.token_ids), inputs.positions)
         residual = None
         for layer, cache in zip(self.layers, kv_cache, strict=True):
             x, residual = layer(x, residual, cache, inputs.attention)
         assert residual is not None
-        x, residual = select_rows(x, inputs.logits_rows), select_rows(residual, inputs.logits_rows)
-        return self.norm.add(x, residual)[0]
+        rows = inputs.logits_rows
+        return self.norm.add(self._ops.embedding(x, rows), self._ops.embedding(residual, rows))[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)
@@ -81,6 +82,7 @@ class GPT2Layer:
         attention = f"{prefix}attn."
         self.norm_1 = LayerNorm(weights, f"{prefix}ln_1", hidden, eps)
         self.attention = Attention(
+            ops=weights.ops,
             qkv_proj=Linear(weights, attention, hidden, [("c_attn", 3 * hidden)], bias=True, transposed=True),
             o_proj=Linear(weights, attention, hidden, [("c_proj", hidden)], bias=True, transposed=True),
             num_heads=heads,
@@ -91,7 +93,7 @@ class GPT2Layer:
         self.mlp = MLP(weights, f"{prefix}mlp.", hidden, inner)
 
     def __call__(
-        self, x: Tensor, residual: Tensor | None, cache: KVLayer, batch: AttentionBatch
+        self, x: Tensor, residual: Tensor | None, cache: CacheLayer, batch: AttentionBatch
     ) -> tuple[Tensor, Tensor]:
         """x: the last layer's output, [T, hidden], still to be added to ``residual``. Returns the same pair."""
         if residual is None:

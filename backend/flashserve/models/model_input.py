@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from flashserve.layers.weight_source import WeightSource
-from flashserve_kernels import AttentionBatch, KVLayer
+from flashserve_kernels import AttentionBatch, CacheLayer
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class CausalLM(Protocol):
         """Patterns (fnmatch) of checkpoint tensors that hold nothing the model needs."""
         ...
 
-    def forward(self, inputs: ModelInput, kv_cache: Sequence[KVLayer]) -> Tensor:
+    def forward(self, inputs: ModelInput, kv_cache: Sequence[CacheLayer]) -> Tensor:
         """Hidden states of the rows whose logits are wanted, after the last norm: [N, hidden]."""
         ...
 

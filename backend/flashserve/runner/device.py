@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +23,7 @@ def read_device_facts(device: str) -> DeviceFacts:
     threads = available_cores()
     if device == "cpu":
         total, free = _memory()
-        return DeviceFacts("cpu", f"CPU with {threads} cores", total, free, threads)
+        return DeviceFacts("cpu", f"CPU with {threads} cores", total, free, threads, computes_on_cpu=True)
     kind, _, index = device.partition(":")
     if kind != "cuda" or (index and not index.isdecimal()):
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}")
@@ -27,7 +32,10 @@ def read_device_facts(device: str) -> DeviceFacts:
         raise ConfigError(f"device {device!r} is not there: torch sees {count} CUDA devices")
     free, total = torch.cuda.mem_get_info(int(index or 0))
     name = torch.cuda.get_device_name(int(index or 0))
-    return DeviceFacts("cuda", f"{name} ({kind}:{int(index or 0)})", total, free, threads)
+    has_bfloat16 = torch.cuda.get_device_capability(int(index or 0)) >= (8, 0)
+    return DeviceFacts(
+        "cuda", f"{name} ({kind}:{int(index or 0)})", total, free, threads, supports_bfloat16=has_bfloat16
+    )
 
 
 def torch_device(config_device: str, facts: DeviceFacts) -> torch.device:
@@ -35,6 +43,35 @@ def torch_device(config_device: str, facts: DeviceFacts) -> torch.device:
     if facts.kind == "cpu":
         return torch.device("cpu")
     return torch.device(config_device if ":" in config_device else f"{facts.kind}:0")
+
+
+@contextmanager
+def loading_lock(device: torch.device) -> Iterator[None]:
+    """One engine at a time loads on a GPU of this machine: each measures the free memory to size its KV cache."""
+    if device.type == "cpu":
+        yield
+        return
+    path = Path(tempfile.gettempdir()) / f"flashserve-{os.getuid()}-{device.type}{device.index or 0}.lock"
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def measure_gpu_memory(facts: DeviceFacts, device: torch.device, run_largest_step: Callable[[], None]) -> DeviceFacts:
+    """What is left once the weights, which are loaded, and the largest step's activations have their room.
+
+    facts: as they were before the weights were loaded.
+    """
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    run_largest_step()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    beside_torch = max(0, facts.free_bytes - free - reserved)  # kernels' code, cuBLAS' workspaces
+    return replace(facts, free_bytes=free + reserved - peak, used_bytes=peak + beside_torch)
 
 
 def available_cores() -> int:

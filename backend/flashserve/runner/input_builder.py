@@ -1,4 +1,4 @@
-"""From a scheduler's plan to a model's input: arithmetic on whole arrays in numpy, then one conversion each."""
+"""From a scheduler's plan to a step's numbers: arithmetic on whole arrays in numpy."""
 
 from __future__ import annotations
 
@@ -6,90 +6,117 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
-import torch
 
-from flashserve.models.model_input import ModelInput
 from flashserve.runner.slots import SlotTable
-from flashserve.scheduling.output import SchedulerOutput
-from flashserve_kernels import AttentionBatch
+from flashserve.runner.staging import StepFields, StepSizes, fill_padding
+from flashserve.scheduling.output import ScheduledRow, SchedulerOutput
 
 
 @dataclass(frozen=True)
-class StepInput:
-    """A step, ready to run."""
+class Arrangement:
+    """A plan's rows in the order in which they are computed: single tokens first, by length, so that attention can
+    serve many with one call."""
 
-    model: ModelInput
-    sample_rows: np.ndarray
-    """[N]: the plan's rows that sample, in the order of the logits."""
-    sample_slots: np.ndarray
-    """[N]: their slots."""
-    sample_positions: np.ndarray
-    """[N] int64: the positions whose logits they sample."""
+    rows: list[ScheduledRow]
+    slots: np.ndarray
+    """[R] int64."""
+    starts: np.ndarray
+    """[R] int64: first position."""
+    lens: np.ndarray
+    """[R] int64: tokens."""
+    sampling: np.ndarray
+    """[N]: which of the rows sample."""
+    plan_rows: np.ndarray
+    """[N]: their places in the plan."""
+    changed_blocks: np.ndarray
+    """[new_blocks] int64: flat places of the block table that changed."""
+
+    @property
+    def sizes(self) -> StepSizes:
+        return StepSizes(int(self.lens.sum()), len(self.slots), len(self.sampling), len(self.changed_blocks))
+
+    @property
+    def max_query_len(self) -> int:
+        return int(self.lens.max())
+
+    @property
+    def sample_slots(self) -> np.ndarray:
+        return self.slots[self.sampling]
+
+    @property
+    def sample_positions(self) -> np.ndarray:
+        """[N] int64: the positions whose logits are sampled."""
+        return (self.starts + self.lens)[self.sampling] - 1
 
 
 class InputBuilder:
     """Applies a plan's changes to the slots and lays out its tokens."""
 
-    def __init__(self, slots: SlotTable, block_size: int, device: torch.device) -> None:
+    def __init__(self, slots: SlotTable, block_size: int) -> None:
         self._slots = slots
         self._block_size = block_size
-        self._device = device
 
-    def build(self, plan: SchedulerOutput) -> StepInput:
-        """Rows are reordered: single tokens first, by length, so that attention can serve many with one call."""
+    def arrange(self, plan: SchedulerOutput) -> Arrangement:
+        """Update the slots and order the rows."""
         for admission in plan.admissions:
             self._slots.admit(admission)
-        for row in plan.rows:
-            if row.new_block_ids:
-                self._slots.append_blocks(row)
-
+        changed = [self._slots.append_blocks(row) for row in plan.rows if row.new_block_ids]
         numbers = np.array([(r.slot, r.start, r.num_tokens, r.samples) for r in plan.rows], np.int64)
         order = np.lexsort((numbers[:, 1], numbers[:, 2] > 1))
         slots, starts, lens, samples = numbers[order].T
-        rows = [plan.rows[index] for index in order.tolist()]
-
-        ends = np.cumsum(lens)
-        firsts = ends - lens
-        row_of_token = np.repeat(np.arange(len(rows)), lens)
-        positions = np.arange(ends[-1]) + (starts - firsts)[row_of_token]
-        seq_lens = starts + lens
-        # Only as many columns as the longest row needs.
-        tables = self._slots.block_table[slots, : -(-int(seq_lens.max()) // self._block_size)]
-        blocks = tables[row_of_token, positions // self._block_size].astype(np.int64)
-        slot_mapping = blocks * self._block_size + positions % self._block_size
-
         sampling = np.flatnonzero(samples)
-        attention = AttentionBatch(
-            query_start_loc=self._to_device(np.concatenate(([0], ends)).astype(np.int32)),
-            seq_lens=self._to_device(seq_lens.astype(np.int32)),
-            block_tables=self._to_device(tables),
-            slot_mapping=self._to_device(slot_mapping),
-            block_size=self._block_size,
-            host_query_lens=lens.tolist(),
-            host_seq_lens=seq_lens.tolist(),
+        return Arrangement(
+            rows=[plan.rows[index] for index in order.tolist()],
+            slots=slots,
+            starts=starts,
+            lens=lens,
+            sampling=sampling,
+            plan_rows=order[sampling],
+            changed_blocks=np.concatenate(changed) if changed else np.zeros(0, np.int64),
         )
-        model = ModelInput(
-            token_ids=self._token_ids([row.token_ids for row in rows], slots, firsts, int(ends[-1])),
-            positions=self._to_device(positions),
-            attention=attention,
-            logits_rows=self._to_device(ends[sampling] - 1),
-        )
-        return StepInput(model, order[sampling], slots[sampling], seq_lens[sampling] - 1)
 
-    def _token_ids(
-        self, known: list[list[int]], slots: np.ndarray, firsts: np.ndarray, num_tokens: int
-    ) -> torch.Tensor:
-        """The plan's tokens, and the slots' own last samples where a row brings none."""
-        decodes = np.array([not ids for ids in known])
-        tokens = np.zeros(num_tokens, np.int64)
-        filled = np.ones(num_tokens, bool)
-        filled[firsts[decodes]] = False
-        tokens[filled] = list(chain.from_iterable(known))
-        token_ids = self._to_device(tokens)
-        if decodes.any():
-            last = self._slots.last_token.index_select(0, self._to_device(slots[decodes]))
-            token_ids.index_copy_(0, self._to_device(firsts[decodes]), last)
-        return token_ids
+    def fill(self, step: Arrangement, host: StepFields, sizes: StepSizes) -> None:
+        """Write the step's numbers. sizes: those of the step, or of a decode bucket that it is padded to."""
+        used = step.sizes
+        T, R, N = used.tokens, used.seqs, used.logits
+        ends = np.cumsum(step.lens)
+        firsts = ends - step.lens
+        row_of_token = np.repeat(np.arange(R), step.lens)
+        positions = np.arange(T) + (step.starts - firsts)[row_of_token]
+        blocks = self._slots.block_table[step.slots[row_of_token], positions // self._block_size].astype(np.int64)
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+        self._fill_token_ids(step, firsts, host.token_ids[:T])
+        host.token_slots[:T] = step.slots[row_of_token]
+        host.positions[:T] = positions
+        host.slot_mapping[:T] = blocks * self._block_size + positions % self._block_size
+        host.slots[:R] = step.slots
+        host.seq_lens[:R] = step.starts + step.lens
+        host.query_start_loc[0] = 0
+        host.query_start_loc[1 : R + 1] = ends
+
+        slots, table = step.sample_slots, self._slots
+        host.logits_rows[:N] = ends[step.sampling] - 1
+        host.sample_slots[:N] = slots
+        host.sample_positions[:N] = step.sample_positions
+        host.seeds[:N] = table.seed[slots]
+        host.top_k[:N] = table.top_k[slots]
+        host.temperature[:N] = table.temperature[slots]
+        host.top_p[:N] = table.top_p[slots]
+        host.min_p[:N] = table.min_p[slots]
+        if len(host.table_index):
+            host.table_index[:] = step.changed_blocks
+            host.table_blocks[:] = table.block_table.reshape(-1)[step.changed_blocks]
+        if sizes.tokens > T or sizes.logits > N:
+            fill_padding(host, used, sizes, table.spare_slot)
+
+    @staticmethod
+    def _fill_token_ids(step: Arrangement, firsts: np.ndarray, out: np.ndarray) -> None:
+        """The plan's tokens; -1 where a row brings none, which stands for the slot's own last sample."""
+        decodes = np.array([not row.token_ids for row in step.rows])
+        if decodes.all():
+            out[:] = -1
+            return
+        known = np.ones(len(out), bool)
+        known[firsts[decodes]] = False
+        out[known] = list(chain.from_iterable(row.token_ids for row in step.rows))
+        out[~known] = -1

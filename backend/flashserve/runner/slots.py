@@ -11,11 +11,13 @@ GREEDY_BELOW = 1e-5  # temperatures below it are greedy, as in vLLM
 
 
 class SlotTable:
-    """Arrays indexed by slot. Numbers that only the host needs are numpy; last tokens live on the device, so that
-    a decode step reads its own last sample without a copy to the host."""
+    """Arrays indexed by slot, on the host. Last tokens and a copy of the block tables lie on the device, so that a
+    decode step reads both without a copy of more than what changed. On a CPU the copy is the host's own memory."""
 
     def __init__(self, num_slots: int, max_blocks: int, device: torch.device) -> None:
-        self.block_table = np.zeros((num_slots, max_blocks), np.int32)
+        self.spare_slot = num_slots
+        """A slot of no request, for a bucket's padding."""
+        self.block_table = np.zeros((num_slots + 1, max_blocks), np.int32)
         self.num_blocks = np.zeros(num_slots, np.int32)
         self.temperature = np.zeros(num_slots, np.float32)
         self.top_k = np.zeros(num_slots, np.int64)
@@ -25,7 +27,8 @@ class SlotTable:
         self.min_end_position = np.full(num_slots, -1, np.int64)
         """Logits of positions before this one may not choose an end token."""
         self.end_tokens: list[tuple[int, ...]] = [()] * num_slots
-        self.last_token = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.device_block_table = torch.from_numpy(self.block_table).to(device)
+        self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
 
     def admit(self, admission: Admission) -> None:
         """Start a slot afresh; what its last owner left does not matter."""
@@ -41,8 +44,19 @@ class SlotTable:
         free_from = admission.num_prompt_tokens - 1 + params.min_tokens
         self.min_end_position[slot] = free_from if params.min_tokens and admission.end_token_ids else -1
 
-    def append_blocks(self, row: ScheduledRow) -> None:
+    def append_blocks(self, row: ScheduledRow) -> np.ndarray:
+        """Extend the slot's block table. Returns the flat places that changed."""
         first = self.num_blocks[row.slot]
         end = first + len(row.new_block_ids)
         self.block_table[row.slot, first:end] = row.new_block_ids
         self.num_blocks[row.slot] = end
+        return np.arange(first, end, dtype=np.int64) + row.slot * self.block_table.shape[1]
+
+    def early_ends(self, slots: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """(rows, tokens) that min_tokens rules out for samples of these slots at these positions."""
+        early = np.flatnonzero(positions < self.min_end_position[slots])
+        if not early.size:
+            return None
+        pairs = [(row, token) for row in early.tolist() for token in self.end_tokens[slots[row]]]
+        rows, tokens = np.array(pairs, np.int64).T
+        return rows, tokens

@@ -126,12 +126,19 @@ class Scheduler:
 
     # --- schedule -----------------------------------------------------------------------------------------
 
-    def schedule(self, now: float) -> SchedulerOutput | None:
-        """The next step, or None if nothing can run now. Requests whose deadline has passed end first."""
+    def schedule(self, now: float, prefill_limit: int | None = None) -> SchedulerOutput | None:
+        """The next step, or None if nothing can run now. Requests whose deadline has passed end first.
+
+        prefill_limit: prompt tokens, if the step also decodes; None: as many as the budget has.
+        """
         self._expire(now)
         rows = self._decode_rows()
+        num_decodes = len(rows)
         admissions: list[Admission] = []
-        budget = self._fill_with_prefills(rows, admissions, self.config.max_num_batched_tokens - len(rows), now)
+        budget = self.config.max_num_batched_tokens - num_decodes
+        if prefill_limit is not None and rows:
+            budget = min(budget, prefill_limit)
+        num_prompt_tokens = budget - self._fill_with_prefills(rows, admissions, budget, now)
         if not rows:
             return None
         self._steps += 1
@@ -140,7 +147,7 @@ class Scheduler:
             step=self._steps,
             admissions=admissions,
             rows=rows,
-            num_tokens=self.config.max_num_batched_tokens - budget,
+            num_tokens=num_decodes + num_prompt_tokens,
             freed_slots=freed,
         )
 

@@ -1,0 +1,69 @@
+"""A step as a function of its tensors: the same code whether it runs at once, is captured, or is replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flashserve.models.model_input import CausalLM, ModelInput
+from flashserve.runner.staging import StepFields
+from flashserve_kernels import AttentionBatch, CacheLayer, Ops
+from flashserve_kernels.sampling import mask_tokens_
+
+
+@dataclass(frozen=True)
+class StepModel:
+    """The model with everything that lives on the device between steps."""
+
+    model: CausalLM
+    ops: Ops
+    kv_cache: Sequence[CacheLayer]
+    block_size: int
+    block_table: Tensor
+    """[slots, blocks] int32."""
+    last_tokens: Tensor
+    """[slots] int64."""
+
+    def logits(
+        self,
+        step: StepFields,
+        max_query_len: int,
+        host_query_lens: Sequence[int] = (),
+        host_seq_lens: Sequence[int] = (),
+    ) -> Tensor:
+        """Run the model. Returns [N, V]. The host's lengths are for ops that cannot be captured."""
+        ops = self.ops
+        inputs = ModelInput(
+            token_ids=ops.gather_tokens(step.token_ids, self.last_tokens, step.token_slots),
+            positions=step.positions,
+            attention=AttentionBatch(
+                query_start_loc=step.query_start_loc,
+                seq_lens=step.seq_lens,
+                block_tables=ops.embedding(self.block_table, step.slots),
+                slot_mapping=step.slot_mapping,
+                block_size=self.block_size,
+                max_query_len=max_query_len,
+                host_query_lens=host_query_lens,
+                host_seq_lens=host_seq_lens,
+            ),
+            logits_rows=step.logits_rows,
+        )
+        return self.model.logits(self.model.forward(inputs, self.kv_cache))
+
+    def sample(self, step: StepFields, logits: Tensor) -> Tensor:
+        """Choose tokens and keep them as their slots' last ones. Returns [N] int64."""
+        tokens = self.ops.sample(
+            logits, step.temperature, step.min_p, step.top_k, step.top_p, step.seeds, step.sample_positions
+        )
+        self.ops.scatter_tokens_(self.last_tokens, step.sample_slots, tokens)
+        return tokens
+
+    def update_block_table(self, step: StepFields) -> None:
+        """Apply the changes since the last step to the device's copy."""
+        self.block_table.view(-1).index_copy_(0, step.table_index, step.table_blocks)
+
+    def rule_out(self, logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
+        """``logits[rows[i], tokens[i]] = -inf``."""
+        mask_tokens_(logits, rows, tokens)

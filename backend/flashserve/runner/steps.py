@@ -1,0 +1,162 @@
+"""Three ways to run a step: its ops one by one, from a CUDA graph, or from a recorded native program."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flashserve.runner.device_queue import CpuQueue, DeviceQueue
+from flashserve.runner.input_builder import Arrangement, InputBuilder
+from flashserve.runner.staging import StepFields, StepSizes, array_fields, num_bytes, tensor_fields
+from flashserve.runner.step_model import StepModel
+from flashserve_kernels import RecordingOps
+from flashserve_kernels.cpu.program import LOGITS, SEQS, TOKENS, Program
+
+log = logging.getLogger(__name__)
+
+_PER_TOKEN = ("token_ids", "token_slots", "positions", "slot_mapping")
+_PER_SEQ = ("slots", "seq_lens", "query_start_loc")
+_PER_ROW = (
+    "logits_rows", "sample_slots", "sample_positions", "seeds", "top_k", "temperature", "top_p", "min_p",
+)  # fmt: skip
+
+
+class Steps(Protocol):
+    """Runs steps, one after the other."""
+
+    queue: DeviceQueue
+
+    def logits(self, step: Arrangement) -> Tensor:
+        """Lay out the step's numbers and run the model. Returns [N or more, V]; rows beyond N mean nothing."""
+        ...
+
+    def sample(self) -> Tensor:
+        """Sample the logits of the last step. Returns [N or more] int64."""
+        ...
+
+
+class EagerSteps:
+    """Every step as it comes; on a GPU decodes may come from CUDA graphs, one per padded batch size."""
+
+    def __init__(
+        self, model: StepModel, builder: InputBuilder, queue: DeviceQueue, capacity: StepSizes, device: torch.device
+    ) -> None:
+        self.queue = queue
+        self._model = model
+        self._builder = builder
+        self._device_buffer = queue.run(lambda: torch.zeros(num_bytes(capacity), dtype=torch.uint8, device=device))
+        self._graphs: dict[int, _DecodeGraph] = {}
+        self._sample: Callable[[], Tensor] = self._nothing
+
+    def capture(self, batch_sizes: list[int]) -> None:
+        """Capture decodes of these batch sizes, the largest first: it sets the size of the memory that they share."""
+        gc.collect()
+        gc.freeze()  # torch collects garbage before each capture: 50 times, over everything that was imported
+        try:
+            for batch in sorted(batch_sizes, reverse=True):
+                self._graphs[batch] = _DecodeGraph.capture(self._model, self.queue, self._device_buffer, batch)
+        finally:
+            gc.unfreeze()
+
+    def logits(self, step: Arrangement) -> Tensor:
+        graph = self._graph_for(step)
+        sizes = step.sizes if graph is None else graph.sizes_with(step.sizes.new_blocks)
+        host = self.queue.host_buffer(num_bytes(sizes))
+        self._builder.fill(step, array_fields(host, sizes), sizes)
+        self.queue.upload(host, self._device_buffer[: host.numel()])
+        fields = tensor_fields(self._device_buffer, sizes)
+        if sizes.new_blocks:
+            self.queue.run(lambda: self._model.update_block_table(fields))
+        if graph is not None:
+            graph.replay_logits()
+            self._sample = graph.sample
+            return graph.logits
+        lens, seq_lens = step.lens.tolist(), (step.starts + step.lens).tolist()
+        logits = self.queue.run(lambda: self._model.logits(fields, step.max_query_len, lens, seq_lens))
+        self._sample = lambda: self.queue.run(lambda: self._model.sample(fields, logits))
+        return logits
+
+    def sample(self) -> Tensor:
+        return self._sample()
+
+    def _graph_for(self, step: Arrangement) -> _DecodeGraph | None:
+        """The smallest graph that holds the step, if all its rows are single tokens."""
+        if step.max_query_len > 1:
+            return None
+        return next((self._graphs[batch] for batch in sorted(self._graphs) if batch >= len(step.slots)), None)
+
+    @staticmethod
+    def _nothing() -> Tensor:
+        raise RuntimeError("no step was run")
+
+
+@dataclass(frozen=True)
+class _DecodeGraph:
+    """The model and the sampling of ``batch`` single tokens, captured apart: tokens may be ruled out in between."""
+
+    batch: int
+    replay_logits: Callable[[], None]
+    logits: Tensor
+    replay_sample: Callable[[], None]
+    tokens: Tensor
+
+    @classmethod
+    def capture(cls, model: StepModel, queue: DeviceQueue, buffer: Tensor, batch: int) -> _DecodeGraph:
+        fields = tensor_fields(buffer, StepSizes(batch, batch, batch))
+        replay_logits, logits = queue.capture(lambda: model.logits(fields, 1))
+        replay_sample, tokens = queue.capture(lambda: model.sample(fields, logits))
+        return cls(batch, replay_logits, logits, replay_sample, tokens)
+
+    def sizes_with(self, new_blocks: int) -> StepSizes:
+        """Changed blocks come last in the buffer, so their number moves nothing else."""
+        return StepSizes(self.batch, self.batch, self.batch, new_blocks)
+
+    def sample(self) -> Tensor:
+        self.replay_sample()
+        return self.tokens
+
+
+class RecordedSteps:
+    """Every step of any size from one recording: native operations read the step's sizes when they run."""
+
+    def __init__(self, model: StepModel, builder: InputBuilder, ops: RecordingOps, capacity: StepSizes) -> None:
+        self.queue: DeviceQueue = CpuQueue()
+        self._builder = builder
+        buffer = torch.zeros(num_bytes(capacity), dtype=torch.uint8)
+        self._host, self._fields = array_fields(buffer, capacity), tensor_fields(buffer, capacity)
+        self._forward, self._choose = ops.new_program(_limits(capacity)), ops.new_program(_limits(capacity))
+        for program in (self._forward, self._choose):
+            _add_inputs(program, self._fields)
+        with self._forward.recording():
+            self._logits = model.logits(self._fields, capacity.tokens)
+        self._choose.add_input(self._logits, LOGITS)
+        with self._choose.recording():
+            self._tokens = model.sample(self._fields, self._logits)
+        self._sizes = StepSizes(0, 0, 0)
+        log.info("recorded a step of %d native operations", len(self._forward.kinds) + len(self._choose.kinds))
+
+    def logits(self, step: Arrangement) -> Tensor:
+        self._sizes = step.sizes
+        self._builder.fill(step, self._host, self._sizes)
+        self._forward.run(*_limits(self._sizes))
+        return self._logits
+
+    def sample(self) -> Tensor:
+        self._choose.run(*_limits(self._sizes))
+        return self._tokens
+
+
+def _limits(sizes: StepSizes) -> tuple[int, int, int]:
+    return sizes.tokens, sizes.seqs, sizes.logits
+
+
+def _add_inputs(program: Program, fields: StepFields) -> None:
+    for names, size in ((_PER_TOKEN, TOKENS), (_PER_SEQ, SEQS), (_PER_ROW, LOGITS)):
+        for name in names:
+            program.add_input(getattr(fields, name), size)
