@@ -8,7 +8,8 @@ import random
 import pytest
 import torch
 
-from flashserve_kernels import AttentionBatch, KVLayer, paged_attention
+from flashserve_kernels.attention import AttentionBatch, paged_attention
+from flashserve_kernels.kv_cache import KVLayer
 
 # (tokens computed in this step, tokens of the sequence so far)
 DECODES = [(1, n) for n in (1, 2, 15, 16, 17, 40, 41, 200)]
@@ -63,6 +64,7 @@ class Problem:
             block_tables=self.tables,
             slot_mapping=torch.zeros(self.num_tokens, dtype=torch.int64),
             block_size=block_size,
+            max_query_len=max(query_lens),
             host_query_lens=query_lens,
             host_seq_lens=[seq_len for _, seq_len in rows],
         )
@@ -75,7 +77,7 @@ class Problem:
                 (int(self.tables[row, position // self.block_size]), position % self.block_size)
                 for position in range(seq_len)
             ]
-            k, v = (torch.stack([stored[slot] for slot in slots]).double() for stored in self.cache)
+            k, v = (torch.stack([stored[slot] for slot in slots]).double() for stored in self.cache[:2])
             for index in range(query_len):
                 position = seq_len - query_len + index
                 first = 0 if window is None else max(0, position - window + 1)

@@ -7,18 +7,11 @@ import math
 import pytest
 import torch
 
-from flashserve_kernels import (
-    add_layer_norm,
-    add_rms_norm,
-    embedding,
-    gelu_tanh,
-    layer_norm,
-    linear,
-    pack_linear,
-    rms_norm,
-    rotary_embedding_,
-    silu_and_mul,
-)
+from flashserve_kernels.activation import gelu_tanh, silu_and_mul
+from flashserve_kernels.embedding import embedding
+from flashserve_kernels.linear import linear, pack_linear
+from flashserve_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from flashserve_kernels.rotary import rotary_embedding_
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Half a unit in the last place of the result, and what a rounded intermediate may add.

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from flashserve_kernels import greedy, mask_tokens_, sample
 from flashserve_kernels.noise import gumbel_noise, random_bits
+from flashserve_kernels.sampling import greedy, mask_tokens_, sample
 
 
 def draw(logits: torch.Tensor, num_samples: int, *, temperature: float = 1.0, min_p: float | None = None,

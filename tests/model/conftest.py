@@ -33,7 +33,8 @@ class Driver:
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.resolved = resolve_folder(folder, **settings)
         self.runner = ModelRunner(self.resolved)
-        self.runner.load()
+        self.runner.load_weights()
+        self.runner.prepare(self.resolved)
         self.runner.warm_up()
         self.steps = 0
         self.mixed_steps = 0
@@ -80,6 +81,24 @@ class Driver:
                 generated[i] += new
         return generated
 
+    def first_logits(self, prompt: list[int]) -> torch.Tensor:
+        """The logits of a prompt's last token, [V] float32."""
+        seen = []
+        steps = self.runner._steps
+        run = steps.logits
+
+        def watched(step):
+            logits = run(step)
+            seen.append(logits[0].float().clone())
+            return logits
+
+        steps.logits = watched
+        try:
+            self.generate([prompt], 1)
+        finally:
+            del steps.logits
+        return seen[-1]
+
     def run(self, admissions: list[Admission], rows: list[ScheduledRow]) -> list[list[int]]:
         """One step."""
         self.steps += 1
@@ -104,6 +123,12 @@ def drive() -> Iterator[Callable[..., Driver]]:
 
 
 @pytest.fixture
+def resolve_model() -> Callable[..., ResolvedConfig]:
+    """``resolve_model(folder, **model.json)``: what an engine of a tiny model would use."""
+    return resolve_folder
+
+
+@pytest.fixture(scope="session")
 def greedy_reference() -> Callable[..., list[list[int]]]:
     """``greedy_reference(folder, prompts, n)``: what transformers' own generate gives in float32."""
 
@@ -122,7 +147,7 @@ def greedy_reference() -> Callable[..., list[list[int]]]:
     return generate
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def random_prompts() -> Callable[..., list[list[int]]]:
     """``random_prompts(lengths)``: token ids without special tokens."""
 

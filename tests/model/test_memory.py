@@ -38,8 +38,10 @@ def resident(name):
 def load(folder):
     config = EngineConfig(folder, dtype="bfloat16", kv_cache_memory_bytes=1 << 20, max_model_len=32, num_threads=1)
     facts = read_model_facts(config, "cpu")
-    runner = ModelRunner(resolve(config, facts, read_device_facts("cpu")))
-    runner.load()
+    resolved = resolve(config, facts, read_device_facts("cpu"))
+    runner = ModelRunner(resolved)
+    runner.load_weights()
+    runner.prepare(resolved)
     return facts, runner
 
 tiny, first = load(sys.argv[1])

@@ -101,9 +101,41 @@ def test_blocks_fit_the_memory_given():
 
 
 def test_weights_count_towards_the_gpu_share():
-    gpu = replace(GPU, free_bytes=GPU.total_bytes // 2)
+    gpu = replace(GPU, used_bytes=GPU.total_bytes // 2)
     with pytest.raises(ConfigError, match="no memory for the KV cache"):
         resolve(config(gpu_memory_utilization=0.5), MODEL, gpu)
+
+
+def test_other_engines_on_a_gpu_leave_what_is_free_and_do_not_count_towards_the_share():
+    block = kv_block_bytes(MODEL, 16, "bfloat16")
+    gpu = replace(GPU, free_bytes=50 * block, used_bytes=0)
+    resolved = resolve(config(gpu_memory_utilization=0.5, max_num_seqs=64), MODEL, gpu)
+    assert resolved.num_blocks == 50
+
+
+def test_a_gpu_without_bfloat16_runs_in_float16():
+    old = replace(GPU, supports_bfloat16=False)
+    assert resolve(config(), replace(MODEL, checkpoint_dtype="bfloat16"), old).dtype == "float16"
+    with pytest.raises(ConfigError, match="no bfloat16; use dtype float16"):
+        resolve(config(dtype="bfloat16"), MODEL, old)
+
+
+@pytest.mark.parametrize("settings, device", [
+    ({"quantization": "int8"}, GPU), ({"kv_cache_dtype": "int8"}, GPU), ({"kv_cache_dtype": "fp8"}, CPU),
+])  # fmt: skip
+def test_eight_bits_are_refused_where_no_kernel_has_them(settings, device):
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        resolve(config(**settings), MODEL, device)
+
+
+def test_an_8_bit_cache_has_more_blocks():
+    memory = 1000 * kv_block_bytes(MODEL, 16, "bfloat16")
+    settings = {"kv_cache_memory_bytes": memory, "max_num_seqs": 512, "max_num_batched_tokens": 512}
+    plain, small = (
+        resolve(config(**settings, kv_cache_dtype=dtype), MODEL, CPU).num_blocks for dtype in ("auto", "int8")
+    )
+    # A head's 8 numbers: 16 bytes, or 8 and a scale of 4.
+    assert (plain, small) == (1000, 1333)
 
 
 def test_the_context_is_cut_to_the_cache_only_if_nobody_asked_for_it():

@@ -1,0 +1,43 @@
+"""The whole engine on its Triton-lang kernels, in the interpreter: the tokens of the torch path."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiny_models import make_tiny_model
+
+ROOT = Path(__file__).resolve().parents[3]
+NUM_TOKENS = 5
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "gpt2"])
+def test_greedy_tokens_are_those_of_the_torch_path(family, tmp_path, monkeypatch):
+    """A prompt longer than a step's budget, shorter ones beside it, decodes; window, query norms, learned positions."""
+    from flashserve import LLM
+
+    folder = make_tiny_model(family, tmp_path, **({"sliding_window": 20} if family == "mistral" else {}))
+    rng = random.Random(1)
+    prompts = [[rng.randrange(3, 512) for _ in range(length)] for length in (3, 40, 17)]
+    monkeypatch.setenv("FLASHSERVE_KERNELS", "torch")
+    with LLM(folder, dtype="float32", num_threads=1, kv_cache_memory_bytes=1 << 20, max_model_len=96) as llm:
+        params = {"temperature": 0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
+        expected = [result.token_ids for result in llm.generate(prompts, params)]
+    script = Path(__file__).with_name("interpreted_engine.py")
+    folders = os.pathsep.join(str(ROOT / name) for name in ("backend", "kernels", "client", "tests"))
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), json.dumps(prompts), str(NUM_TOKENS)],
+        env={**os.environ, "PYTHONPATH": folders},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == expected

@@ -1,0 +1,152 @@
+"""The engine one step ahead of a device that works through its queue whenever it likes."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from flashserve.engine.core import EngineCore, build_core
+from flashserve.protocol import Abort, GenerateRequest, SamplingParams
+from flashserve.runner.model_runner import decode_batch_sizes
+from lazy_device import LazyRunner
+from tiny_models import make_tiny_model
+
+LENGTHS = (3, 20, 45, 33, 7, 60, 16, 31)
+NUM_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+class Engine:
+    """The real scheduler and core over a lazy device."""
+
+    def __init__(self, resolved, seed: int) -> None:
+        self.runner = LazyRunner(resolved, seed)
+        self.runner.load_weights()
+        self.runner.prepare(resolved)
+        self.core: EngineCore = build_core(resolved, self.runner, "test")
+        self.tokens: dict[int, list[int]] = {}
+        self.ended: dict[int, str] = {}
+
+    def add(self, request_id: int, prompt: list[int], **params) -> None:
+        self.tokens[request_id] = []
+        own = SamplingParams(**{"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True, **params})
+        self.core.handle(GenerateRequest(request_id, prompt, own, arrival=0.0))
+
+    def step(self) -> None:
+        for output in self.core.step().outputs:
+            assert output.error is None, output.error
+            self.tokens[output.request_id] += output.token_ids
+            if output.finish_reason is not None:
+                self.ended[output.request_id] = output.finish_reason
+
+    def finish(self) -> None:
+        while self.core.has_work:
+            self.step()
+
+
+@pytest.fixture(scope="module")
+def expected(folder, greedy_reference, random_prompts):
+    """Transformers' tokens for the prompts of these tests."""
+    return greedy_reference(folder, random_prompts(LENGTHS), NUM_TOKENS)
+
+
+@pytest.fixture
+def start(folder, resolve_model):
+    def start(seed: int, **settings) -> Engine:
+        defaults = {"max_num_seqs": 6, "max_num_batched_tokens": 32, "max_model_len": 128}
+        return Engine(resolve_model(folder, **{**defaults, **settings}), seed)
+
+    return start
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tokens_are_those_of_transformers_however_late_the_device_is(seed, start, expected, random_prompts):
+    """Six slots for eight requests: slots are used again while the step that freed them is still under way."""
+    prompts = random_prompts(LENGTHS)
+    engine = start(seed)
+    for index, prompt in enumerate(prompts):
+        engine.add(index, prompt)
+    engine.finish()
+    assert [engine.tokens[index] for index in range(len(prompts))] == expected
+    # Two steps wait at once (an upload, two replays and a download each), and most steps are replayed.
+    assert engine.runner.device.most_waiting >= 6
+    assert engine.runner.device.replays > NUM_TOKENS
+
+
+def test_preemption_while_a_step_is_under_way(start, expected, random_prompts):
+    prompts = random_prompts(LENGTHS)
+    engine = start(1, num_gpu_blocks_override=14, enable_prefix_caching=False)
+    for index, prompt in enumerate(prompts):
+        engine.add(index, prompt)
+    engine.finish()
+    assert engine.core.scheduler.stats().preemptions > 0
+    assert [engine.tokens[index] for index in range(len(prompts))] == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_aborts_between_submit_and_wait_change_nobody_else(
+    seed, folder, start, expected, greedy_reference, random_prompts
+):
+    prompts = random_prompts(LENGTHS)
+    rng = random.Random(seed)
+    engine = start(seed)
+    for index, prompt in enumerate(prompts):
+        engine.add(index, prompt)
+    gone = rng.sample(range(len(prompts)), 3)
+    for victim in gone:
+        for _ in range(rng.randint(1, 8)):
+            engine.step()
+        engine.core.handle(Abort([victim]))
+    late = random_prompts((12, 40), seed=9)
+    for index, prompt in enumerate(late, start=100):
+        engine.add(index, prompt)
+    engine.finish()
+    for index in set(range(len(prompts))) - set(gone):
+        assert engine.tokens[index] == expected[index]
+    for index in gone:
+        assert engine.tokens[index] == expected[index][: len(engine.tokens[index])]
+    assert [engine.tokens[100], engine.tokens[101]] == greedy_reference(folder, late, NUM_TOKENS)
+    stats = engine.core.scheduler.stats()
+    assert stats.running == stats.waiting == 0
+
+
+def test_sampled_and_masked_rows_are_those_of_a_device_that_is_in_time(folder, start, random_prompts, drive):
+    prompts = random_prompts(LENGTHS[:5])
+    params = [
+        {"temperature": 0.9, "seed": 1},
+        {"temperature": 0.9, "seed": 2, "top_k": 20},
+        {"temperature": 0.9, "seed": 3, "top_p": 0.8},
+        {"temperature": 0.0},
+        {"temperature": 0.7, "seed": 4, "min_tokens": NUM_TOKENS, "stop_token_ids": (5, 9), "ignore_eos": False},
+    ]
+    engine = start(2)
+    for index, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+        engine.add(index, prompt, **own)
+    engine.finish()
+    driver = drive(folder)
+    plain = [SamplingParams(**own) for own in params[:4]]
+    assert [engine.tokens[i] for i in range(4)] == driver.generate(prompts[:4], NUM_TOKENS, plain)
+    masked = driver.generate(prompts[4:], NUM_TOKENS, [SamplingParams(**params[4])], end_token_ids=(0, 5, 9))
+    assert engine.tokens[4] == masked[0]
+
+
+@pytest.mark.parametrize("num_seqs", [4, 6])
+def test_single_tokens_of_which_some_do_not_sample(num_seqs, start, expected, random_prompts):
+    """A budget of one token per request: prompts advance by single tokens in captured steps, unsampled but the last."""
+    engine = start(3, max_num_seqs=num_seqs, max_num_batched_tokens=num_seqs)
+    for index, prompt in enumerate(random_prompts(LENGTHS)):
+        engine.add(index, prompt)
+    engine.finish()
+    assert [engine.tokens[index] for index in range(len(LENGTHS))] == expected
+
+
+def test_batch_sizes_that_are_captured():
+    assert decode_batch_sizes(1) == [1]
+    assert decode_batch_sizes(3) == [1, 2, 3]
+    assert decode_batch_sizes(100) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 100]
+    assert decode_batch_sizes(256)[-3:] == [224, 240, 256]
