@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PYTHON ?=
 ARGS   ?=
 EXTRAS_SERVE := server
-EXTRAS_DEV   := server,dev
+EXTRAS_DEV   := server,kernels,dev
 
 .DEFAULT_GOAL := help
 .PHONY: help serve doctor install test lint format clean
