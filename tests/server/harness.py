@@ -4,7 +4,8 @@
         httpx.post(f"{server.http}/v2/models/demo/generate", json={"text_input": "hello"})
 
 `models` maps a model's name to its model.json; `config` adds lines to the config.pbtxt of all of them. Leaving the
-block stops the server as Ctrl-C would and asserts that no process, shared memory or temporary file is left.
+block stops the server as Ctrl-C would and asserts that no process, shared memory or temporary file is left. A server
+that has ended before without a test's waiting for it fails there too, with the end of its log.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 import httpx
 
 from flashserve.launcher.ports import free_port
-from flashserve.launcher.stubs import Stub, list_stubs
+from flashserve.stub_processes import Stub, list_stubs
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [str(ROOT / name) for name in ("backend", "kernels", "client", "gateway")]
@@ -134,8 +135,21 @@ class Server:
             return bool(found) or (self.launcher is not None and self.launcher.poll() is not None)
 
         wait_until(seen, timeout_s)
-        assert found, f"no {pattern!r} in the log within {timeout_s:g} s:\n{self.log[-4000:]}"
+        assert found, f"no {pattern!r} in the log within {timeout_s:g} s:\n{self.stacks()}"
         return found[0]
+
+    def stacks(self) -> str:
+        """The log's end, with the stacks of stubs and engines and what tritonserver's threads wait for."""
+        end = len(self.log)
+        lines = []
+        for pid, words in self.processes().items():
+            lines.append(f"{pid}: {' '.join(words)}")
+            if words[0].endswith("/tritonserver"):
+                lines += [f"  {thread.name}: {_waits(thread)}" for thread in Path(f"/proc/{pid}/task").iterdir()]
+            elif "python_backend_stub" in words[0] or "flashserve.engine" in words:
+                os.kill(pid, signal.SIGUSR1)
+                time.sleep(0.2)  # one after the other: the log is shared
+        return "\n".join([self.log[:end][-4000:], *lines, self.log[end:]])
 
     @property
     def log(self) -> str:
@@ -144,7 +158,10 @@ class Server:
 
     def load(self, name: str, timeout_s: float = 60.0) -> None:
         """Load or reload a model."""
-        HTTP.post(f"{self.http}/v2/repository/models/{name}/load", json={}, timeout=timeout_s).raise_for_status()
+        try:
+            HTTP.post(f"{self.http}/v2/repository/models/{name}/load", json={}, timeout=timeout_s).raise_for_status()
+        except httpx.TimeoutException:
+            raise AssertionError(f"{name} did not load within {timeout_s:g} s:\n{self.stacks()}") from None
 
     def unload(self, name: str, timeout_s: float = 30.0) -> None:
         """Start unloading a model."""
@@ -243,12 +260,21 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if self.launcher is not None and self.launcher.poll() is None:
+            if self.launcher is not None and self.launcher.returncode is None:  # no test has waited for its end
+                assert self.launcher.poll() is None, f"the server ended by itself:\n{self.log[-8000:]}"
                 self.stop()
             if kind is None:
                 self.assert_nothing_left()
         finally:
             self.destroy()
+
+
+def _waits(thread: Path) -> str:
+    """A thread's name, and the system call it is in with its arguments."""
+    try:
+        return f"{(thread / 'comm').read_text().strip()} {(thread / 'syscall').read_text().strip()}"
+    except OSError:
+        return "ended"
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, poll_s: float = 0.05) -> bool:

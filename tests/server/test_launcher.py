@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -122,6 +123,12 @@ def test_a_model_that_cannot_load_ends_the_start_with_its_reason() -> None:
         server.assert_nothing_left()
     finally:
         server.destroy()
+
+
+def test_a_log_line_that_is_lost_does_not_hold_up_the_start() -> None:
+    """Models write into Triton's log without a lock, which may spoil "successfully loaded": here by a made-up load."""
+    with standin({"demo": {"log": 'I1120 19:45:38.755263 9570 model_lifecycle.cc:472] "loading: ghost:1"'}}) as server:
+        assert re.search(r"^ready in .*: demo$", server.log, re.MULTILINE), server.log
 
 
 def test_a_tritonserver_that_dies_ends_the_launcher_with_an_error() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,21 @@ async def test_a_reload_under_traffic_loses_no_request(server: Server, client: A
     assert all(count > 1 for count in await asyncio.gather(*traffic))
     await gone(old)
     assert len(server.stubs()) == 1
+    await has_metrics(server, client)
+
+
+async def has_metrics(server: Server, client: AsyncClient) -> None:
+    """The series are there and alive: those that the old instance takes along must not be the new one's."""
+
+    def tokens() -> float:
+        with contextlib.suppress(KeyError):
+            return server.metric("vllm:generation_tokens_total", model="demo")
+        return -1
+
+    await until(lambda: tokens() >= 0, "the reloaded model has metrics", 3)
+    before = tokens()
+    await read(client, max_tokens=20)
+    await until(lambda: tokens() == before + 20, "they count", 3)
 
 
 async def test_an_engine_that_hangs_does_not_hold_up_an_unload(server: Server, client: AsyncClient) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from flashserve.launcher import stubs
 from flashserve.launcher.control import ControlError, TritonControl
-from flashserve.launcher.stubs import Stub, StubWatch, parse_stub
+from flashserve.launcher.stubs import StubWatch
+from flashserve.stub_processes import Stub, parse_stub
 
 
 class FakeControl(TritonControl):
@@ -55,6 +56,17 @@ def test_a_stub_is_known_by_its_command_line() -> None:
 def test_similar_names_are_told_apart_by_the_folder() -> None:
     assert stub(1, "a_0").belongs_to("a_0")
     assert not stub(1, "a_0").belongs_to("a")
+
+
+def test_a_reload_replaces_the_same_instance_that_started_before() -> None:
+    def started(ticks: int, path: str = "/models/a/1/model.py", instance: str = "a_0") -> Stub:
+        return Stub(ticks, path, instance, ticks)
+
+    assert started(2).replaces(started(1))
+    assert not started(1).replaces(started(2))
+    assert not started(2).replaces(started(1, instance="a_1"))
+    assert not started(2).replaces(started(1, path="/models/a/2/model.py"))
+    assert started(2, "/tmp/folderAbCdEf/1/model.py").replaces(started(1, "/tmp/folderGhIjKl/1/model.py"))
 
 
 def test_a_stub_of_a_bucket_s_model_is_known_by_its_instance() -> None:

@@ -20,6 +20,7 @@ OURS = ("flashserve", "flashserve_kernels", "flashserve_client", "flashserve_gat
 ALLOWED: dict[str, tuple[str, ...]] = {
     "flashserve.errors": (),
     "flashserve.protocol": (),
+    "flashserve.stub_processes": (),
     "flashserve.config": ("flashserve.errors",),
     "flashserve.sampling_params": ("flashserve.errors", "flashserve.protocol"),
     "flashserve_kernels": (),
@@ -53,11 +54,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "flashserve.text",
         "flashserve.ipc",
         "flashserve.sampling_params",
+        "flashserve.stub_processes",
         "flashserve.config",
         "flashserve.protocol",
         "flashserve.errors",
     ),
-    "flashserve.launcher": ("flashserve", "flashserve.config", "flashserve.errors"),
+    "flashserve.launcher": ("flashserve", "flashserve.stub_processes", "flashserve.config", "flashserve.errors"),
     "flashserve.llm": (
         "flashserve.engine",
         "flashserve.text",

@@ -1,10 +1,11 @@
 """The metrics' arithmetic; that Triton shows them is a server test."""
 
+import time
 from typing import ClassVar
 
 import pytest
 
-from flashserve.frontend.metrics import BY_NAME, SPECS, Metrics, TritonExporter
+from flashserve.frontend.metrics import BY_NAME, SPECS, Metrics, MetricsExportThread, TritonExporter, engine_infos
 
 TTFT = "vllm:time_to_first_token_seconds"
 
@@ -45,7 +46,9 @@ class PbUtils:
 def exported():
     RecordingFamily.made = {}
     metrics = Metrics()
-    return metrics, TritonExporter(metrics, PbUtils, {"model": "m"}), RecordingFamily.made
+    exporter = TritonExporter(metrics, PbUtils, {"model": "m"})
+    exporter.declare(engine_infos(16, 100))
+    return metrics, exporter, RecordingFamily.made
 
 
 def value(made, name, **labels):
@@ -99,6 +102,27 @@ def test_a_gauge_is_sent_only_when_it_changes(exported):
         exporter.flush_gauges()
     gauge = made[("vllm:num_requests_running", (("model", "m"),))]
     assert (gauge.value, gauge.operations) == (2, 2)
+
+
+def test_nothing_is_declared_beside_a_predecessor(exported):
+    """Triton frees the series of the one that ends first, whoever else holds them."""
+    predecessors = [True, True, False]
+    RecordingFamily.made = {}
+    metrics = Metrics()
+    exporter = TritonExporter(metrics, PbUtils, {"model": "m"})
+    thread = MetricsExportThread(exporter, engine_infos(16, 100), lambda: predecessors.pop(0), lambda: True)
+    metrics.add("vllm:generation_tokens_total", 3)
+    thread.start()
+    assert not RecordingFamily.made
+    try:
+        deadline = time.monotonic() + 10
+        while not RecordingFamily.made.values() or not value(RecordingFamily.made, "vllm:generation_tokens_total"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        thread.stop()
+    assert not predecessors
+    assert value(RecordingFamily.made, "vllm:cache_config_info", block_size="16", num_gpu_blocks="100") == 1
 
 
 def test_names_are_unique_and_buckets_rise():

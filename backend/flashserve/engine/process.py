@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import faulthandler
 import gc
 import json
 import logging
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     _end_with_parent(args.parent)
     for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the stub decides when to end
         signal.signal(number, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1)  # kill -USR1: every thread's stack goes to the log, also of a hung step
     config = EngineConfig.from_mapping(json.loads(args.config))
     logging.basicConfig(
         level=logging.INFO,

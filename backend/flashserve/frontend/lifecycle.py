@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -41,10 +43,12 @@ class TritonPythonModel:
             stream=sys.stderr,
             force=True,
         )
+        faulthandler.register(signal.SIGUSR1)  # kill -USR1: every thread's stack goes to the log, also of a hung stub
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         try:
             config = EngineConfig.from_file(Path(args["model_repository"]) / args["model_version"] / "model.json")
-            self._service = ModelService(_placed(config, args), pb_utils, name, args["model_version"])
+            engine = args["model_instance_name"].removeprefix(f"{name}_")
+            self._service = ModelService(_placed(config, args), pb_utils, name, args["model_version"], engine)
         except FlashserveError as error:
             raise pb_utils.TritonModelException(f"{name}: {error.message}") from None
 

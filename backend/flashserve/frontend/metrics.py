@@ -77,6 +77,28 @@ SPECS = (
     MetricSpec("vllm:request_generation_tokens", "histogram", "Generated tokens by request.", None,
                TOKEN_COUNT_BUCKETS),
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class InfoSpec:
+    """A gauge that is always 1 and carries facts as labels."""
+
+    name: str
+    help: str
+    labels: tuple[tuple[str, str], ...]
+
+
+def engine_infos(block_size: int, num_blocks: int) -> tuple[InfoSpec, ...]:
+    """What is known once the engine is ready. ``num_blocks`` are on the device, whichever that is."""
+    cache = (("block_size", str(block_size)), ("num_gpu_blocks", str(num_blocks)))
+    # Gateways that route by adapter read it before anything else: no adapters can be loaded yet.
+    adapters = (("max_lora", "0"), ("running_lora_adapters", ""), ("waiting_lora_adapters", ""))
+    return (
+        InfoSpec("vllm:cache_config_info", "The KV cache's shape.", cache),
+        InfoSpec("vllm:lora_requests_info", "LoRA adapters that requests use.", adapters),
+    )
+
+
 BY_NAME = {spec.name: spec for spec in SPECS}
 
 Series = tuple[str, tuple[tuple[str, str], ...]]
@@ -146,7 +168,12 @@ def _format_bound(bound: float) -> str:
 
 
 class TritonExporter:
-    """Passes changes on to Triton. Used by one thread. Holds families and metrics: dropped ones would vanish."""
+    """Passes changes on to Triton. Used by one thread. Holds families and metrics: dropped ones would vanish.
+
+    No two processes may hold series of the same labels. Triton 2.51 hands the second one the first one's series, and
+    when the first ends, frees it under the second: its next increment then wrote into freed memory, and a reload later
+    tritonserver crashed or hung. Hence :meth:`declare`, to be called when the predecessor has gone.
+    """
 
     def __init__(self, metrics: Metrics, pb_utils: Any, labels: dict[str, str]) -> None:
         self._metrics = metrics
@@ -155,8 +182,16 @@ class TritonExporter:
         self._families: dict[str, Any] = {}
         self._series: dict[Series, Any] = {}
         self._sent_gauges: dict[Series, float] = {}
+
+    def declare(self, infos: Sequence[InfoSpec]) -> None:
+        """Create every series that is known from the start, and those of ``infos``, which never change."""
         for spec in SPECS:
             self._declare(spec)
+        for info in infos:
+            self._families[info.name] = self._pb.MetricFamily(
+                name=info.name, description=info.help, kind=self._pb.MetricFamily.GAUGE
+            )
+            self._metric((info.name, info.labels)).set(1)
 
     def flush_gauges(self) -> None:
         for series, value in self._metrics.take_gauges().items():
@@ -167,13 +202,6 @@ class TritonExporter:
     def flush_counters(self) -> None:
         for series, amount in self._metrics.take_increments().items():
             self._metric(series).increment(amount)
-
-    def publish_info(self, name: str, help_text: str, values: dict[str, str]) -> None:
-        """A gauge that is always 1 and carries facts as labels."""
-        self._families.setdefault(
-            name, self._pb.MetricFamily(name=name, description=help_text, kind=self._pb.MetricFamily.GAUGE)
-        )
-        self._metric((name, tuple(values.items()))).set(1)
 
     def close(self) -> None:
         """Take all series out of Triton. Before the stub ends: the end of its interpreter would crash on them."""
@@ -215,13 +243,24 @@ class TritonExporter:
 class MetricsExportThread:
     """Owns the exporter's thread: gauges soon after they change, counters a few times a second."""
 
-    def __init__(self, exporter: TritonExporter, server_lives: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        exporter: TritonExporter,
+        infos: Sequence[InfoSpec],
+        has_predecessor: Callable[[], bool],
+        server_lives: Callable[[], bool],
+    ) -> None:
         self._exporter = exporter
+        self._infos = infos
+        self._has_predecessor = has_predecessor
         self._server_lives = server_lives
+        self._declared = False
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
 
     def start(self) -> None:
+        """The series are there when this returns, unless those of a predecessor still are."""
+        self._declare_when_alone()
         self._thread.start()
 
     def stop(self) -> None:
@@ -235,8 +274,17 @@ class MetricsExportThread:
         while not self._stopping.wait(GAUGE_PERIOD_S) and self._server_lives():
             ticks += 1
             try:
-                self._exporter.flush_gauges()
-                if ticks % COUNTER_TICKS == 0:
-                    self._exporter.flush_counters()
+                counters = ticks % COUNTER_TICKS == 0
+                if counters:
+                    self._declare_when_alone()
+                if self._declared:
+                    self._exporter.flush_gauges()
+                    if counters:
+                        self._exporter.flush_counters()
             except Exception:
                 log.exception("metrics could not be exported")
+
+    def _declare_when_alone(self) -> None:
+        if not self._declared and not self._has_predecessor():
+            self._exporter.declare(self._infos)
+            self._declared = True

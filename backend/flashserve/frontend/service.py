@@ -11,14 +11,15 @@ from flashserve.errors import FlashserveError, InternalError
 from flashserve.frontend.cancellation import CancellationWatcher
 from flashserve.frontend.drain import DrainWatcher
 from flashserve.frontend.generation import Generation
-from flashserve.frontend.metrics import Metrics, MetricsExportThread, TritonExporter
+from flashserve.frontend.metrics import Metrics, MetricsExportThread, TritonExporter, engine_infos
 from flashserve.frontend.request_parser import ParsedRequest, ParserContext, parse, read_raw
 from flashserve.frontend.responder import Responder
 from flashserve.frontend.responses import ResponseBuilder
 from flashserve.frontend.server_watch import ServerWatch
 from flashserve.ipc.supervisor import EngineSupervisor
-from flashserve.protocol import EngineLimits, GenerateRequest
+from flashserve.protocol import GenerateRequest
 from flashserve.sampling_params import shorten
+from flashserve.stub_processes import has_predecessor
 from flashserve.text.output import TextStream
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,8 @@ PROMPT_TAIL = 8  # tokens of context in which the first generated one is decoded
 class ModelService:
     """Everything that lives as long as a loaded model. The constructor blocks until the engine is ready."""
 
-    def __init__(self, config: EngineConfig, pb_utils: Any, name: str, version: str) -> None:
+    def __init__(self, config: EngineConfig, pb_utils: Any, name: str, version: str, engine: str) -> None:
+        """``engine`` is the instance's index, which tells the series of a model's instances apart."""
         self._server_watch = ServerWatch()
         self._builder = ResponseBuilder(pb_utils)
         metrics = Metrics()
@@ -38,19 +40,24 @@ class ModelService:
         limits = self._supervisor.start()
         try:
             self._context = ParserContext.load(config, limits)
-            exporter = TritonExporter(metrics, pb_utils, {"model": name, "version": version, "model_name": name})
-            self._publish_info(exporter, limits)
+            labels = {"model": name, "version": version, "model_name": name, "engine": engine}
+            self._metrics_thread = MetricsExportThread(
+                TritonExporter(metrics, pb_utils, labels),
+                engine_infos(limits.block_size, limits.num_blocks),
+                has_predecessor,
+                lambda: self._server_watch.server_lives,
+            )
+            self._metrics_thread.start()
         except BaseException:
             self._supervisor.stop()
             raise
         self._ids = itertools.count(1)
-        self._metrics_thread = MetricsExportThread(exporter, lambda: self._server_watch.server_lives)
         self._cancellation = CancellationWatcher(self._responder)
         self._drain = DrainWatcher(
             name, version, config.triton_http, config.drain_timeout_s, self._responder, self._supervisor.stop
         )
         self._responder.start(self._supervisor.send)
-        for part in (self._server_watch, self._metrics_thread, self._cancellation, self._drain):
+        for part in (self._server_watch, self._cancellation, self._drain):
             part.start()
 
     @property
@@ -85,19 +92,6 @@ class ModelService:
             cache_salt=parsed.cache_salt,
         )
         self._responder.submit(Generation(internal_id, parsed, sender, text), message)
-
-    def _publish_info(self, exporter: TritonExporter, limits: EngineLimits) -> None:
-        exporter.publish_info(
-            "vllm:cache_config_info",
-            "The KV cache's shape.",
-            {"block_size": str(limits.block_size), "num_gpu_blocks": str(limits.num_blocks)},
-        )
-        # Gateways that route by adapter read it before anything else: no adapters can be loaded yet.
-        exporter.publish_info(
-            "vllm:lora_requests_info",
-            "LoRA adapters that requests use.",
-            {"max_lora": "0", "running_lora_adapters": "", "waiting_lora_adapters": ""},
-        )
 
     def stop(self) -> None:
         """End everything, in an order that lets the last responses out."""

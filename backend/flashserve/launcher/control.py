@@ -32,6 +32,10 @@ class TritonControl:
         rows = self._call("POST", "/v2/repository/index", {})
         return rows if isinstance(rows, list) else []
 
+    def ready_models(self) -> list[str]:
+        """Names of the models that answer, sorted."""
+        return sorted({row["name"] for row in self.index() if row.get("state") == "READY"})
+
     def config(self, name: str) -> dict[str, Any]:
         """A loaded model's configuration."""
         config = self._call("GET", f"/v2/models/{quote(name)}/config")

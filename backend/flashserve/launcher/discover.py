@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashserve.launcher.errors import LauncherError
+from flashserve.stub_processes import STUB_NAME
 
 PYTHON_VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 CONTAINER_ROOT = Path("/opt/tritonserver")
-STUB_NAME = "triton_python_backend_stub"
 # The release inside each nvidia-pytriton; the binary itself cannot be asked without starting it.
 PYTRITON_RELEASES = {"0.7.0": "2.51.0"}
 

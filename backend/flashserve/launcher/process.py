@@ -89,7 +89,8 @@ class ServerProcess:
 
     def __init__(self, command: Sequence[str], env: dict[str, str], show: Callable[[str], None], verbose: bool) -> None:
         self.load_states: dict[str, str] = {}
-        """Per model: "loading", "ready", or the reason why loading failed."""
+        """Per model: "loading", "ready", or the reason why loading failed. For people only: Triton and the stubs share
+        the log without locking, so two of their lines may arrive as one and a name be missed."""
         self._show = show
         self._verbose = verbose
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)

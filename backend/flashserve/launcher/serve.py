@@ -77,7 +77,7 @@ def serve(options: ServeOptions, console: Console | None = None) -> int:
         ready = _wait_until_ready(server, control, signals, console)
         if not ready:
             return 0 if signals.received else 1
-        _announce(console, endpoints, server.ready(), time.monotonic() - started)
+        _announce(console, endpoints, control.ready_models(), time.monotonic() - started)
         return _watch(server, control, signals, console)
     finally:
         _end(run, guard, server, signals, console, reaper.GRACE_S if ready else GRACE_BEFORE_READY_S)
@@ -137,11 +137,10 @@ def _wait_until_ready(server: ServerProcess, control: TritonControl, signals: Si
             console.done()
             _explain_failed_start(server, console)
             return False
-        loading = server.loading()
-        if not loading and control.server_ready():
+        if control.server_ready():
             console.done()
             return True
-        done = len(server.ready())
+        loading, done = server.loading(), len(server.ready())
         what = f"loading {', '.join(loading)}" if loading else "starting tritonserver"
         console.progress(f"{elapsed:>4}  {what}" + (f" ({done} ready)" if done else ""))
     console.done()

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from flashserve.launcher.discover import STUB_NAME, TritonInstall
+from flashserve.launcher.discover import TritonInstall
 from flashserve.launcher.repository import NamedModel
+from flashserve.stub_processes import STUB_NAME
 
 BACKEND_NAME = "flashserve"
 DEFAULT_BACKEND_MODULE = "flashserve.frontend.lifecycle"

@@ -1,9 +1,11 @@
 """A backend without an engine, for tests of what surrounds one: streams the words of its prompt.
 
-model.json: `delay_s` between words, `load_s` to wait while loading, `fail` to refuse loading with that message.
+model.json: `delay_s` between words, `load_s` to wait while loading, `fail` to refuse loading with that message,
+`log` to write that line while loading.
 """
 
 import json
+import sys
 import threading
 import time
 from pathlib import Path
@@ -24,6 +26,7 @@ class TritonPythonModel:
     def initialize(self, args):
         folder = Path(args["model_repository"]) / args["model_version"]
         self.settings = json.loads((folder / "model.json").read_text())
+        print(self.settings.get("log", ""), file=sys.stderr, flush=True)
         time.sleep(self.settings.get("load_s", 0))
         if self.settings.get("fail"):
             raise pb_utils.TritonModelException(self.settings["fail"])
