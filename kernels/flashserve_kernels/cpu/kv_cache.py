@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flashserve_kernels.cpu import program
+from flashserve_kernels.cpu.memory import map_huge
 from flashserve_kernels.cpu.program import DTYPES, Pool, emit, rows_of
 
 _GROUP = 16  # tokens that lie side by side, rope_cache.h's GROUP
@@ -46,11 +46,8 @@ def allocate_packed_kv_cache(
         raise ValueError(f"the KV cache can be {dtype} or int8, not {kv_dtype}")
     num_bytes = packed_block_bytes(block_size, num_kv_heads, head_dim, kv_dtype)
     total = num_layers * num_blocks * num_bytes
-    memory = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # Blocks are read in any order: with pages of 4 KiB most reads would miss the TLB.
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    layers = torch.frombuffer(memory, dtype=torch.uint8, count=total).view(num_layers, num_blocks, num_bytes)
+    layers = map_huge(total)[:total].view(num_layers, num_blocks, num_bytes)
     return [PackedKVLayer(layer, num_kv_heads, head_dim, block_size, kv_dtype) for layer in layers.unbind(0)]
 
 

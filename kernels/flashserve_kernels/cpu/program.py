@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flashserve_kernels.cpu.library import load_library
+from flashserve_kernels.cpu.memory import Arena
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 """abi.h's fs_dtype."""
@@ -67,6 +68,8 @@ class Pool:
         if not self._handle:
             raise ValueError(f"cannot make {num_threads} threads")
         self.num_threads = num_threads
+        self.arena = Arena()
+        """For weights."""
         self.close = weakref.finalize(self, self.library.fs_pool_free, self._handle)
 
     def run(self, ops: ctypes.Array[Op], dims: np.ndarray, seconds: np.ndarray | None = None) -> None:
