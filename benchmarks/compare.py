@@ -124,7 +124,8 @@ def main() -> None:
         shape=args.shape,
         date=time.strftime("%Y-%m-%d-%H%M"),
         machine=describe_machine(),
-        settings={**vars(args), "cache": str(cache), "out": str(args.out), "command": " ".join(sys.argv)},
+        # Not where things lie on this machine: that says nothing about the figures.
+        settings={name: value for name, value in vars(args).items() if not isinstance(value, Path)},
         cost=cost,
         ceilings=ceilings,
         cells=setup.cells,

@@ -60,6 +60,8 @@ class VllmServed(PeerEngine):
         import aiohttp
 
         async with aiohttp.ClientSession(self.url, connector=aiohttp.TCPConnector(limit=0)) as session:
+            async with session.get("/v1/models") as response:  # connected, as flashserve's client is
+                response.raise_for_status()
 
             async def stream(prompt: list[int], max_tokens: int) -> AsyncIterator[float]:
                 body = {

@@ -191,6 +191,6 @@ def wait_idle(server: Server, model: str, within_s: float = 5.0) -> None:
 
 
 def wait_metric(server: Server, name: str, value: float, within_s: float = 5.0, **labels: str) -> None:
-    """Wait until a metric has the value: counters reach /metrics up to half a second late."""
+    """Wait until a metric has the value: counters reach /metrics up to two seconds late."""
     wait_until(lambda: server.metric(name, **labels) == value, within_s)
     assert server.metric(name, **labels) == value, name

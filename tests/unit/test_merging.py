@@ -69,3 +69,12 @@ def test_a_held_token_leaves_when_the_next_step_brings_none():
     sent, late = run_step(merging, now + 0.04, requests[1:])
     assert len(sent) == 15 and late == [0]
     assert run_step(merging, now + 0.06, requests[1:])[1] == []
+
+
+def test_nobody_waits_after_a_long_step():
+    """It computed a prompt as well: the next one may take as long."""
+    merging, requests, now = busy()
+    for each in requests:
+        each.inbox.clear()
+    assert len(run_step(merging, now + 0.07, requests)[0]) == 16
+    assert run_step(merging, now + 0.09, requests)[0] == []

@@ -13,8 +13,7 @@ from flashserve.frontend.generation import Generation
 SEND_S = 150e-6
 """What the Python backend's ``send`` takes alone."""
 BUSY_SHARE = 0.06
-"""Of a core: below it sending every token costs less than the noise between two steps."""
-_SMOOTHING = 0.1
+"""Of a step's time on one core: below it sending every token costs less than the noise between two steps."""
 
 
 class Merging:
@@ -25,20 +24,19 @@ class Merging:
         """Of one response, while the server is busy. The engine says it when it is ready."""
         self._held: dict[int, Generation] = {}
         self._before: dict[int, Generation] = {}
-        self._rate = 0.0
         self._last = 0.0
+        self._is_busy = False
 
     def start_step(self, now: float, num_outputs: int) -> None:
         """Take note of a message with that many outputs."""
-        elapsed = max(now - self._last, 1e-6)
+        self._is_busy = num_outputs * SEND_S >= BUSY_SHARE * (now - self._last)
         self._last = now
-        self._rate += _SMOOTHING * (num_outputs / elapsed - self._rate)
         self._before, self._held = self._held, {}
 
     def holds(self, generation: Generation) -> bool:
         """Whether the request's new token should wait for its next one."""
         self._before.pop(generation.id, None)
-        if self._rate * SEND_S < BUSY_SHARE or not generation.num_tokens_sent:
+        if not self._is_busy or not generation.num_tokens_sent:
             return False
         if len(generation.inbox) >= self.max_tokens:
             return False
