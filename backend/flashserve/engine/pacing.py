@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from flashserve.scheduling.output import SchedulerOutput
 
-STRETCH = 4.0
+STRETCH = 6.0
 """A busy server on a CPU merges two tokens per response, so such a step is about twice the usual gap between responses.
 2.25 cost 12% of the tokens per second of a burst of 16 requests, 4.0 costs 4%."""
 MIN_TOKENS = 64
