@@ -20,12 +20,12 @@ def device(decode_s: float, token_s: float, decodes: int, prompt_tokens: int) ->
 
 
 def test_the_budget_holds_until_both_times_are_known():
-    pacing = PrefillPacing(512)
-    assert pacing.limit() == 512
+    pacing = PrefillPacing(4096)
+    assert pacing.limit() == 4096
     pacing.observe(step(0, 512), 0.1)
-    assert pacing.limit() == 512
+    assert pacing.limit() == 4096
     pacing.observe(step(4, 0), 0.02)
-    assert pacing.limit() < 512
+    assert pacing.limit() < 4096
 
 
 @pytest.mark.parametrize("decode_s, token_s", [(0.020, 0.000166), (0.075, 0.0009), (0.030, 0.0001)])
