@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 CHECK_COST_S = 42e-6
 MAX_CORE_SHARE = 0.05
-MIN_PERIOD_S = 0.08
-"""For up to 95 open requests; 256 are swept every 215 ms. With 20 ms, 16 streams cost more questions than responses:
+MIN_PERIOD_S = 0.06
+"""For up to 71 open requests; 256 are swept every 215 ms. With 20 ms, 16 streams cost more questions than responses:
 2% of the tokens per second on two cores."""
 KEEP_ALIVE_S = 1.0
 STOP_TIMEOUT_S = 2.0
