@@ -60,8 +60,13 @@ class VllmServed(PeerEngine):
         import aiohttp
 
         async with aiohttp.ClientSession(self.url, connector=aiohttp.TCPConnector(limit=0)) as session:
-            async with session.get("/v1/models") as response:  # connected, as flashserve's client is
-                response.raise_for_status()
+
+            async def connect() -> None:
+                async with session.get("/v1/models") as response:
+                    await response.read()
+
+            # A connection for each user that is open before the first request, as flashserve's is.
+            await asyncio.gather(*(connect() for _ in range(self.work.options["users"])))
 
             async def stream(prompt: list[int], max_tokens: int) -> AsyncIterator[float]:
                 body = {

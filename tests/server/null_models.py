@@ -68,7 +68,7 @@ class MetricsReader:
         return int(self.read().get(f"flashserve:requests_cancelled_total{{{reason}}}", 0))
 
     def requests(self) -> tuple[int, int]:
-        """How many run and how many wait, 40 ms old at most."""
+        """How many run and how many wait, 50 ms old at most."""
         values = self.read()
         return int(values["vllm:num_requests_running"]), int(values["vllm:num_requests_waiting"])
 

@@ -180,6 +180,10 @@ def _element(output: Any, raw: bytes) -> Any:
 # --- the server's state ------------------------------------------------------------------------------------
 
 
+COUNTERS_WITHIN_S = 1.5
+"""After that everything that had happened is in /metrics: counters are passed on every second."""
+
+
 def wait_idle(server: Server, model: str, within_s: float = 5.0) -> None:
     """Wait until nothing runs or waits and no KV block is held; fails if that does not come."""
     names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
@@ -191,6 +195,6 @@ def wait_idle(server: Server, model: str, within_s: float = 5.0) -> None:
 
 
 def wait_metric(server: Server, name: str, value: float, within_s: float = 5.0, **labels: str) -> None:
-    """Wait until a metric has the value: counters reach /metrics up to two seconds late."""
+    """Wait until a metric has the value: counters reach /metrics up to a second late."""
     wait_until(lambda: server.metric(name, **labels) == value, within_s)
     assert server.metric(name, **labels) == value, name

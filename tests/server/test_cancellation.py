@@ -1,7 +1,7 @@
 """Clients that go away: in every state of a request its blocks are free soon after, and nothing is left of it.
 
 A cancellation is measured from the client's call until /metrics says that the blocks are free; that includes up to
-40 ms until the gauges are exported.
+50 ms until the gauges are exported.
 """
 
 from __future__ import annotations

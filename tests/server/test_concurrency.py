@@ -14,7 +14,7 @@ import psutil
 import pytest
 from harness import Server, wait_until
 from null_models import null_model, write_null_model
-from requests_helper import generate, stream_sse, text_of, wait_idle
+from requests_helper import COUNTERS_WITHIN_S, generate, stream_sse, text_of, wait_idle
 
 from flashserve_client import AsyncClient, GenerateResult
 
@@ -62,7 +62,7 @@ async def test_64_concurrent_streams_are_what_each_is_alone(server: Server) -> N
 async def settled_steps(server: Server) -> float:
     """Steps of the engine of `llama`, once it is idle and the counter has reached /metrics."""
     wait_idle(server, "llama")
-    await asyncio.sleep(0.6)  # counters are passed on twice a second
+    await asyncio.sleep(COUNTERS_WITHIN_S)
     return server.metric("flashserve:engine_steps_total", model="llama")
 
 

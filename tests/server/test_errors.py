@@ -15,7 +15,7 @@ import pytest
 from faults.faulty_backend import BREAKS_PARSER, BREAKS_STEP, BREAKS_TEXT, SECRET
 from harness import Server, wait_until
 from null_models import null_model, write_null_model
-from requests_helper import GrpcCall, call, generate, post, wait_idle
+from requests_helper import COUNTERS_WITHIN_S, GrpcCall, call, generate, post, wait_idle
 from shared_servers import LETTERS, letters
 
 from flashserve_client import Client, DeadlineExceeded, InternalError, InvalidRequest, NotFound, Unavailable
@@ -116,6 +116,7 @@ def test_a_full_queue_says_when_to_come_back(client: Client, full_queue: list[Gr
 
 
 def test_a_client_that_comes_back_is_served(server: Server, full_queue: list[GrpcCall]) -> None:
+    time.sleep(COUNTERS_WITHIN_S)
     refusals = refused(server)
     with Client(f"grpc://{server.grpc}", model="narrow", retries=100) as patient, ThreadPoolExecutor(1) as thread:
         answer = thread.submit(patient.generate, PROMPT, max_tokens=3)
@@ -268,4 +269,5 @@ def test_a_step_that_failed_leaves_the_engine_alive(faulty: Server) -> None:
         assert generate(faulty, prompt_token_ids=str(PROMPT), max_tokens=2, exclude_input_in_output=True)[
             "text_output"
         ] == letters(3, 2)
+    time.sleep(COUNTERS_WITHIN_S)
     assert faulty.metric("flashserve:engine_restarts_total") == 0

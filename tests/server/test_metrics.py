@@ -79,7 +79,7 @@ def settled(server: Server) -> dict[str, float]:
 
 
 def gains(server: Server, before: Mapping[str, float], expected: Mapping[str, float]) -> dict[str, float]:
-    """What all series gained, once those in ``expected`` gained as much: they come up to two seconds late."""
+    """What all series gained, once those in ``expected`` gained as much: they come up to a second late."""
 
     def gained() -> dict[str, float]:
         return {name: value - before[name] for name, value in read(server).items()}

@@ -13,6 +13,7 @@ import pytest
 from async_requests import alive, engine_of, errors_of, read, shared_memory, until
 from harness import Server
 from null_models import null_model, write_null_model
+from requests_helper import COUNTERS_WITHIN_S
 
 from flashserve_client import AsyncClient, Cancelled, Unavailable
 
@@ -148,6 +149,7 @@ async def has_metrics(server: Server, client: AsyncClient) -> None:
         return -1
 
     await until(lambda: tokens() >= 0, "the reloaded model has metrics", 3)
+    await asyncio.sleep(COUNTERS_WITHIN_S)
     before = tokens()
     await read(client, max_tokens=20)
     await until(lambda: tokens() == before + 20, "they count", 3)

@@ -13,7 +13,8 @@ from flashserve.scheduling.output import SchedulerOutput
 STRETCH = 6.0
 """A busy server on a CPU merges two tokens per response, so such a step is about three times the usual gap between
 responses. A burst of 16 requests gave 640 tokens per second with it and gaps of 2.1 medians at the 99th percentile, 626
-and 1.7 with 4, no more tokens without a limit, and 12% fewer with 2.25."""
+and 1.7 with 4, no more tokens without a limit, and 12% fewer with 2.25. Where steps are too long to merge anything (16
+decodes in 40 ms or more), a gap beside a prompt is up to six of the others."""
 MIN_TOKENS = 64
 """A prompt goes on by at least this much, however slow: fewer rows do not fill the matrix units."""
 _SMOOTHING = 0.2

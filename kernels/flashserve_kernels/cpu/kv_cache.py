@@ -47,7 +47,7 @@ def allocate_packed_kv_cache(
     num_bytes = packed_block_bytes(block_size, num_kv_heads, head_dim, kv_dtype)
     total = num_layers * num_blocks * num_bytes
     # Blocks are read in any order: with pages of 4 KiB most reads would miss the TLB.
-    layers = map_huge(total)[:total].view(num_layers, num_blocks, num_bytes)
+    layers = map_huge(total).view(num_layers, num_blocks, num_bytes)
     return [PackedKVLayer(layer, num_kv_heads, head_dim, block_size, kv_dtype) for layer in layers.unbind(0)]
 
 

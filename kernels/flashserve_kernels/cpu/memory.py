@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,10 +16,15 @@ _CHUNK = 256 << 20  # of addresses; what is not used is never touched
 
 def map_huge(num_bytes: int) -> Tensor:
     """Zeros [num_bytes] uint8 on pages of their own, huge ones where the system has them; untouched until written."""
+    return torch.frombuffer(_map(num_bytes), dtype=torch.uint8)
+
+
+def _map(num_bytes: int) -> mmap.mmap:
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)
+        with contextlib.suppress(OSError):  # a kernel built without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
 
 
 class Arena:
@@ -26,13 +34,15 @@ class Arena:
     """
 
     def __init__(self) -> None:
-        self._chunk = torch.empty(0, dtype=torch.uint8)
+        self._chunk: Callable[[], mmap.mmap | None] = lambda: None  # a weak reference: tensors alone keep it
         self._used = 0
 
     def allocate(self, num_bytes: int) -> Tensor:
         """Zeros [num_bytes] uint8 that begin on a cache line."""
-        if self._used + num_bytes > len(self._chunk):
-            self._chunk, self._used = map_huge(max(num_bytes, _CHUNK)), 0
-        memory = self._chunk[self._used : self._used + num_bytes]
+        chunk = self._chunk()
+        if chunk is None or self._used + num_bytes > len(chunk):
+            chunk, self._used = _map(max(num_bytes, _CHUNK)), 0
+            self._chunk = weakref.ref(chunk)
+        memory = torch.frombuffer(chunk, dtype=torch.uint8, count=num_bytes, offset=self._used)
         self._used += -(-num_bytes // _LINE) * _LINE
         return memory

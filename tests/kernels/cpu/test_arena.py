@@ -33,7 +33,18 @@ def test_a_weight_larger_than_a_chunk_gets_a_chunk_of_its_size(arena: Arena) -> 
     large = arena.allocate(5 * mmap.PAGESIZE)
     large.fill_(7)
     assert len(large) == 5 * mmap.PAGESIZE
-    assert not arena.allocate(10).any()
+    small = arena.allocate(10)
+    assert len(small) == 10 and not small.any()
+
+
+def test_a_chunk_can_be_filled_and_is_never_overrun(arena: Arena) -> None:
+    sizes = [mmap.PAGESIZE, mmap.PAGESIZE, mmap.PAGESIZE, mmap.PAGESIZE + 1, 64]
+    weights = [arena.allocate(size) for size in sizes]
+    for number, weight in enumerate(weights):
+        weight.fill_(number + 1)
+    assert [(weight == n + 1).sum().item() for n, weight in enumerate(weights)] == sizes
+    assert weights[1].data_ptr() - weights[0].data_ptr() == mmap.PAGESIZE, "both in the first chunk"
+    assert not 0 < weights[3].data_ptr() - weights[2].data_ptr() < 2 * mmap.PAGESIZE, "no room for it there"
 
 
 def test_memory_is_returned_with_the_last_weight(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,10 +59,11 @@ def test_memory_is_returned_with_the_last_weight(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(memory.mmap, "mmap", recording)
     arena = Arena()
     weights = [arena.allocate(100), arena.allocate(100)]
-    del arena, weights[0]
+    del weights[0]
     assert [pages() is None for pages in mapped] == [False]
     weights.clear()
     assert [pages() is None for pages in mapped] == [True]
+    assert not arena.allocate(100).any()
 
 
 def test_mapped_memory_is_zero() -> None:
