@@ -38,7 +38,7 @@ class FlashserveServed(PeerEngine):
         from flashserve_client import AsyncClient
 
         async with AsyncClient(self.urls.grpc, model="m") as client:
-            await client.models()  # connected, as a user's client is who asks a second time
+            await client.models()  # connects
 
             async def stream(prompt: list[int], max_tokens: int) -> AsyncIterator[float]:
                 async for delta in client.stream(prompt, max_tokens=max_tokens, temperature=0, ignore_eos=True):

@@ -63,6 +63,7 @@ class VllmServed(PeerEngine):
 
             async def connect() -> None:
                 async with session.get("/v1/models") as response:
+                    response.raise_for_status()
                     await response.read()
 
             # A connection for each user that is open before the first request, as flashserve's is.

@@ -78,6 +78,7 @@ SPECS = (
     MetricSpec("vllm:request_generation_tokens", "histogram", "Generated tokens by request.", None,
                TOKEN_COUNT_BUCKETS),
 )  # fmt: skip
+BY_NAME = {spec.name: spec for spec in SPECS}
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,6 @@ def engine_infos(block_size: int, num_blocks: int) -> tuple[InfoSpec, ...]:
         InfoSpec("vllm:lora_requests_info", "LoRA adapters that requests use.", adapters),
     )
 
-
-BY_NAME = {spec.name: spec for spec in SPECS}
 
 Series = tuple[str, tuple[tuple[str, str], ...]]
 """A family's name on the wire, and the labels beyond those of the model."""
