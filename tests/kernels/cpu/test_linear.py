@@ -59,7 +59,7 @@ def test_rows_of_any_number(pool: Pool, dtype: torch.dtype, k: int, n: int) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES)
 # Row blocks; pieces of K; both, with sums that wait for the next piece.
-@pytest.mark.parametrize(("rows", "k", "n"), [(2000, 320, 40), (100, 2100, 70), (300, 4200, 100)])
+@pytest.mark.parametrize(("rows", "k", "n"), [(2000, 320, 40), (100, 2100, 70), (300, 4200, 100), (600, 1500, 1100)])
 def test_large(pool: Pool, dtype: torch.dtype, rows: int, k: int, n: int) -> None:
     weight, x, bias = random(n, k, dtype=dtype), random(rows, k, dtype=dtype, seed=1), random(n, dtype=dtype, seed=2)
     assert_accurate(linear(pool, x, pack_linear(pool, weight), bias), x, weight, bias)
@@ -86,7 +86,7 @@ def test_bias_and_float32_result(pool: Pool, dtype: torch.dtype, k: int, n: int)
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("k", "half"), [(64, 32), (131, 49), (7, 5), (577, 20)])
+@pytest.mark.parametrize(("k", "half"), [(64, 32), (131, 49), (7, 5), (577, 20), (131, 300)])
 def test_silu_and_mul(pool: Pool, dtype: torch.dtype, k: int, half: int, with_bias: bool, quantize: bool) -> None:
     weight = random(2 * half, k, dtype=dtype)
     bias = random(2 * half, dtype=dtype, seed=2) if with_bias else None

@@ -4,6 +4,7 @@
 // instruction multiplies lie together, and 16 rows of it are what two AMX tiles hold. The layout is the same on every
 // processor; padding up to padded_k is zero.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -36,6 +37,13 @@ constexpr int64_t panel_bytes(int64_t k) {
 struct Ahead {
     const char* at = nullptr;
     int lines = 0;
+};
+
+// RowWork: what is left to do with the rows of an earlier result, row(r) for r from next to end. A micro-kernel may do some
+// of it beside its steps, while its loads and dot products are under way, and moves next.
+struct NoRowWork {
+    int next = 0, end = 0;
+    void row(int) const {}
 };
 
 // Which operand the following calls use again: it stays in the first-level cache, and the other streams past it.
@@ -86,23 +94,32 @@ inline void forget_tiles() {
 }
 
 // c[rows, 32] (+)= a[rows, k] · panel. Nothing beyond a's rows and columns is read. c need not be aligned.
-template <class T>
+// beside: some of it is done, or all, or nothing.
+template <class T, class RowWork>
 void panel_gemm(const T* a, int64_t lda, int rows, const PanelType<T>* panel, int64_t k, AccType<T>* c, int64_t ldc,
-                bool accumulate = false, Ahead ahead = {}, Hot hot = Hot::PANEL) {
+                bool accumulate, Ahead ahead, Hot hot, RowWork& beside) {
     const int64_t steps = k / K_STEP<T>, rest = k % K_STEP<T>;
     for (int r = 0; r < rows;) {
         const int n = Micro<T>::rows(rows - r);
         const T* block = a + r * lda;
         AccType<T>* out = c + r * ldc;
-        if (steps) Micro<T>::run({block, lda, n, panel, steps, out, ldc, accumulate, ahead, hot});
+        if (steps) Micro<T>::run({block, lda, n, panel, steps, out, ldc, accumulate, ahead, hot}, beside);
         if (rest) {
+            NoRowWork none;
             alignas(64) T tail[Micro<T>::ROWS * K_STEP<T>] = {};
             for (int i = 0; i < n; i++)
                 memcpy(tail + i * K_STEP<T>, block + i * lda + steps * K_STEP<T>, rest * sizeof(T));
             const PanelType<T>* last = panel + steps * K_STEP<T> * PANEL;
-            Micro<T>::run({tail, K_STEP<T>, n, last, 1, out, ldc, accumulate || steps, {}, hot});
+            Micro<T>::run({tail, K_STEP<T>, n, last, 1, out, ldc, accumulate || steps, {}, hot}, none);
         }
         r += n;
         ahead.at += steps * ahead.lines * 64;
     }
+}
+
+template <class T>
+void panel_gemm(const T* a, int64_t lda, int rows, const PanelType<T>* panel, int64_t k, AccType<T>* c, int64_t ldc,
+                bool accumulate = false) {
+    NoRowWork none;
+    panel_gemm<T>(a, lda, rows, panel, k, c, ldc, accumulate, {}, Hot::PANEL, none);
 }

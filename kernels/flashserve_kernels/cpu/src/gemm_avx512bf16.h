@@ -14,7 +14,8 @@ struct DotMicro {
         const int parts = (left + ROWS - 1) / ROWS;
         return (left + parts - 1) / parts;
     }
-    static void run(const Block<T>& block) {
+    template <class RowWork>
+    static void run(const Block<T>& block, RowWork&) {
         static constexpr auto table = []<int... N>(std::integer_sequence<int, N...>) {
             return std::array<void (*)(const Block<T>&), ROWS>{tile<N + 1>...};
         }(std::make_integer_sequence<int, ROWS>());

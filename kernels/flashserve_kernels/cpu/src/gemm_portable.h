@@ -87,7 +87,8 @@ struct PortableMicro {
         const int parts = (left + ROWS - 1) / ROWS;
         return (left + parts - 1) / parts;
     }
-    static void run(const Block<T>& block) {
+    template <class RowWork>
+    static void run(const Block<T>& block, RowWork&) {
         static constexpr auto table = []<int... N>(std::integer_sequence<int, N...>) {
             return std::array<void (*)(const Block<T>&), ROWS>{columns<N + 1>...};
         }(std::make_integer_sequence<int, ROWS>());

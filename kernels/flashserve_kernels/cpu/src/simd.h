@@ -109,6 +109,24 @@ FS_INLINE void store(bf16* p, vf v) {
 }
 
 // The first n < VL elements; the others read as 0 and are not written.
+#if defined(__AVX512F__)
+FS_INLINE __mmask16 first_lanes(int n) { return (1u << n) - 1; }
+FS_INLINE vf load_n(const float* p, int n) { return (vf)_mm512_maskz_loadu_ps(first_lanes(n), p); }
+FS_INLINE vf load_n(const bf16* p, int n) {
+    const __m256i v = _mm256_maskz_loadu_epi16(first_lanes(n), p);
+    return load((const bf16*)&v);
+}
+FS_INLINE vf load_n(const f16* p, int n) {
+    return (vf)_mm512_maskz_cvtph_ps(0xffff, _mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+FS_INLINE void store_n(float* p, vf v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v); }
+template <class T>
+FS_INLINE void store_n(T* p, vf v, int n) {
+    alignas(32) T part[VL];
+    store(part, v);
+    _mm256_mask_storeu_epi16(p, first_lanes(n), load_as<__m256i>(part));
+}
+#else
 template <class T>
 FS_INLINE vf load_n(const T* p, int n) {
     T part[VL] = {};
@@ -121,6 +139,7 @@ FS_INLINE void store_n(T* p, vf v, int n) {
     store(part, v);
     memcpy(p, part, n * sizeof(T));
 }
+#endif
 
 #if defined(__AVX512F__)
 // The maskz forms: gcc 12 warns of its own header in the others.
