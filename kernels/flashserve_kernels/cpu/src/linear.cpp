@@ -60,8 +60,9 @@ int64_t num_chunks_of(const Arguments& a, int64_t rows, int num_threads) {
     const double bytes = (double)panel_bytes<T>(a.k) * panels;
     const double flop = 2.0 * a.k * PANEL * panels * ((double)rows / cut.row_blocks);
     const double seconds = std::max(bytes / BYTES_PER_SECOND, flop / FLOP_PER_SECOND);
-    const int64_t groups = std::max<int64_t>(seconds / CHUNK_SECONDS, (4 * num_threads - 1) / cut.row_blocks + 1);
-    return cut.row_blocks * std::min((panels + cut.together - 1) / cut.together, groups);
+    const int64_t wanted = std::min<int64_t>(seconds / CHUNK_SECONDS, (panels + cut.together - 1) / cut.together);
+    const int64_t needed = (4 * num_threads - 1) / cut.row_blocks + 1;  // or the last one keeps the others waiting
+    return cut.row_blocks * std::min(panels, std::max(wanted, needed));
 }
 
 // --- epilogue ------------------------------------------------------------------------------------------------
