@@ -267,6 +267,14 @@ void linear_run(const fs_op& op, const Dims& dims, int64_t chunk, int64_t num_ch
     });
 }
 
+Reads linear_reads(const fs_op& op, const Dims& dims, int64_t num_chunks) {
+    const Arguments& a = arguments(op);
+    return with_operand_type(op.dtype, a.weight_dtype, [&]<class T>(T) {
+        const int64_t groups = num_chunks / std::max<int64_t>(1, Cut<T>(a, dims.rows(op)).row_blocks);
+        return Reads{(const char*)op.p[1], num_panels(a.n, a.gated), panel_bytes<T>(a.k), groups};
+    });
+}
+
 }  // namespace
 
-extern const Kernel linear_kernel = {linear_chunks, linear_run};
+extern const Kernel linear_kernel = {linear_chunks, linear_run, linear_reads};

@@ -29,11 +29,19 @@ struct Dims {
     int64_t seqs(const fs_op& op) const { return values[op.seqs]; }
 };
 
+// What an operation reads from memory, in the order of its chunks: chunk c begins with items part(items, c % groups, groups).
+struct Reads {
+    const char* at = nullptr;
+    int64_t items = 0, item_bytes = 0, groups = 1;
+};
+
 // A kind of operation cuts itself into chunks that may run in any order and on any thread. A chunk should take 10-100 µs
 // where there is that much to do: claiming one costs about 0.1 µs, and the last one decides how long the others wait.
 struct Kernel {
     int64_t (*num_chunks)(const fs_op&, const Dims&, int num_threads);
     void (*run)(const fs_op&, const Dims&, int64_t chunk, int64_t num_chunks, Scratch&);
+    // Null where it is not worth fetching early.
+    Reads (*reads)(const fs_op&, const Dims&, int64_t num_chunks) = nullptr;
 };
 
 // Filled in by each file; looked up by kind.

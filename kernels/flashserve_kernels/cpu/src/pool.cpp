@@ -8,6 +8,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <new>
@@ -54,12 +55,13 @@ struct alignas(64) Counter {
 // How far an operation is. Each thread has a share of the chunks, claims from its own first and then from the others'.
 struct Phase {
     int64_t num_chunks = 0;
+    Reads reads;
     Counter done;
     std::unique_ptr<Counter[]> claimed;
 };
 
-// One call of fs_run. A thread that wakes late finds every chunk claimed and touches nothing but these counters, so the
-// call returns without waiting for it; before a Run is used again its threads must have left.
+// One call of fs_run. A thread that wakes late, or stops while it waits, touches nothing but this (the operations may be
+// gone), so the call returns without waiting for it; before a Run is used again its threads must have left.
 struct Run {
     const fs_op* ops = nullptr;
     int64_t num_ops = 0;
@@ -84,8 +86,47 @@ struct fs_pool {
 
 namespace {
 
+// Fetches into the second-level cache what a thread will read first of the next operations, while it waits for the others:
+// a step of few tokens waits for memory, and its threads for each other at the end of each of its 150-300 operations.
+// A decode of one takes 2-4% less, 16 served requests 2%.
+class Fetch {
+    static constexpr int64_t MOST_BYTES = 512 << 10;
+    static constexpr int64_t MOST_OPS = 4;  // to look ahead
+
+    const Run& run;
+    const int thread, num_threads;
+    int64_t op = 0;  // that it fetches for
+    const char *at = nullptr, *end = nullptr;
+
+   public:
+    Fetch(const Run& run, int thread, int num_threads) : run(run), thread(thread), num_threads(num_threads) {}
+
+    // The thread waits at the end of operation `current`.
+    void look_behind(int64_t current) {
+        if (op > current) return;  // it goes on with that one
+        at = end;
+        for (op = current + 1; op < std::min(current + 1 + MOST_OPS, run.num_ops); op++) {
+            const int64_t num_chunks = run.phases[op].num_chunks;
+            const Reads& reads = run.phases[op].reads;
+            if (num_chunks < num_threads || !reads.at) continue;
+            const int64_t chunk = part(num_chunks, thread, num_threads).begin;
+            const int64_t item = part(reads.items, chunk % reads.groups, reads.groups).begin;
+            at = reads.at + item * reads.item_bytes;
+            end = std::min(at + MOST_BYTES, reads.at + reads.items * reads.item_bytes);
+            return;
+        }
+    }
+    // Fetches four lines, which takes about as long as a PAUSE; false if there is nothing left.
+    bool some() {
+        if (at >= end) return false;
+        for (int line = 0; line < 4; line++, at += 64) prefetch_l2(at);
+        return true;
+    }
+};
+
 void work(fs_pool& pool, Run& run, int thread, double* seconds) {
     const int n = pool.num_threads;
+    Fetch fetch(run, thread, n);
     for (int64_t index = 0; index < run.num_ops; index++) {
         Phase& phase = run.phases[index];
         const double start = seconds ? now() : 0;
@@ -103,7 +144,10 @@ void work(fs_pool& pool, Run& run, int thread, double* seconds) {
             }
         }
         if (did) phase.done.value.fetch_add(did, std::memory_order_release);
-        for (int spins = 0; phase.done.value.load(std::memory_order_acquire) < phase.num_chunks; spins++) {
+        const auto is_done = [&] { return phase.done.value.load(std::memory_order_acquire) >= phase.num_chunks; };
+        if (!is_done()) fetch.look_behind(index);
+        for (int spins = 0; !is_done(); spins++) {
+            if (fetch.some()) continue;
             if (spins < SPIN_IN_STEP)
                 FS_PAUSE();
             else
@@ -152,7 +196,10 @@ void prepare(fs_pool& pool, Run& run, const fs_op* ops, int64_t num_ops, const i
     for (int64_t index = 0; index < num_ops; index++) {
         Phase& phase = run.phases[index];
         if (!phase.claimed) phase.claimed.reset(new Counter[pool.num_threads]);
-        phase.num_chunks = kernels[ops[index].kind]->num_chunks(ops[index], Dims{run.dims.data()}, pool.num_threads);
+        const Kernel& kernel = *kernels[ops[index].kind];
+        const Dims sizes{run.dims.data()};
+        phase.num_chunks = kernel.num_chunks(ops[index], sizes, pool.num_threads);
+        phase.reads = kernel.reads ? kernel.reads(ops[index], sizes, phase.num_chunks) : Reads{};
         phase.done.value.store(0, std::memory_order_relaxed);
         for (int t = 0; t < pool.num_threads; t++) phase.claimed[t].value.store(0, std::memory_order_relaxed);
     }
