@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from flashserve.errors import Cancelled, Unavailable
+from flashserve.frontend import senders
 from flashserve.frontend.generation import Generation
 from flashserve.frontend.metrics import Metrics
 from flashserve.frontend.request_parser import OutputFlags, ParsedRequest
@@ -138,10 +139,11 @@ class Rig:
         }
 
     def settle(self) -> None:
-        """Until the sender thread has done all that is queued by now."""
-        done = threading.Event()
-        self.responder._ready.put(done.set)
-        assert done.wait(5)
+        """Until the sender threads have done all that is queued by now."""
+        for key in range(senders.NUM_THREADS):
+            done = threading.Event()
+            self.responder._senders.put(key, done.set)
+            assert done.wait(5)
 
 
 @pytest.fixture
@@ -150,7 +152,7 @@ def rig(tokenizer: Tokenizer) -> Iterator[Rig]:
     yield rig
     rig.responder.stop()
     assert not rig.responder.open_requests
-    assert not rig.responder._thread.is_alive()
+    assert not rig.responder._senders.alive
 
 
 # --- cancellations -----------------------------------------------------------------------------------------

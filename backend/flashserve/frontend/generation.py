@@ -13,7 +13,7 @@ from flashserve.text.output import TextStream
 
 
 class Generation:
-    """Written by the sender thread, except ``inbox`` (engine's thread appends) and the times beside it."""
+    """Written by its sender thread, except ``inbox`` (engine's thread appends) and the times beside it."""
 
     __slots__ = (
         "_closing",

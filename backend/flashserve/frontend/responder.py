@@ -1,15 +1,13 @@
 """From engine outputs to Triton responses.
 
-The engine's thread only files outputs under their requests; one sender thread detokenises and sends. If it lags
-(a ``send`` takes 100-170 µs), a request's tokens pile up and leave merged in one response: the engine never waits
-for a slow consumer, and no queue grows with the lag.
+The engine's thread only files outputs under their requests; sender threads detokenise and send, each request's always
+the same one. If it lags (a ``send`` takes 100-170 µs), a request's tokens pile up and leave merged in one response: the
+engine never waits for a slow consumer, and no queue grows with the lag.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +18,12 @@ from flashserve.frontend.merging import Merging
 from flashserve.frontend.metrics import Metrics
 from flashserve.frontend.request_metrics import record_end, record_first_token, record_stats
 from flashserve.frontend.responses import ResponseBuilder
+from flashserve.frontend.senders import Senders
 from flashserve.protocol import Abort, EngineReady, FinishReason, GenerateRequest, Stats, StepOutputs, TokenOutput
 
 log = logging.getLogger(__name__)
 
 RESPONSE_COMPLETE_FINAL = 1  # pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-STOP_TIMEOUT_S = 2.0
 
 SendToEngine = Callable[[GenerateRequest | Abort], None]
 
@@ -37,23 +35,21 @@ class Responder:
         self._builder = builder
         self._metrics = metrics
         self._open: dict[int, Generation] = {}
-        self._ready: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._senders = Senders()
         self._stats: Stats | None = None
         self._engine_seen = False
         self._merging = Merging()
         self._send_to_engine: SendToEngine | None = None
         self._refusal: FlashserveError | None = None
-        self._thread = threading.Thread(target=self._run, name="sender", daemon=True)
 
     def start(self, send_to_engine: SendToEngine) -> None:
         self._send_to_engine = send_to_engine
-        self._thread.start()
+        self._senders.start()
 
     def stop(self) -> None:
-        """End the sender after what is queued. Requests still open get UNAVAILABLE."""
+        """End the senders after what is queued. Requests still open get UNAVAILABLE."""
         self.fail_all(Unavailable("the model is being unloaded", retry_after_ms=1000))
-        self._ready.put(None)
-        self._thread.join(STOP_TIMEOUT_S)
+        self._senders.stop()
 
     @property
     def open_requests(self) -> list[Generation]:
@@ -82,7 +78,7 @@ class Responder:
 
     def answer(self, sender: Any, response: Any) -> None:
         """Send a response that needs no engine, with its FINAL flag."""
-        self._ready.put(lambda: sender.send(response, flags=RESPONSE_COMPLETE_FINAL))
+        self._senders.put(sender, lambda: sender.send(response, flags=RESPONSE_COMPLETE_FINAL))
 
     def refuse(self, sender: Any, error: FlashserveError) -> None:
         """Answer a request that was not opened with an error."""
@@ -111,7 +107,7 @@ class Responder:
 
     def keep_alive(self, generation: Generation) -> None:
         """Send an empty chunk, so that Triton notices a vanished SSE client while nothing else is sent."""
-        self._ready.put(lambda: self._send_keep_alive(generation))
+        self._senders.put(generation.id, lambda: self._send_keep_alive(generation))
 
     # --- the engine's thread ------------------------------------------------------------------------------
 
@@ -161,17 +157,9 @@ class Responder:
         # Appended to the inbox before, and taken off after ``queued`` is reset: no output can be left behind.
         if not generation.queued:
             generation.queued = True
-            self._ready.put(lambda: self._serve(generation))
+            self._senders.put(generation.id, lambda: self._serve(generation))
 
-    # --- the sender's thread ------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        while (job := self._ready.get()) is not None:
-            try:
-                job()
-            except Exception:
-                # Triton refuses a send only for a request that it has given up itself; the others must go on.
-                log.exception("a response could not be sent")
+    # --- the request's sender thread ------------------------------------------------------------------------
 
     def _serve(self, generation: Generation) -> None:
         generation.queued = False

@@ -13,20 +13,20 @@ from flashserve.protocol import FinishReason, RequestTimings
 
 
 class ResponseBuilder:
-    """Made once per model with the ``triton_python_backend_utils`` module, which exists only inside a stub."""
+    """Made once per model with the ``triton_python_backend_utils`` module, which exists only inside a stub.
+
+    Any thread may use it. No tensor is in two responses: ``send`` writes to a response's tensors, without the GIL.
+    """
 
     def __init__(self, pb_utils: Any) -> None:
         self._pb = pb_utils
-        self._still_running = self._string("finish_reason", "None")
 
     def generation(self, generation: Generation, text: str, num_tokens: int, finish_reason: FinishReason | None) -> Any:
         """A data response: a delta while streaming, else everything."""
         wanted = generation.parsed.outputs
         tensors = [self._string("text_output", text)]
         if wanted.finish_reason:
-            tensors.append(
-                self._still_running if finish_reason is None else self._string("finish_reason", finish_reason)
-            )
+            tensors.append(self._string("finish_reason", "None" if finish_reason is None else finish_reason))
         if wanted.num_input_tokens:
             tensors.append(self._count("num_input_tokens", len(generation.parsed.prompt_token_ids)))
         if wanted.num_output_tokens:
