@@ -2,8 +2,8 @@
 
 Sending one response costs this stub, tritonserver and the client about 0.3 ms of CPU together. Where the engine
 computes on the same cores that is taken from its steps: 16 streams of a 135M model on two cores gave 632 tokens per
-second one by one and 670 in pairs. So a busy server on a CPU merges up to ``max_tokens`` of a request; the first token
-and the last are never held back, and no token longer than one step.
+second one by one and 670 in pairs (with one sender thread). So a busy server on a CPU merges up to ``max_tokens`` of a
+request; the first token and the last are never held back, and no token longer than one step.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ engine never waits for a slow consumer, and no queue grows with the lag.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -36,6 +37,7 @@ class Responder:
         self._metrics = metrics
         self._open: dict[int, Generation] = {}
         self._senders = Senders()
+        self._answers = itertools.count()
         self._stats: Stats | None = None
         self._engine_seen = False
         self._merging = Merging()
@@ -78,7 +80,7 @@ class Responder:
 
     def answer(self, sender: Any, response: Any) -> None:
         """Send a response that needs no engine, with its FINAL flag."""
-        self._senders.put(sender, lambda: sender.send(response, flags=RESPONSE_COMPLETE_FINAL))
+        self._senders.put(next(self._answers), lambda: sender.send(response, flags=RESPONSE_COMPLETE_FINAL))
 
     def refuse(self, sender: Any, error: FlashserveError) -> None:
         """Answer a request that was not opened with an error."""

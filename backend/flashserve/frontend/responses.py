@@ -26,7 +26,7 @@ class ResponseBuilder:
         wanted = generation.parsed.outputs
         tensors = [self._string("text_output", text)]
         if wanted.finish_reason:
-            tensors.append(self._string("finish_reason", "None" if finish_reason is None else finish_reason))
+            tensors.append(self._string("finish_reason", finish_reason or "None"))
         if wanted.num_input_tokens:
             tensors.append(self._count("num_input_tokens", len(generation.parsed.prompt_token_ids)))
         if wanted.num_output_tokens:

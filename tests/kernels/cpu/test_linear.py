@@ -58,8 +58,11 @@ def test_rows_of_any_number(pool: Pool, dtype: torch.dtype, k: int, n: int) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-# Row blocks; pieces of K; both, with sums that wait for the next piece.
-@pytest.mark.parametrize(("rows", "k", "n"), [(2000, 320, 40), (100, 2100, 70), (300, 4200, 100), (600, 1500, 1100)])
+# Row blocks; pieces of K; both; several groups of panels to a chunk, whose sums wait for the next piece; pieces of K
+# where a micro-kernel has few rows.
+@pytest.mark.parametrize(
+    ("rows", "k", "n"), [(2000, 320, 40), (100, 2100, 70), (300, 4200, 100), (70, 1200, 2000), (70, 9700, 40)]
+)
 def test_large(pool: Pool, dtype: torch.dtype, rows: int, k: int, n: int) -> None:
     weight, x, bias = random(n, k, dtype=dtype), random(rows, k, dtype=dtype, seed=1), random(n, dtype=dtype, seed=2)
     assert_accurate(linear(pool, x, pack_linear(pool, weight), bias), x, weight, bias)
@@ -124,10 +127,11 @@ def test_int8_is_the_integer_model(pool: Pool, dtype: torch.dtype, k: int, n: in
         torch.testing.assert_close(out.double(), int8_model(x, weight, bias), rtol=1e-6, atol=1e-5)
 
 
-def test_int8_of_large_sums(pool: Pool) -> None:
-    x, weight = torch.ones(20, 8448), torch.ones(40, 8448)
+@pytest.mark.parametrize(("rows", "k"), [(20, 8448), (70, 9700)])  # the second in pieces of K on every processor
+def test_int8_of_large_sums(pool: Pool, rows: int, k: int) -> None:
+    x, weight = torch.ones(rows, k), torch.ones(40, k)
     out = linear(pool, x, pack_linear(pool, weight, quantize=True))
-    torch.testing.assert_close(out, torch.full((20, 40), 8448.0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(out, torch.full((rows, 40), float(k)), rtol=1e-6, atol=0)
 
 
 def test_int8_of_zeros(pool: Pool) -> None:

@@ -4,7 +4,6 @@
 // instruction multiplies lie together, and 16 rows of it are what two AMX tiles hold. The layout is the same on every
 // processor; padding up to padded_k is zero.
 #pragma once
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -64,7 +63,7 @@ struct Block {
     Hot hot;
 };
 
-// Micro<T>: ROWS, the most rows of a block; rows(left), how many to take of those that are left; run(block).
+// Micro<T>: ROWS, the most rows of a block; rows(left), how many to take of those that are left; run(block, row work).
 #include "gemm_portable.h"
 
 template <class T>
@@ -113,7 +112,6 @@ void panel_gemm(const T* a, int64_t lda, int rows, const PanelType<T>* panel, in
             Micro<T>::run({tail, K_STEP<T>, n, last, 1, out, ldc, accumulate || steps, {}, hot}, none);
         }
         r += n;
-        ahead.at += steps * ahead.lines * 64;
     }
 }
 

@@ -45,7 +45,9 @@ struct Cut {
 
     Cut(const Arguments& a, int64_t rows) {
         const int64_t passes = (rows + Micro<T>::ROWS - 1) / Micro<T>::ROWS;
-        const bool few = passes <= 2;  // they wait for memory: one panel after the other, read once
+        // Few wait for memory: one panel after the other, read once. More take as many panels together as there are passes,
+        // for the next panels come from memory meanwhile.
+        const bool few = passes <= 2;
         pieces = few ? 1 : (Micro<T>::ROWS * padded_k<T>(a.k) * sizeof(T) + HOT_BYTES - 1) / HOT_BYTES;
         together = few ? 1 : std::min(passes, MOST_TOGETHER);
         row_blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
@@ -110,13 +112,10 @@ class Epilogue {
         const int64_t width = GATED ? PANEL / 2 : PANEL, outputs = GATED ? a.n / 2 : a.n, column = panel * width;
         out = (O*)op.p[3] + column + first * stride;
         left = std::min(width, outputs - column);
-        if (op.p[2]) {
-            float values[PANEL] = {};
-            for (int c = 0; c < PANEL; c++) {
-                const int64_t row = weight_row(panel, c, a.n, GATED);
-                if (row >= 0) values[c] = to_f32(((const X*)op.p[2])[row]);
-            }
-            for (int v = 0; v < VECTORS; v++) bias[v] = load(values + v * VL);
+        for (int v = 0; v < VECTORS && op.p[2]; v++) {
+            const int place = (GATED ? v % HALF : v) * VL, n = left - place;
+            const X* from = (const X*)op.p[2] + (GATED && v >= HALF ? outputs : 0) + column + place;
+            if (n > 0) bias[v] = n >= VL ? load(from) : load_n(from, n);
         }
         if constexpr (INT8) {
             const Int8Columns columns = int8_columns(op.p[1], a.k, a.n, GATED);
@@ -136,7 +135,7 @@ class Epilogue {
         const AccType<T>* from = sums + r * PANEL;
         O* to = out + r * stride;
         // The next panel's columns: with 512 rows, stores that waited for their lines cost 5-30% of the time.
-        __builtin_prefetch(to + (GATED ? PANEL / 2 : PANEL), 1);
+        prefetch(to + (GATED ? PANEL / 2 : PANEL));
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; v++) {
             if constexpr (INT8) {
@@ -146,6 +145,12 @@ class Epilogue {
                 values[v] = load(from + v * VL) + bias[v];
             }
         }
+        if constexpr (!GATED)
+            if (left == PANEL) {
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v += 2) store_pair(to + v * VL, values[v], values[v + 1]);
+                return;
+            }
 #pragma GCC unroll 8
         for (int v = 0; v < (GATED ? HALF : VECTORS); v++) {
             const vf value = GATED ? silu(values[v]) * values[v + HALF] : values[v];
@@ -196,9 +201,10 @@ struct ChunkRun {
         const Range of_k = part(steps, piece, cut.pieces);
         const bool more = piece + 1 < cut.pieces;
         const int64_t next_panel = more ? group.begin : group.end, next_step = more ? of_k.end : 0;
-        // One or two passes fetch their panel, a little ahead. More fetch what comes next, each of them a part.
+        // Of one or two passes the first fetches their panel, a little ahead. More fetch what comes next, each of them a
+        // part, in fours: most micro-kernels fetch four times in a step.
         constexpr int ALL = 2 * STEP_ROWS;
-        const int part_lines = passes <= 2 ? ALL : (ALL + passes - 1) / passes;
+        const int part_lines = passes <= 2 ? ALL : (ALL / 4 + passes - 1) / passes * 4;
         int fetched = 0;  // lines of each step
         for (int64_t row = rows.begin; row < rows.end;) {
             const int count = Micro<T>::rows(std::min<int64_t>(rows.end - row, 1 << 20));

@@ -60,7 +60,7 @@ struct Phase {
     std::unique_ptr<Counter[]> claimed;
 };
 
-// One call of fs_run. A thread that wakes late, or stops while it waits, touches nothing but this (the operations may be
+// One call of fs_run. A thread that wakes late, or stops while it waits, reads nothing but this (the operations may be
 // gone), so the call returns without waiting for it; before a Run is used again its threads must have left.
 struct Run {
     const fs_op* ops = nullptr;
@@ -102,22 +102,25 @@ class Fetch {
     Fetch(const Run& run, int thread, int num_threads) : run(run), thread(thread), num_threads(num_threads) {}
 
     // The thread waits at the end of operation `current`.
-    void look_behind(int64_t current) {
+    void look_ahead(int64_t current) {
         if (op > current) return;  // it goes on with that one
         at = end;
-        for (op = current + 1; op < std::min(current + 1 + MOST_OPS, run.num_ops); op++) {
-            const int64_t num_chunks = run.phases[op].num_chunks;
-            const Reads& reads = run.phases[op].reads;
+        for (int64_t next = current + 1; next < std::min(current + 1 + MOST_OPS, run.num_ops); next++) {
+            const int64_t num_chunks = run.phases[next].num_chunks;
+            const Reads& reads = run.phases[next].reads;
             if (num_chunks < num_threads || !reads.at) continue;
-            const int64_t chunk = part(num_chunks, thread, num_threads).begin;
-            const int64_t item = part(reads.items, chunk % reads.groups, reads.groups).begin;
-            at = reads.at + item * reads.item_bytes;
-            end = std::min(at + MOST_BYTES, reads.at + reads.items * reads.item_bytes);
+            const Range share = part(num_chunks, thread, num_threads);
+            // The items of the share's chunks up to the last of its first row of groups.
+            const int64_t first = share.begin % reads.groups;
+            const int64_t last = std::min(first + share.end - share.begin, reads.groups) - 1;
+            at = reads.at + part(reads.items, first, reads.groups).begin * reads.item_bytes;
+            end = std::min(at + MOST_BYTES, reads.at + part(reads.items, last, reads.groups).end * reads.item_bytes);
+            op = next;
             return;
         }
     }
-    // Fetches four lines, which takes about as long as a PAUSE; false if there is nothing left.
-    bool some() {
+    // Fetches four lines; false if there is nothing left. A prefetch of weights that are gone by now does nothing.
+    bool fetch_some() {
         if (at >= end) return false;
         for (int line = 0; line < 4; line++, at += 64) prefetch_l2(at);
         return true;
@@ -145,10 +148,10 @@ void work(fs_pool& pool, Run& run, int thread, double* seconds) {
         }
         if (did) phase.done.value.fetch_add(did, std::memory_order_release);
         const auto is_done = [&] { return phase.done.value.load(std::memory_order_acquire) >= phase.num_chunks; };
-        if (!is_done()) fetch.look_behind(index);
-        for (int spins = 0; !is_done(); spins++) {
-            if (fetch.some()) continue;
-            if (spins < SPIN_IN_STEP)
+        if (!is_done()) fetch.look_ahead(index);
+        for (int spins = 0; !is_done();) {
+            if (fetch.fetch_some()) continue;
+            if (spins++ < SPIN_IN_STEP)
                 FS_PAUSE();
             else
                 sched_yield();

@@ -108,6 +108,18 @@ FS_INLINE void store(bf16* p, vf v) {
 #endif
 }
 
+// Two vectors, one behind the other.
+template <class T>
+FS_INLINE void store_pair(T* p, vf first, vf second) {
+    store(p, first);
+    store(p + VL, second);
+}
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+FS_INLINE void store_pair(bf16* p, vf first, vf second) {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+}
+#endif
+
 // The first n < VL elements; the others read as 0 and are not written.
 #if defined(__AVX512F__)
 FS_INLINE __mmask16 first_lanes(int n) { return (1u << n) - 1; }
@@ -122,6 +134,7 @@ FS_INLINE vf load_n(const f16* p, int n) {
 FS_INLINE void store_n(float* p, vf v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v); }
 template <class T>
 FS_INLINE void store_n(T* p, vf v, int n) {
+    static_assert(sizeof(T) == 2);
     alignas(32) T part[VL];
     store(part, v);
     _mm256_mask_storeu_epi16(p, first_lanes(n), load_as<__m256i>(part));
