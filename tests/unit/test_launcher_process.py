@@ -13,6 +13,7 @@ from flashserve.launcher import ports, process, workspace
 from flashserve.launcher.discover import TritonInstall, stub_version
 from flashserve.launcher.errors import LauncherError
 from flashserve.launcher.process import ServerProcess
+from flashserve.launcher.triton_arguments import TritonArguments
 
 INSTALL = TritonInstall(
     Path("/t/bin/tritonserver"), Path("/t/backends"), None, (Path("/t/lib"),), "for a test", "2.51.0"
@@ -31,23 +32,33 @@ def run_and_show(*lines: str, verbose: bool = False) -> tuple[ServerProcess, lis
     return server, shown
 
 
+def command(*words: str) -> list[str]:
+    return process.command(INSTALL, SPACE, ["/a", "/b"], ENDPOINTS, TritonArguments.parse(words))
+
+
 def test_the_command_line_loads_every_model_under_explicit_control() -> None:
-    line = process.command(INSTALL, SPACE, ["/a", "/b"], ENDPOINTS, ["--log-verbose=1"])
+    line = command("--log-verbose=1")
     assert line[0] == "/t/bin/tritonserver"
     assert {"--model-repository=/a", "--model-repository=/b", "--model-control-mode=explicit"} < set(line)
     assert {"--load-model=*", "--backend-config=python,shm-region-prefix-name=flashserve-1-abc-"} < set(line)
     assert line[-1] == "--log-verbose=1"
 
 
-def test_a_choice_of_models_replaces_all() -> None:
-    line = process.command(INSTALL, SPACE, ["/a"], ENDPOINTS, ["--load-model=x"])
-    assert "--load-model=*" not in line
-
-
-@pytest.mark.parametrize("argument", ["--http-port", "--http-port=1", "--model-control-mode=poll"])
-def test_the_launcher_s_own_options_cannot_be_given_twice(argument: str) -> None:
-    with pytest.raises(LauncherError, match="is set by flashserve"):
-        process.command(INSTALL, SPACE, ["/a"], ENDPOINTS, [argument])
+@pytest.mark.parametrize(
+    ("words", "load"),
+    [
+        (["--load-model=x"], ["--load-model=x"]),
+        (
+            ["--model-control-mode=explicit", "--load-model", "x", "--load-model=y"],
+            ["--load-model=x", "--load-model=y"],
+        ),
+        (["--model-control-mode=explicit"], []),
+    ],
+)
+def test_a_choice_of_models_replaces_all(words: list[str], load: list[str]) -> None:
+    line = command(*words)
+    assert [word for word in line if "load-model" in word] == load
+    assert [word for word in line if "control-mode" in word] == ["--model-control-mode=explicit"]
 
 
 def test_the_environment_leads_to_this_interpreter_and_back_to_the_server(monkeypatch: pytest.MonkeyPatch) -> None:

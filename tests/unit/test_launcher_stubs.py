@@ -102,6 +102,11 @@ def test_an_unloaded_model_is_not_dead(living: list[Stub]) -> None:
     assert watch.dead_models() == []
 
 
+def test_a_model_of_the_vllm_backend_has_stubs_too(living: list[Stub]) -> None:
+    watch = StubWatch(1, FakeControl(a=("READY", 1, "vllm")))
+    assert [watch.dead_models(), watch.dead_models()] == [[], ["a"]]
+
+
 def test_models_without_stubs_are_left_alone(living: list[Stub]) -> None:
     watch = StubWatch(1, FakeControl(onnx=("READY", 1, "onnxruntime")))
     assert [watch.dead_models() for _ in range(3)] == [[], [], []]

@@ -17,9 +17,17 @@ examples:
   flashserve serve --model ./my-model --model big=/data/m   two local folders; the second is called "big"
   flashserve serve --model-repository /models --host 0.0.0.0
   flashserve serve -- --log-verbose=1                       the rest goes to tritonserver
+  flashserve serve --model-repository /models -- --load-model=a --load-model=b   these two only
 
 --host: the control API can load any model that this machine can read, so it listens on 127.0.0.1
 unless told otherwise. Put a proxy before a server that strangers can reach.
+
+--serve-vllm-models: a model whose config.pbtxt says backend: "vllm" is one of Triton's vLLM backend. With this option
+flashserve serves it, with not a file changed and also where the vLLM backend is installed. Without it such a model is
+that backend's, and refused where there is none; the other way is to write backend: "flashserve" into its config.pbtxt.
+
+-- --load-model=NAME (repeatable): only these models are loaded, and only their files must be in order.
+-- --model-control-mode=explicit alone: no model is loaded until a client asks for it.
 """
 
 
@@ -46,6 +54,9 @@ def _add_serve(subparsers: Any) -> None:
     parser.add_argument("--http-port", type=_port, default=8000, help="default: %(default)s; 0: any free one")
     parser.add_argument("--grpc-port", type=_port, default=8001, help="default: %(default)s")
     parser.add_argument("--metrics-port", type=_port, default=8002, help="default: %(default)s")
+    parser.add_argument(
+        "--serve-vllm-models", action="store_true", help='serve models with backend: "vllm" as they are; see below'
+    )
     parser.add_argument("--backend-module", metavar="MODULE", help="module with another TritonPythonModel")
     parser.add_argument("-v", "--verbose", action="store_true", help="show all of tritonserver's log")
     parser.set_defaults(run=run_serve)
@@ -86,6 +97,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
         grpc_port=arguments.grpc_port,
         metrics_port=arguments.metrics_port,
         verbose=arguments.verbose,
+        serve_vllm_models=arguments.serve_vllm_models,
         backend_module=arguments.backend_module or workspace.DEFAULT_BACKEND_MODULE,
         triton_arguments=arguments.rest,
     )
@@ -99,19 +111,21 @@ def run_serve(arguments: argparse.Namespace) -> int:
 
 def run_models(arguments: argparse.Namespace) -> int:
     """``flashserve models``: what is on disk, and what a server says about it."""
-    from flashserve.launcher import repository
+    from flashserve.launcher import discover, loadable, repository
     from flashserve.launcher.control import ControlError, TritonControl
 
     folder = arguments.model_repository or repository.default_repository()
     rows = {}
     if folder is not None and Path(folder).is_dir():
+        vllm = loadable.vllm_server(discover.find_triton(), asked=False)
         for model in repository.read_repository(Path(folder)):
-            rows[model.name] = {"name": model.name, "state": "", "note": model.problem or ""}
+            rows[model.name] = {"name": model.name, "state": "", "note": loadable.remark(model, vllm)}
     try:
         for row in TritonControl(arguments.url).index():
             entry = rows.setdefault(row["name"], {"name": row["name"], "note": ""})
             entry["state"] = row.get("state", "not loaded").lower()
-            entry["note"] = row.get("reason", "") or entry["note"]
+            # Of one that is ready, what its files say was true at another time, or for another server.
+            entry["note"] = row.get("reason", "") or ("" if entry["state"] == "ready" else entry["note"])
         server = "up"
     except ControlError:
         server = "not reachable"

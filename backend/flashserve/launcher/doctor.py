@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from flashserve.launcher import discover, ports, repository
+from flashserve.launcher import discover, loadable, ports, repository
 from flashserve.launcher.errors import LauncherError
+from flashserve.launcher.loadable import VllmServer
+from flashserve.launcher.repository import RepositoryModel
 
 INSTALL = f"{sys.executable} -m pip install 'flashserve[server]' (in a source checkout: pip install -e '.[server]')"
 PACKAGES = ("transformers", "tokenizers", "safetensors", "huggingface_hub", "jinja2", "msgspec", "psutil")
@@ -161,12 +163,22 @@ def _models(model_repository: str | None) -> Iterable[Check]:
         if repository.REMOTE.match(folder):
             yield Check("models", "ok", f"{folder} (not looked into)")
             continue
+        vllm = loadable.vllm_server(discover.find_triton(), asked=False)
         for model in repository.read_repository(Path(folder)):
-            if model.problem:
-                fix = f"correct {model.folder}/, or serve another: flashserve serve --model PATH_OR_HF_ID"
-                yield Check(f"model {model.name}", "fail", model.problem, fix)
-            else:
-                yield Check(f"model {model.name}", "ok", str(model.folder))
+            yield _model(model, vllm)
+
+
+def _model(model: RepositoryModel, vllm: VllmServer) -> Check:
+    name = f"model {model.name}"
+    problem = loadable.file_problem(model, vllm)
+    if problem:
+        fix = f"correct {model.folder}/, or serve another: flashserve serve --model PATH_OR_HF_ID"
+        return Check(name, "fail", problem, fix)
+    if model.backend != repository.VLLM_NAME:
+        return Check(name, "ok", str(model.folder))
+    if vllm is VllmServer.NOBODY:
+        return Check(name, "warn", loadable.says_vllm(model), loadable.VLLM_ADVICE)
+    return Check(name, "ok", f"{model.folder} (served by {vllm.value})")
 
 
 def _version(package: str) -> str | None:

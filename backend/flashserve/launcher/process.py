@@ -13,18 +13,13 @@ from pathlib import Path
 from typing import IO
 
 from flashserve.launcher.discover import TritonInstall, find_libpython
-from flashserve.launcher.errors import LauncherError
 from flashserve.launcher.ports import Endpoints
 from flashserve.launcher.reaper import RUN_VARIABLE
+from flashserve.launcher.triton_arguments import CONTROL_MODE, EXPLICIT, LOAD_MODEL, TritonArguments
 from flashserve.launcher.workspace import Workspace, package_folders
 
 HTTP_VARIABLE = "FLASHSERVE_TRITON_HTTP"
 KEPT_LINES = 400
-# Set by the launcher; a second value would take effect without it knowing.
-OWN_OPTIONS = (
-    "--backend-directory", "--model-control-mode", "--model-repository", "--model-store",
-    "--http-port", "--grpc-port", "--metrics-port", "--http-address", "--grpc-address", "--metrics-address",
-)  # fmt: skip
 # Triton on a machine without a GPU says these at every start.
 CPU_NOISE = re.compile(r"pinned memory pool|CudaDriverHelper|DCGM unable|initialize NVML")
 LOADING = re.compile(r'"?loading: (?P<name>[^":]+):\d+"?$')
@@ -38,17 +33,16 @@ def command(
     workspace: Workspace,
     repositories: Sequence[str],
     endpoints: Endpoints,
-    extra: Sequence[str],
+    arguments: TritonArguments,
 ) -> list[str]:
-    """Tritonserver's command line. Raises LauncherError for an extra option that is the launcher's own."""
-    for argument in extra:
-        if argument.split("=")[0] in OWN_OPTIONS:
-            raise LauncherError(f"{argument.split('=')[0]} is set by flashserve", "see: flashserve serve --help")
-    line = [
+    """Tritonserver's command line."""
+    return [
         str(install.server),
         f"--backend-directory={workspace.backends}",
         *(f"--model-repository={repository}" for repository in repositories),
-        "--model-control-mode=explicit",
+        f"{CONTROL_MODE}={EXPLICIT}",
+        # With the models loaded before the HTTP endpoint opens, Triton's health is true from the first moment.
+        *(f"{LOAD_MODEL}={name}" for name in arguments.load),
         # The name is that of the runtime, also for backends that are built on it.
         f"--backend-config=python,shm-region-prefix-name={workspace.run_id}-",
         f"--http-address={endpoints.host}",
@@ -57,11 +51,8 @@ def command(
         f"--http-port={endpoints.http}",
         f"--grpc-port={endpoints.grpc}",
         f"--metrics-port={endpoints.metrics}",
+        *arguments.others,
     ]
-    # With all models loaded before the HTTP endpoint opens, Triton's health is true from the first moment.
-    if not any(argument.split("=")[0] == "--load-model" for argument in extra):
-        line.append("--load-model=*")
-    return [*line, *extra]
 
 
 def environment(install: TritonInstall, workspace: Workspace, endpoints: Endpoints) -> dict[str, str]:

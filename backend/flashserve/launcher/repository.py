@@ -12,6 +12,13 @@ from flashserve.errors import ConfigError
 from flashserve.launcher.errors import LauncherError
 
 REMOTE = re.compile(r"^(s3|gs|as)://")
+BACKEND_NAME = "flashserve"
+VLLM_NAME = "vllm"
+"""Triton's vLLM backend, whose model folders are laid out as ours."""
+OUR_BACKENDS = (BACKEND_NAME, VLLM_NAME)
+BACKEND_FIELD = re.compile(
+    r"""^[^#\n]*?\b(?P<field>backend\s*:\s*(?P<quote>["'])(?P<name>.*?)(?P=quote))""", re.MULTILINE
+)
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
 
@@ -33,7 +40,9 @@ class RepositoryModel:
     folder: Path
     backend: str
     problem: str | None = None
-    """Why it cannot be loaded, as far as files tell."""
+    """Why flashserve cannot load it, as far as files tell."""
+    backend_line: int = 0
+    """The line of its config.pbtxt that names the backend, from 1; 0 if there is none."""
 
 
 def default_repository() -> Path | None:
@@ -96,9 +105,9 @@ def read_repository(folder: Path) -> list[RepositoryModel]:
     models = []
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and ((entry / "config.pbtxt").is_file() or _versions(entry)):
-            backend = _backend(entry / "config.pbtxt")
-            problem = _problem(entry) if backend == "flashserve" else None
-            models.append(RepositoryModel(entry.name, entry, backend, problem))
+            backend, line = _backend(entry / "config.pbtxt")
+            problem = _problem(entry) if backend in OUR_BACKENDS else None
+            models.append(RepositoryModel(entry.name, entry, backend, problem, line))
     return models
 
 
@@ -107,11 +116,13 @@ def _versions(model: Path) -> list[Path]:
     return sorted(found, key=lambda entry: int(entry.name))
 
 
-def _backend(config: Path) -> str:
+def _backend(config: Path) -> tuple[str, int]:
+    """The backend that a config.pbtxt names, and in which line."""
     if not config.is_file():
-        return ""
-    match = re.search(r'^\s*backend\s*:\s*"([^"]*)"', config.read_text(encoding="utf-8"), re.MULTILINE)
-    return match.group(1) if match else ""
+        return "", 0
+    text = config.read_text(encoding="utf-8", errors="replace")  # one that Triton cannot read must not hide the others
+    match = BACKEND_FIELD.search(text)
+    return (match["name"], text.count("\n", 0, match.start("field")) + 1) if match else ("", 0)
 
 
 def _problem(model: Path) -> str | None:

@@ -10,18 +10,17 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from flashserve import __version__
-from flashserve.launcher import ports, process, reaper, repository, workspace
+from flashserve.launcher import loadable, ports, process, reaper, repository, workspace
 from flashserve.launcher.console import Console
 from flashserve.launcher.control import ControlError, TritonControl
 from flashserve.launcher.discover import require_triton
-from flashserve.launcher.errors import LauncherError
 from flashserve.launcher.ports import Endpoints
 from flashserve.launcher.process import ServerProcess
 from flashserve.launcher.signals import Signals
 from flashserve.launcher.stubs import StubWatch
+from flashserve.launcher.triton_arguments import TritonArguments
 
 START_POLL_S = 0.1
 # Two looks confirm a death, so a model is being reloaded one second after its stub died.
@@ -43,6 +42,8 @@ class ServeOptions:
     grpc_port: int = 8001
     metrics_port: int = 8002
     verbose: bool = False
+    serve_vllm_models: bool = False
+    """Take the place of Triton's vLLM backend, too."""
     backend_module: str = workspace.DEFAULT_BACKEND_MODULE
     triton_arguments: Sequence[str] = field(default=())
 
@@ -55,8 +56,10 @@ def serve(options: ServeOptions, console: Console | None = None) -> int:
     install = require_triton()
     named = repository.parse_models(options.models)
     repositories = repository.choose_repositories(options.model_repository, named)
-    if options.backend_module == workspace.DEFAULT_BACKEND_MODULE:
-        _refuse_unloadable(repositories)
+    arguments = TritonArguments.parse(options.triton_arguments)
+    vllm = loadable.vllm_server(install, options.serve_vllm_models)
+    is_ours = options.backend_module == workspace.DEFAULT_BACKEND_MODULE
+    loadable.require_loadable(repositories, named, arguments.load, vllm, judge_files=is_ours)
     endpoints = ports.choose(options.host, options.http_port, options.grpc_port, options.metrics_port)
     space = workspace.create()
     run = reaper.Run(space.run_id, str(space.folder))
@@ -64,11 +67,12 @@ def serve(options: ServeOptions, console: Console | None = None) -> int:
     server: ServerProcess | None = None
     ready = False
     try:
-        workspace.add_backends(space, install, options.backend_module)
+        backends = repository.OUR_BACKENDS if options.serve_vllm_models else (repository.BACKEND_NAME,)
+        workspace.add_backends(space, install, options.backend_module, backends)
         workspace.add_models(space, named)
         if named:
             repositories = [*repositories, str(space.models)]
-        line = process.command(install, space, repositories, endpoints, options.triton_arguments)
+        line = process.command(install, space, repositories, endpoints, arguments)
         env = process.environment(install, space, endpoints)
         console.say(f"flashserve {__version__}: starting {install}")
         server = ServerProcess(line, env, console.say, options.verbose)
@@ -113,18 +117,6 @@ class Guard:
         with contextlib.suppress(OSError):  # a reaper that was killed must not end the server
             self._popen.stdin.write(line + "\n")
             self._popen.stdin.flush()
-
-
-def _refuse_unloadable(repositories: Sequence[str]) -> None:
-    for folder in repositories:
-        if repository.REMOTE.match(folder):
-            continue
-        for model in repository.read_repository(Path(folder)):
-            if model.problem:
-                raise LauncherError(
-                    f"model {model.name} cannot be loaded: {model.problem}",
-                    f"correct {model.folder}/, or take the folder out of the repository",
-                )
 
 
 def _wait_until_ready(server: ServerProcess, control: TritonControl, signals: Signals, console: Console) -> bool:

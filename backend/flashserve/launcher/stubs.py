@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from flashserve.launcher.control import ControlError, TritonControl
+from flashserve.launcher.repository import OUR_BACKENDS
 from flashserve.stub_processes import Stub, list_stubs
 
 # Looked at twice before it counts: an unload ends the stub a moment before the model's state says so.
 CONFIRMATIONS = 2
-PYTHON_BACKENDS = ("flashserve", "python")
+PYTHON_BACKENDS = (*OUR_BACKENDS, "python")
 
 
 class StubWatch:

@@ -7,16 +7,15 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from flashserve.launcher.discover import TritonInstall
-from flashserve.launcher.repository import NamedModel
+from flashserve.launcher.repository import BACKEND_NAME, NamedModel
 from flashserve.stub_processes import STUB_NAME
 
-BACKEND_NAME = "flashserve"
 DEFAULT_BACKEND_MODULE = "flashserve.frontend.lifecycle"
 OUR_PACKAGES = ("flashserve", "flashserve_kernels")
 
@@ -56,11 +55,11 @@ def package_folders() -> list[str]:
     return list(dict.fromkeys(folders))
 
 
-def add_backends(workspace: Workspace, install: TritonInstall, module: str) -> None:
-    """Tritonserver's own backends, the Python backend with this interpreter's stub, and ours."""
+def add_backends(workspace: Workspace, install: TritonInstall, module: str, names: Collection[str]) -> None:
+    """Tritonserver's own backends, the Python backend with this interpreter's stub, and ours under each of `names`."""
     workspace.backends.mkdir()
     for backend in sorted(install.backends.iterdir()):
-        if backend.is_dir() and backend.name not in ("python", BACKEND_NAME):
+        if backend.is_dir() and backend.name not in ("python", *names):
             (workspace.backends / backend.name).symlink_to(backend)
     python = workspace.backends / "python"
     python.mkdir()
@@ -70,9 +69,10 @@ def add_backends(workspace: Workspace, install: TritonInstall, module: str) -> N
             shutil.copy(file, python / file.name)
     assert install.stub is not None, "require_triton() has checked the stub"
     shutil.copy(install.stub, python / STUB_NAME)
-    ours = workspace.backends / BACKEND_NAME
-    ours.mkdir()
-    (ours / "model.py").write_text(backend_entry(module), encoding="utf-8")
+    for name in names:
+        ours = workspace.backends / name
+        ours.mkdir()
+        (ours / "model.py").write_text(backend_entry(module), encoding="utf-8")
 
 
 def backend_entry(module: str) -> str:
