@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PYTHON ?=
 ARGS   ?=
+WORKERS ?= 2
 EXTRAS_SERVE := server
 EXTRAS_DEV   := server,kernels,dev
 
@@ -21,8 +22,8 @@ doctor: $(VENV)/.serve  ## say what is there, what is missing and how to get it
 
 install: $(VENV)/.dev  ## create .venv with everything that development needs
 
-test: lint  ## lint, then every test (make test ARGS="tests/unit -x")
-	@exec $(BIN)/python -m pytest $(ARGS)
+test: lint  ## lint, then every test (make test ARGS="tests/unit -x"; WORKERS=0: in one process)
+	@exec $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -227,16 +227,19 @@ def test_sync_no_thread_and_no_socket_is_left(far_peer: Peer):
     def descriptors():
         return len(os.listdir("/proc/self/fd"))
 
-    use()  # grpc keeps a few for the process
-    assert asyncio.run(until(lambda: all(asked.over.is_set() for asked in far_peer.asked)))
-    before = descriptors()
-    for _ in range(3):
-        use()
-    for _ in range(100):
-        if descriptors() <= before:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"{before} descriptors became {descriptors()}")
+    def grows():
+        """Whether three uses leave descriptors behind, within two seconds."""
+        before = descriptors()
+        for _ in range(3):
+            use()
+        deadline = time.monotonic() + 2
+        while descriptors() > before and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return descriptors() > before
+
+    use()
+    # grpc keeps some for the process, more on a busy machine; a leak is one that goes on.
+    assert not all(grows() for _ in range(4))
 
 
 def test_sync_a_client_that_is_closed_says_so(far_peer: Peer):

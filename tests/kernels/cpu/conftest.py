@@ -14,8 +14,6 @@ SANITIZE = os.environ.get("FLASHSERVE_TEST_SANITIZE") == "1"
 """Set by test_sanitizers.py, which also preloads the sanitizers' runtime."""
 ISAS = os.environ["FLASHSERVE_TEST_ISAS"].split(",") if "FLASHSERVE_TEST_ISAS" in os.environ else supported_isas()
 
-_ran: set[str] = set()
-
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Compile before the first test, whose timeout is not made for that."""
@@ -32,12 +30,12 @@ def pool(request: pytest.FixtureRequest) -> Pool:
     """Two threads that run the kernels compiled for one instruction set. A set that cannot be built is a failure."""
     pool = Pool(request.param, 2, sanitize=SANITIZE)
     assert pool.library.fs_isa().decode() in (request.param, "neon")
-    _ran.add(request.param)
     return pool
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The log says which paths ran."""
-    if _ran:
-        names = ", ".join(isa for isa in ISAS if isa in _ran)
-        terminalreporter.write_line(f"native kernels ran for: {names}{' (with sanitizers)' if SANITIZE else ''}")
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The end of the log says which instruction sets ran."""
+    if "pool" in getattr(item, "fixturenames", ()):
+        sanitized = " (with sanitizers)" if SANITIZE else ""
+        item.user_properties.append(("native kernels", f"{item.callspec.params['pool']}{sanitized}"))

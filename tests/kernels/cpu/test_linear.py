@@ -73,8 +73,8 @@ def test_large(pool: Pool, dtype: torch.dtype, rows: int, k: int, n: int) -> Non
 def test_error_of_float32_is_that_of_partial_sums(pool: Pool, k: int, rows: int) -> None:
     """K products are summed in pieces of 64, and then the pieces: one long sum had 1.4 and 2.1 times this bound.
 
-    A sum of j products of N(0, 1) values has variance j, and rounding it an error below u times it: pieces of P add up to
-    u^2 K P / 2, and the K / P sums of pieces to u^2 K^2 / 2 P. (Higham, Accuracy and Stability, 4.2.)
+    A sum of j products of N(0, 1) values has variance j, and rounding it an error below u times it: pieces of P add up
+    to u^2 K P / 2, and the K / P sums of pieces to u^2 K^2 / 2 P. (Higham, Accuracy and Stability, 4.2.)
     """
     weight, x = random(200, k, dtype=torch.float32), random(rows, k, dtype=torch.float32, seed=1)
     error = linear(pool, x, pack_linear(pool, weight)).double() - x.double() @ weight.double().T
