@@ -36,12 +36,14 @@ HISTOGRAMS = (
     "vllm:time_to_first_token_seconds",
     "vllm:inter_token_latency_seconds",
     "vllm:time_per_output_token_seconds",
+    "vllm:request_time_per_output_token_seconds",
     "vllm:e2e_request_latency_seconds",
     "vllm:request_queue_time_seconds",
     "vllm:request_prefill_time_seconds",
     "vllm:request_decode_time_seconds",
     "vllm:request_prompt_tokens",
     "vllm:request_generation_tokens",
+    "vllm:request_params_n",
 )
 
 
@@ -143,11 +145,13 @@ def test_requests_and_tokens_are_counted_once(server: Server) -> None:
         "vllm:request_generation_tokens_sum": 16,
         "vllm:inter_token_latency_seconds_count": 13,
         "vllm:time_to_first_token_seconds_count": 3,
-        "vllm:time_per_output_token_seconds_count": 2,  # a single token has no time per token after the first
+        "vllm:time_per_output_token_seconds_count": 13,
+        "vllm:request_time_per_output_token_seconds_count": 2,  # a single token has no time per token after the first
         "vllm:e2e_request_latency_seconds_count": 3,
         "vllm:request_queue_time_seconds_count": 3,
         "vllm:request_prefill_time_seconds_count": 3,
         "vllm:request_decode_time_seconds_count": 3,
+        "vllm:request_params_n_sum": 3,
     }
     gained = gains(server, before, expected)
     for name in COUNTERS:
@@ -239,8 +243,18 @@ def test_times_are_those_that_the_client_is_told(server: Server) -> None:
     assert whole == pytest.approx(sum(gained[f"vllm:request_{part}_seconds_sum"] for part in parts), abs=1e-5)
     assert 3 * 30 * 0.001 < whole < elapsed, "each of 30 steps takes at least 1 ms"
     decode = gained["vllm:request_decode_time_seconds_sum"]
-    assert gained["vllm:time_per_output_token_seconds_sum"] == pytest.approx(decode / 29, rel=1e-3)
+    assert gained["vllm:request_time_per_output_token_seconds_sum"] == pytest.approx(decode / 29, rel=1e-3)
     assert gained["vllm:inter_token_latency_seconds_sum"] <= decode + 1e-3
+    assert gained["vllm:time_per_output_token_seconds_sum"] == gained["vllm:inter_token_latency_seconds_sum"]
+
+
+def test_a_histogram_is_one_family_with_its_buckets_in_order(server: Server) -> None:
+    text = HTTP.get(server.metrics).text
+    for name in HISTOGRAMS:
+        assert re.findall(rf"^# TYPE ({name}\S*) (\w+)$", text, re.MULTILINE) == [(name, "histogram")]
+        bounds = re.findall(rf'^{name}_bucket{{.*model_name="{MODEL}".*le="(.*?)".*}}', text, re.MULTILINE)
+        assert [float(bound) for bound in bounds] == sorted(map(float, bounds))
+        assert bounds[-1] == "+Inf"
 
 
 def test_histograms_are_cumulative_and_hold_each_value_in_its_bucket(server: Server) -> None:
@@ -249,7 +263,7 @@ def test_histograms_are_cumulative_and_hold_each_value_in_its_bucket(server: Ser
     gained = gains(server, before, {"vllm:request_prompt_tokens_count": 1, "vllm:request_generation_tokens_count": 1})
     for name, value in (("vllm:request_prompt_tokens", 40), ("vllm:request_generation_tokens", 7)):
         for bound in (1, 2, 5, 10, 20, 50, 100, 1000, 100_000):
-            assert gained[f"{name}_bucket{{{float(bound)}}}"] == (value <= bound)
+            assert gained[f"{name}_bucket{{{bound}}}"] == (value <= bound)
     values = read(server)
     for name in HISTOGRAMS:
         buckets = [(float(key.rpartition("{")[2][:-1]), value) for key, value in values.items() if

@@ -1,22 +1,37 @@
 """The metrics' arithmetic; that Triton shows them is a server test."""
 
+import itertools
 import time
 from typing import ClassVar
 
 import pytest
 
-from flashserve.frontend.metrics import BY_NAME, SPECS, Metrics, MetricsExportThread, TritonExporter, engine_infos
+from flashserve.frontend.metrics import (
+    BY_NAME,
+    OBSERVATIONS_PER_FLUSH,
+    SPECS,
+    Metrics,
+    MetricsExportThread,
+    TritonExporter,
+    engine_infos,
+)
 
 TTFT = "vllm:time_to_first_token_seconds"
 
 
 class RecordingMetric:
-    def __init__(self):
+    def __init__(self, buckets=()):
         self.value = 0.0
         self.operations = 0
+        self.observed = []
+        self.buckets = buckets
 
     def set(self, value):
         self.value = value
+        self.operations += 1
+
+    def observe(self, value):
+        self.observed.append(value)
         self.operations += 1
 
     def increment(self, amount):
@@ -28,14 +43,15 @@ class RecordingMetric:
 class RecordingFamily:
     """Stands in for the C++ class, which exists only inside a stub."""
 
-    COUNTER, GAUGE = "counter", "gauge"
+    COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
     made: ClassVar[dict] = {}
 
     def __init__(self, name, description, kind):
         self.name, self.kind = name, kind
 
-    def Metric(self, labels):  # noqa: N802 - Triton's name
-        return RecordingFamily.made.setdefault((self.name, tuple(sorted(labels.items()))), RecordingMetric())
+    def Metric(self, labels, buckets=()):  # noqa: N802 - Triton's name
+        assert bool(buckets) == (self.kind == self.HISTOGRAM)
+        return RecordingFamily.made.setdefault((self.name, tuple(sorted(labels.items()))), RecordingMetric(buckets))
 
 
 class PbUtils:
@@ -73,18 +89,34 @@ def test_a_labelled_counter_has_one_series_per_label_value(exported):
     assert value(made, "vllm:request_success_total", finished_reason="length") == 2
 
 
-def test_histogram_buckets_are_cumulative_and_inclusive(exported):
+def observed(made, name):
+    return made[(name, (("model", "m"),))].observed
+
+
+def test_a_histogram_gets_a_value_for_each_in_its_bucket_with_their_sum(exported):
     metrics, exporter, made = exported
-    metrics.observe_all(TTFT, [0.001, 0.0011, 0.5, 99.0])
+    metrics.observe_all(TTFT, [0.001, 0.0011, 0.0013, 0.5, 99.0])
     exporter.flush_counters()
-    assert value(made, f"{TTFT}_bucket", le="0.001") == 1
-    assert value(made, f"{TTFT}_bucket", le="0.005") == 2
-    assert value(made, f"{TTFT}_bucket", le="0.25") == 2
-    assert value(made, f"{TTFT}_bucket", le="0.5") == 3
-    assert value(made, f"{TTFT}_bucket", le="30.0") == 3
-    assert value(made, f"{TTFT}_bucket", le="+Inf") == 4
-    assert value(made, f"{TTFT}_count") == 4
-    assert value(made, f"{TTFT}_sum") == pytest.approx(99.5021)
+    exporter.flush_counters()
+    assert observed(made, TTFT) == pytest.approx([0.001, 0.0012, 0.0012, 0.5, 99.0])
+    assert made[(TTFT, (("model", "m"),))].buckets == list(BY_NAME[TTFT].buckets)
+
+
+def test_of_many_values_a_flush_passes_on_a_sample_with_their_distribution(exported):
+    metrics, exporter, made = exported
+    metrics.observe_all(TTFT, [0.003] * 30_000 + [0.3] * 9_990 + [20.0] * 10)
+    exporter.flush_counters()
+    values = observed(made, TTFT)
+    assert len(values) == OBSERVATIONS_PER_FLUSH + 1  # the rarest is never left out
+    assert [values.count(value) for value in sorted(set(values))] == [750, 250, 1]
+    assert sorted(set(values)) == pytest.approx([0.003, 0.3, 20.0])
+
+
+def test_a_value_on_a_buckets_bound_stays_in_it(exported):
+    metrics, exporter, made = exported
+    metrics.observe_all(TTFT, [0.1] * 3)  # (0.1 + 0.1 + 0.1) / 3 > 0.1
+    exporter.flush_counters()
+    assert observed(made, TTFT) == [0.1] * 3
 
 
 def test_every_series_without_a_label_exists_from_the_start(exported):
@@ -92,7 +124,7 @@ def test_every_series_without_a_label_exists_from_the_start(exported):
     names = {name for name, _ in made}
     for spec in SPECS:
         if spec.label is None:
-            assert (f"{spec.name}_count" if spec.kind == "histogram" else spec.name) in names
+            assert spec.name in names
 
 
 def test_a_gauge_is_sent_only_when_it_changes(exported):
@@ -110,7 +142,9 @@ def test_nothing_is_declared_beside_a_predecessor(exported):
     RecordingFamily.made = {}
     metrics = Metrics()
     exporter = TritonExporter(metrics, PbUtils, {"model": "m"})
-    thread = MetricsExportThread(exporter, engine_infos(16, 100), lambda: predecessors.pop(0), lambda: True)
+    thread = MetricsExportThread(
+        exporter, metrics.hurry, engine_infos(16, 100), lambda: predecessors.pop(0), lambda: True
+    )
     metrics.add("vllm:generation_tokens_total", 3)
     thread.start()
     assert not RecordingFamily.made
@@ -123,6 +157,53 @@ def test_nothing_is_declared_beside_a_predecessor(exported):
         thread.stop()
     assert not predecessors
     assert value(RecordingFamily.made, "vllm:cache_config_info", block_size="16", num_gpu_blocks="100") == 1
+
+
+@pytest.fixture
+def export_thread(exported):
+    metrics, exporter, _ = exported
+    thread = MetricsExportThread(exporter, metrics.hurry, engine_infos(16, 100), lambda: False, lambda: True)
+    yield thread
+    thread.stop()
+
+
+def eventually(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_counters_come_at_once_while_they_cost_little(exported, export_thread, monkeypatch):
+    monkeypatch.setattr("flashserve.frontend.metrics.COUNTER_PERIOD_S", 1000)
+    metrics, _, made = exported
+    export_thread.start()
+    for i in range(1, 21):
+        metrics.add("vllm:generation_tokens_total")
+        metrics.hurry.set()
+        eventually(lambda total=i: value(made, "vllm:generation_tokens_total") == total)
+
+
+def test_costly_counters_come_once_in_their_period(exported, export_thread, monkeypatch):
+    """A flush that takes all that was saved up is followed by none before the period's end."""
+    metrics, exporter, _ = exported
+    flushes = []
+    monkeypatch.setattr("flashserve.frontend.metrics.FLUSH_CREDIT_S", 0.005)
+    monkeypatch.setattr("flashserve.frontend.metrics.COUNTER_PERIOD_S", 0.2)
+
+    def slow_flush():
+        flushes.append(time.monotonic())
+        time.sleep(0.1)
+
+    monkeypatch.setattr(exporter, "flush_counters", slow_flush)
+    export_thread.start()
+
+    def hurry_until_four():
+        metrics.hurry.set()
+        return len(flushes) >= 4
+
+    eventually(hurry_until_four)
+    assert all(later - sooner >= 0.2 for sooner, later in itertools.pairwise(flushes))
 
 
 def test_names_are_unique_and_buckets_rise():

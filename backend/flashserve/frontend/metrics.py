@@ -1,10 +1,11 @@
 """Metrics under vLLM's names, collected here and passed on to Triton's own /metrics in batches.
 
-One metric operation of the Python backend is a round trip to tritonserver: 90-180 µs, measured. At thousands of
-tokens per second nothing may cost that per token. So values are kept in plain Python and a thread passes on what
-changed. Triton's histogram type can only observe one value per round trip; a histogram is therefore exported as
-what it is on the wire, counters named ``…_bucket{le}``, ``…_sum`` and ``…_count``, which Prometheus' functions
-(``histogram_quantile``, ``rate``) read like any other histogram.
+One metric operation of the Python backend is a round trip to tritonserver: 20-30 µs on an idle machine, 90-180 on a
+busy one. At thousands of tokens per second nothing may cost that per token. So values are kept in plain Python and a
+thread passes on what changed: a few milliseconds after a request's end, under load once a second. Triton's histograms
+take one value per operation: a flush passes on at most :data:`OBSERVATIONS_PER_FLUSH` of each, and where more came in,
+as many of each bucket as its share is. Quantiles then stay right; ``_count`` falls behind the counters of tokens and
+requests, which are always exact.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import bisect
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,8 +23,11 @@ from flashserve.errors import INTERNAL, INVALID_ARG, UNAVAILABLE
 log = logging.getLogger(__name__)
 
 GAUGE_PERIOD_S = 0.05  # one gauge changes with each step, three at most: 20-60 round trips per second
-COUNTER_TICKS = 20  # counters every second: up to 100 series change under load, 1-2% of a core
-DECLARE_TICKS = 5  # every 0.25 s a look at the processes, until the predecessor has ended
+COUNTER_PERIOD_S = 1.0  # at the latest
+FLUSH_SHARE = 0.02  # of the time: what sooner flushes may take, whether Triton is quick or slow just now
+FLUSH_CREDIT_S = 0.1  # may be saved up: some 50 requests in a row are counted at once
+OBSERVATIONS_PER_FLUSH = 1000  # of one histogram: 20 ms
+DECLARE_PERIOD_S = 0.25  # between looks at the processes, until the predecessor has ended
 STOP_TIMEOUT_S = 2.0
 
 LATENCY_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -65,9 +70,11 @@ SPECS = (
                label_values=(INVALID_ARG, UNAVAILABLE, INTERNAL)),
     MetricSpec("vllm:time_to_first_token_seconds", "histogram", "Arrival to first token.", None, LATENCY_BUCKETS),
     MetricSpec("vllm:inter_token_latency_seconds", "histogram", "Between tokens.", None, TOKEN_TIME_BUCKETS),
+    # vLLM's older name of the same; its Triton backend exports this one.
+    MetricSpec("vllm:time_per_output_token_seconds", "histogram", "Between tokens.", None, TOKEN_TIME_BUCKETS),
     MetricSpec(
-        "vllm:time_per_output_token_seconds", "histogram", "Mean time per token after the first, by request.", None,
-        TOKEN_TIME_BUCKETS,
+        "vllm:request_time_per_output_token_seconds", "histogram", "Mean time per token after the first, by request.",
+        None, TOKEN_TIME_BUCKETS,
     ),
     MetricSpec("vllm:e2e_request_latency_seconds", "histogram", "Arrival to end.", None, REQUEST_TIME_BUCKETS),
     MetricSpec("vllm:request_queue_time_seconds", "histogram", "Arrival to first step.", None, REQUEST_TIME_BUCKETS),
@@ -77,6 +84,7 @@ SPECS = (
     MetricSpec("vllm:request_prompt_tokens", "histogram", "Prompt tokens by request.", None, TOKEN_COUNT_BUCKETS),
     MetricSpec("vllm:request_generation_tokens", "histogram", "Generated tokens by request.", None,
                TOKEN_COUNT_BUCKETS),
+    MetricSpec("vllm:request_params_n", "histogram", "Samples asked for by request.", None, (1, 2, 5, 10, 20)),
 )  # fmt: skip
 BY_NAME = {spec.name: spec for spec in SPECS}
 
@@ -109,11 +117,12 @@ class Metrics:
     """Values of one model's metrics. Any thread may write; :meth:`take_changes` is the exporter's."""
 
     def __init__(self) -> None:
+        self.hurry = threading.Event()
+        """Set at the end of a request: whoever gets its answer may look at its counters at once."""
         self._lock = threading.Lock()
         self._gauges: dict[Series, float] = {}
         self._increments: dict[Series, float] = {}
-        self._bucket_counts: dict[str, list[int]] = {}
-        self._sums: dict[str, float] = {}
+        self._observations: dict[str, list[tuple[int, float]]] = {}
 
     def set(self, name: str, value: float) -> None:
         """Set a gauge."""
@@ -135,10 +144,11 @@ class Metrics:
         """Add observations to a histogram: a step's worth at once, for 0.2 µs each."""
         buckets = BY_NAME[name].buckets
         with self._lock:
-            counts = self._bucket_counts.setdefault(name, [0] * (len(buckets) + 1))
+            found = self._observations.setdefault(name, [(0, 0.0)] * (len(buckets) + 1))
             for value in values:
-                counts[bisect.bisect_left(buckets, value)] += 1
-            self._sums[name] = self._sums.get(name, 0.0) + sum(values)
+                index = bisect.bisect_left(buckets, value)
+                count, amount = found[index]
+                found[index] = (count + 1, amount + value)
 
     def take_gauges(self) -> dict[Series, float]:
         """Gauges set since the last call."""
@@ -147,24 +157,28 @@ class Metrics:
         return gauges
 
     def take_increments(self) -> dict[Series, float]:
-        """What counters gained since the last call, histograms' counters included."""
+        """What counters gained since the last call."""
         with self._lock:
             increments, self._increments = self._increments, {}
-            bucket_counts, self._bucket_counts = self._bucket_counts, {}
-            sums, self._sums = self._sums, {}
-        for name, counts in bucket_counts.items():
-            cumulative = 0
-            for bound, count in zip((*BY_NAME[name].buckets, float("inf")), counts, strict=True):
-                cumulative += count
-                if cumulative:
-                    increments[(f"{name}_bucket", (("le", _format_bound(bound)),))] = cumulative
-            increments[(f"{name}_count", ())] = cumulative
-            increments[(f"{name}_sum", ())] = sums[name]
         return increments
 
+    def take_observations(self) -> dict[str, list[tuple[int, float]]]:
+        """What histograms gained since the last call: for each bucket the number of values and their sum."""
+        with self._lock:
+            observations, self._observations = self._observations, {}
+        return observations
 
-def _format_bound(bound: float) -> str:
-    return "+Inf" if bound == float("inf") else str(float(bound))
+
+def sample(bounds: Sequence[float], found: Sequence[tuple[int, float]], limit: int) -> list[float]:
+    """At most about ``limit`` values with the distribution that was found: each bucket's mean, by its share."""
+    total = sum(count for count, _ in found)
+    share = min(1.0, limit / total) if total else 0.0
+    values: list[float] = []
+    for bound, (count, amount) in zip((*bounds, float("inf")), found, strict=True):
+        if count:
+            mean = min(bound, amount / count)  # rounding must not push three times 0.1 over 0.1
+            values += [mean] * max(1, round(count * share))
+    return values
 
 
 class TritonExporter:
@@ -200,8 +214,13 @@ class TritonExporter:
                 self._sent_gauges[series] = value
 
     def flush_counters(self) -> None:
+        """Counters and histograms."""
         for series, amount in self._metrics.take_increments().items():
             self._metric(series).increment(amount)
+        for name, found in self._metrics.take_observations().items():
+            histogram = self._metric((name, ()))
+            for value in sample(BY_NAME[name].buckets, found, OBSERVATIONS_PER_FLUSH):
+                histogram.observe(value)
 
     def close(self) -> None:
         """Take all series out of Triton. Before the stub ends: the end of its interpreter would crash on them."""
@@ -210,12 +229,7 @@ class TritonExporter:
 
     def _declare(self, spec: MetricSpec) -> None:
         """Create the series at 0, so that a first increase is visible to ``rate()``."""
-        if spec.kind == "histogram":
-            for bound in (*spec.buckets, float("inf")):
-                self._metric((f"{spec.name}_bucket", (("le", _format_bound(bound)),)))
-            self._metric((f"{spec.name}_count", ()))
-            self._metric((f"{spec.name}_sum", ()))
-        elif spec.label is None:
+        if spec.label is None:
             self._metric((spec.name, ()))
         else:
             for value in spec.label_values:
@@ -225,37 +239,40 @@ class TritonExporter:
         metric = self._series.get(series)
         if metric is None:
             name, extra = series
-            metric = self._family(name).Metric(labels={**self._labels, **dict(extra)})
+            spec, labels = BY_NAME.get(name), {**self._labels, **dict(extra)}
+            buckets = {"buckets": list(map(float, spec.buckets))} if spec is not None and spec.buckets else {}
+            metric = self._family(name).Metric(labels=labels, **buckets)
             self._series[series] = metric
         return metric
 
     def _family(self, name: str) -> Any:
         family = self._families.get(name)
         if family is None:
-            spec = BY_NAME.get(name) or BY_NAME[name.rpartition("_")[0]]
-            kinds = self._pb.MetricFamily
-            kind = kinds.GAUGE if spec.kind == "gauge" else kinds.COUNTER
+            spec, kinds = BY_NAME[name], self._pb.MetricFamily
+            kind = {"gauge": kinds.GAUGE, "counter": kinds.COUNTER, "histogram": kinds.HISTOGRAM}[spec.kind]
             family = kinds(name=name, description=spec.help, kind=kind)
             self._families[name] = family
         return family
 
 
 class MetricsExportThread:
-    """Owns the exporter's thread: gauges soon after they change, counters every second."""
+    """Owns the exporter's thread: gauges and counters soon after they change, under load within a second."""
 
     def __init__(
         self,
         exporter: TritonExporter,
+        hurry: threading.Event,
         infos: Sequence[InfoSpec],
         has_predecessor: Callable[[], bool],
         server_lives: Callable[[], bool],
     ) -> None:
         self._exporter = exporter
+        self._hurry = hurry
         self._infos = infos
         self._has_predecessor = has_predecessor
         self._server_lives = server_lives
         self._declared = False
-        self._stopping = threading.Event()
+        self._stopping = False
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
 
     def start(self) -> None:
@@ -264,24 +281,33 @@ class MetricsExportThread:
         self._thread.start()
 
     def stop(self) -> None:
-        self._stopping.set()
-        self._thread.join(STOP_TIMEOUT_S)
+        self._stopping = True
+        self._hurry.set()
+        if self._thread.ident is not None:
+            self._thread.join(STOP_TIMEOUT_S)
         self._exporter.close()
 
     def _run(self) -> None:
-        ticks = 0
+        next_gauges = latest_counters = 0.0
+        credit, last = FLUSH_CREDIT_S, time.monotonic()
         # Nobody answers for a dead tritonserver: the call would hold the interpreter's lock for ever.
-        while not self._stopping.wait(GAUGE_PERIOD_S) and self._server_lives():
-            ticks += 1
+        while not self._stopping and self._server_lives():
+            now = time.monotonic()
+            credit, last = min(FLUSH_CREDIT_S, credit + FLUSH_SHARE * (now - last)), now
             try:
-                if ticks % DECLARE_TICKS == 0:
+                if now >= next_gauges:
+                    next_gauges = now + (GAUGE_PERIOD_S if self._declared else DECLARE_PERIOD_S)
                     self._declare_when_alone()
-                if self._declared:
-                    self._exporter.flush_gauges()
-                    if ticks % COUNTER_TICKS == 0:
-                        self._exporter.flush_counters()
+                    if self._declared:
+                        self._exporter.flush_gauges()
+                if self._declared and (credit > 0 or now >= latest_counters):
+                    self._exporter.flush_counters()
+                    credit -= time.monotonic() - now
+                    latest_counters = now + COUNTER_PERIOD_S
             except Exception:
                 log.exception("metrics could not be exported")
+            self._hurry.wait(GAUGE_PERIOD_S)
+            self._hurry.clear()
 
     def _declare_when_alone(self) -> None:
         if not self._declared and not self._has_predecessor():

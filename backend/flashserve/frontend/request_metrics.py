@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flashserve.frontend.generation import Generation
 from flashserve.frontend.metrics import Metrics
 from flashserve.frontend.responses import time_spans
@@ -40,14 +42,25 @@ def record_first_token(metrics: Metrics, timings: RequestTimings) -> None:
         metrics.observe("vllm:time_to_first_token_seconds", timings.first_token - timings.arrival)
 
 
+def record_gaps(metrics: Metrics, seconds: Sequence[float]) -> None:
+    """Tokens after a request's first: the time since the one before, of a step's requests."""
+    for name in ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"):
+        metrics.observe_all(name, seconds)
+
+
 def record_end(metrics: Metrics, generation: Generation, reason: FinishReason) -> None:
     """A request ended by itself: its latencies and sizes."""
     metrics.add("vllm:request_success_total", label_value=reason)
     metrics.observe("vllm:request_prompt_tokens", len(generation.parsed.prompt_token_ids))
     metrics.observe("vllm:request_generation_tokens", generation.num_tokens)
+    metrics.observe("vllm:request_params_n", 1)
     timings, last = generation.timings, generation.last_token_time
-    if timings is None or last is None:
-        return
+    if timings is not None and last is not None:
+        _record_spans(metrics, timings, last, generation.num_tokens)
+    metrics.hurry.set()
+
+
+def _record_spans(metrics: Metrics, timings: RequestTimings, last: float, num_tokens: int) -> None:
     metrics.observe("vllm:e2e_request_latency_seconds", last - timings.arrival)
     spans = time_spans(timings, last)
     for span, name in HISTOGRAMS_OF_SPANS.items():
@@ -55,5 +68,5 @@ def record_end(metrics: Metrics, generation: Generation, reason: FinishReason) -
         if value is not None:
             metrics.observe(name, value)
     decode = spans["decode"]
-    if decode is not None and generation.num_tokens > 1:
-        metrics.observe("vllm:time_per_output_token_seconds", decode / (generation.num_tokens - 1))
+    if decode is not None and num_tokens > 1:
+        metrics.observe("vllm:request_time_per_output_token_seconds", decode / (num_tokens - 1))

@@ -17,7 +17,7 @@ from flashserve.errors import BY_CODE, INTERNAL, Cancelled, FlashserveError, Int
 from flashserve.frontend.generation import Generation
 from flashserve.frontend.merging import Merging
 from flashserve.frontend.metrics import Metrics
-from flashserve.frontend.request_metrics import record_end, record_first_token, record_stats
+from flashserve.frontend.request_metrics import record_end, record_first_token, record_gaps, record_stats
 from flashserve.frontend.responses import ResponseBuilder
 from flashserve.frontend.senders import Senders
 from flashserve.protocol import Abort, EngineReady, FinishReason, GenerateRequest, Stats, StepOutputs, TokenOutput
@@ -129,7 +129,8 @@ class Responder:
 
     def on_outputs(self, message: StepOutputs) -> None:
         now = time.monotonic()
-        latencies = []
+        latencies: list[float] = []
+        due: list[Generation] = []
         self._merging.start_step(now, len(message.outputs))
         for output in message.outputs:
             generation = self._open.get(output.request_id)
@@ -147,13 +148,14 @@ class Responder:
             if output.finish_reason is not None or (
                 generation.parsed.needs_every_token and not self._merging.holds(generation)
             ):
-                self._enqueue(generation)
-        for generation in self._merging.overdue():
-            self._enqueue(generation)
+                due.append(generation)
         if latencies:
-            self._metrics.observe_all("vllm:inter_token_latency_seconds", latencies)
+            record_gaps(self._metrics, latencies)
         record_stats(self._metrics, self._stats, message.stats)
         self._stats = message.stats
+        # After the counters: an answer never comes before what counts its tokens.
+        for generation in (*due, *self._merging.overdue()):
+            self._enqueue(generation)
 
     def _enqueue(self, generation: Generation) -> None:
         # Appended to the inbox before, and taken off after ``queued`` is reset: no output can be left behind.
