@@ -80,6 +80,8 @@ class EngineConfig:
     """int8: weights and activations of the linear layers in 8 bits; on a CPU with the native kernels."""
     kv_cache_dtype: str = "auto"
     """auto (the model's), int8 (on a CPU with the native kernels), fp8 (E4M3, on a GPU): half the memory."""
+    disable_log_stats: bool = False
+    """No metrics of this model in Triton's /metrics (vLLM's name)."""
     pin_threads: bool = False
     """Bind each of a CPU engine's threads to a core of its own; for machines that serve nothing else."""
     triton_http: str | None = None

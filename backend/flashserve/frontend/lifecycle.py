@@ -12,7 +12,7 @@ from typing import Any
 
 from flashserve.config import EngineConfig
 from flashserve.errors import FlashserveError
-from flashserve.frontend import tensor_spec
+from flashserve.frontend import model_parameters, tensor_spec
 
 log = logging.getLogger("flashserve")
 
@@ -48,7 +48,10 @@ class TritonPythonModel:
         try:
             config = EngineConfig.from_file(Path(args["model_repository"]) / args["model_version"] / "model.json")
             engine = args["model_instance_name"].removeprefix(f"{name}_")
-            self._service = ModelService(_placed(config, args), pb_utils, name, args["model_version"], engine)
+            parameters = model_parameters.read(args["model_config"], config.disable_log_stats)
+            self._service = ModelService(
+                _placed(config, args), pb_utils, name, args["model_version"], engine, parameters
+            )
         except FlashserveError as error:
             raise pb_utils.TritonModelException(f"{name}: {error.message}") from None
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flashserve.errors import FlashserveError
+from flashserve.errors import FlashserveError, InternalError, InvalidArgument
 from flashserve.frontend.generation import Generation
 from flashserve.protocol import FinishReason, RequestTimings
 
@@ -18,8 +18,10 @@ class ResponseBuilder:
     Any thread may use it. No tensor is in two responses: ``send`` writes to a response's tensors, without the GIL.
     """
 
-    def __init__(self, pb_utils: Any) -> None:
+    def __init__(self, pb_utils: Any, plain_errors: bool = False) -> None:
+        """``plain_errors``: messages as Triton's vLLM backend words them, without our suffix."""
         self._pb = pb_utils
+        self._plain_errors = plain_errors
 
     def generation(self, generation: Generation, text: str, num_tokens: int, finish_reason: FinishReason | None) -> Any:
         """A data response: a delta while streaming, else everything."""
@@ -42,7 +44,8 @@ class ResponseBuilder:
     def error(self, error: FlashserveError) -> Any:
         """The code goes twice: as Triton's own, for servers that keep it, and in the message's suffix."""
         code = getattr(self._pb.TritonError, error.code)
-        return self._pb.InferenceResponse(error=self._pb.TritonError(error.wire_message(), code))
+        message = _vllm_message(error) if self._plain_errors else error.wire_message()
+        return self._pb.InferenceResponse(error=self._pb.TritonError(message, code))
 
     def _string(self, name: str, value: str) -> Any:
         # An object array of bytes: numpy's own bytes type would drop trailing zero bytes.
@@ -52,6 +55,12 @@ class ResponseBuilder:
 
     def _count(self, name: str, value: int) -> Any:
         return self._pb.Tensor(name, np.array([value], dtype=np.uint32))
+
+
+def _vllm_message(error: FlashserveError) -> str:
+    """Triton's vLLM backend puts this before what its engine raises, and nothing before what it says itself."""
+    by_the_engine = isinstance(error, (InvalidArgument, InternalError))
+    return f"Error generating stream: {error.message}" if by_the_engine else error.message
 
 
 def request_metrics(generation: Generation) -> dict[str, float | int | None]:

@@ -7,11 +7,12 @@ import logging
 from typing import Any
 
 from flashserve.config import EngineConfig
-from flashserve.errors import FlashserveError, InternalError
+from flashserve.errors import FlashserveError, InternalError, Unavailable
 from flashserve.frontend.cancellation import CancellationWatcher
 from flashserve.frontend.drain import DrainWatcher
 from flashserve.frontend.generation import Generation
 from flashserve.frontend.metrics import Metrics, MetricsExportThread, TritonExporter, engine_infos
+from flashserve.frontend.model_parameters import ModelParameters
 from flashserve.frontend.request_parser import ParsedRequest, ParserContext, parse, read_raw
 from flashserve.frontend.responder import Responder
 from flashserve.frontend.responses import ResponseBuilder
@@ -30,10 +31,22 @@ PROMPT_TAIL = 8  # tokens of context in which the first generated one is decoded
 class ModelService:
     """Everything that lives as long as a loaded model. The constructor blocks until the engine is ready."""
 
-    def __init__(self, config: EngineConfig, pb_utils: Any, name: str, version: str, engine: str) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        pb_utils: Any,
+        name: str,
+        version: str,
+        engine: str,
+        parameters: ModelParameters,
+    ) -> None:
         """``engine`` is the instance's index, which tells the series of a model's instances apart."""
+        self._pb = pb_utils
+        self._name = name
+        self._health_check = parameters.health_check
+        self._is_healthy = True
         self._server_watch = ServerWatch()
-        self._builder = ResponseBuilder(pb_utils)
+        self._builder = ResponseBuilder(pb_utils, parameters.plain_errors)
         metrics = Metrics()
         self._responder = Responder(self._builder, metrics)
         self._supervisor = EngineSupervisor(config, self._responder)
@@ -43,11 +56,13 @@ class ModelService:
             labels = {"model": name, "version": version, "model_name": name, "engine": engine}
             self._metrics_thread = MetricsExportThread(
                 TritonExporter(metrics, pb_utils, labels),
+                metrics.hurry,
                 engine_infos(limits.block_size, limits.num_blocks),
                 has_predecessor,
                 lambda: self._server_watch.server_lives,
             )
-            self._metrics_thread.start()
+            if parameters.report_metrics:
+                self._metrics_thread.start()
         except BaseException:
             self._supervisor.stop()
             raise
@@ -68,6 +83,8 @@ class ModelService:
         """Parse a Triton request and set it going. Whatever is wrong with it becomes its response."""
         sender = request.get_response_sender()
         try:
+            if self._health_check:
+                self._check_health()
             parsed = parse(read_raw(request), self._context)
             if isinstance(parsed, ParsedRequest):
                 self._generate(parsed, sender)
@@ -78,6 +95,15 @@ class ModelService:
         except Exception:
             log.exception("request %s could not be parsed", shorten(request.request_id()))
             self._responder.refuse(sender, InternalError("the request could not be parsed"))
+
+    def _check_health(self) -> None:
+        """Unload the model if its engine has died. Raises Unavailable then, and until the model is gone."""
+        if self._is_healthy and not self._supervisor.ready:
+            self._is_healthy = False
+            log.error("the engine is not healthy: unloading the model, as ENABLE_VLLM_HEALTH_CHECK asks")
+            self._pb.unload_model(self._name)  # does not wait for the end
+        if not self._is_healthy:  # the vLLM backend's words
+            raise Unavailable("Model is unavailable due to unhealthy vLLM engine", retry_after_ms=1000)
 
     def _generate(self, parsed: ParsedRequest, sender: Any) -> None:
         internal_id = next(self._ids)
