@@ -83,7 +83,7 @@ class LLM:
         self.tokenizer = Tokenizer.load(self.resolved.model.tokenizer_file, [self.resolved.model.path])
         self.limits = engine_limits(self.resolved)
         own_defaults = config.generation_config == "auto"
-        self._defaults = load_generation_defaults(Path(self.resolved.model.path)) if own_defaults else {}
+        self._defaults = load_generation_defaults(Path(self.resolved.model.path)).parameters if own_defaults else {}
         self._ids = itertools.count(1)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params] = None) -> list[Generated]:

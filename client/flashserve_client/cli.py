@@ -12,6 +12,7 @@ from io import TextIOWrapper
 from typing import Any
 
 from .errors import ConnectionFailed, FlashserveError, InvalidRequest, NotFound, Unavailable
+from .request import DEFAULT_MAX_TOKENS
 from .results import GenerateResult
 from .sync_client import Client, Stream
 from .transport import DEFAULT_URL
@@ -61,7 +62,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help="grpc://HOST:8001 or http://HOST:8000 (default: %(default)s, or $FLASHSERVE_URL)",
     )
     parser.add_argument("--model", metavar="NAME", help=f"default: {_DEFAULT_MODEL}, or the server's only model")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="stop after N tokens (default: what fits)")
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help=f"stop after N tokens (default: {DEFAULT_MAX_TOKENS})"
+    )
     parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
     parser.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest tokens of total weight P")
     parser.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")

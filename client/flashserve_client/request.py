@@ -15,6 +15,9 @@ from .errors import InvalidRequest
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or chat messages ({"role": ..., "content": ...})."""
 
+DEFAULT_MAX_TOKENS = 256
+"""Of a request that names none. The server's own default is 16 for a text, as in vLLM; a chat may fill the context."""
+
 # Keyword arguments that belong to the chat template and not to sampling.
 _CHAT_FIELDS = ("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
 _ASK_FOR = (
@@ -66,6 +69,7 @@ def generate_request(
     """The request for `generate` and `stream`. Raises InvalidRequest for what cannot be sent."""
     params = {name: value for name, value in params.items() if value is not None}
     chat = {name: params.pop(name) for name in _CHAT_FIELDS if name in params}
+    params.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
     if params.get("n", 1) != 1:
         raise InvalidRequest("n: this client asks for one sample per request; send the request n times")
     if timeout_s is not None:
@@ -82,8 +86,7 @@ def generate_request(
         params["prompt_token_ids"] = _token_ids(prompt)
     if chat and "chat_request" not in strings:
         raise InvalidRequest(f"{next(iter(chat))}: belongs to a prompt that is a list of messages")
-    if params:
-        strings["sampling_parameters"] = _sampling_json(params)
+    strings["sampling_parameters"] = _sampling_json(params)
     flags = (*_ASK_FOR, "stream") if stream else _ASK_FOR
     return InferRequest(_model(model), request_id or new_request_id(), strings, flags, params, stream)
 

@@ -155,7 +155,7 @@ def test_a_stream_never_repeats_the_input(server: Server) -> None:
     assert text_of(stream_sse(server, text_input=HELLO, max_tokens=5, exclude_input_in_output=True)) == FIVE
     response = post(server, {"text_input": HELLO, "stream": True, "exclude_input_in_output": False})
     assert response.status_code == 400
-    assert "exclude_input_in_output must be true while streaming" in response.text
+    assert "When streaming, `exclude_input_in_output` = False is not allowed" in response.text
 
 
 # --- the forms in which it is asked ------------------------------------------------------------------------

@@ -43,6 +43,8 @@ async def test_stream_asks_for_a_stream(peer: Peer):
         async for _ in client.stream("hello", request_id="mine"):
             pass
     (asked,) = peer.asked
+    assert asked.sampling == {"max_tokens": 256}
+    del asked.inputs["sampling_parameters"]
     assert asked.inputs == {"text_input": "hello", "stream": True, **ASKED_FOR}
     assert (asked.model, asked.request_id) == ("m", "mine")
 
@@ -51,8 +53,13 @@ async def test_token_ids_are_a_sampling_parameter(peer: Peer):
     async with AsyncClient(peer.url) as client:
         await client.generate([1, 2, 3])
         await client.generate(np.array([4, 5]), temperature=np.float32(0.5), stop_token_ids=np.array([7]))
-    assert peer.asked[0].sampling == {"prompt_token_ids": [1, 2, 3]}
-    assert peer.asked[1].sampling == {"prompt_token_ids": [4, 5], "temperature": 0.5, "stop_token_ids": [7]}
+    assert peer.asked[0].sampling == {"prompt_token_ids": [1, 2, 3], "max_tokens": 256}
+    assert peer.asked[1].sampling == {
+        "prompt_token_ids": [4, 5],
+        "temperature": 0.5,
+        "stop_token_ids": [7],
+        "max_tokens": 256,
+    }
     assert "text_input" not in peer.asked[0].inputs
 
 
@@ -74,7 +81,10 @@ async def test_the_timeout_is_the_servers_deadline_in_milliseconds(peer: Peer):
     async with AsyncClient(peer.url, timeout_s=7) as client:
         await client.generate("x")
         await client.generate("x", timeout_s=0.0204)
-    assert [asked.sampling for asked in peer.asked] == [{"timeout_ms": 7000}, {"timeout_ms": 21}]
+    assert [asked.sampling for asked in peer.asked] == [
+        {"timeout_ms": 7000, "max_tokens": 256},
+        {"timeout_ms": 21, "max_tokens": 256},
+    ]
 
 
 async def test_headers_go_along(peer: Peer):

@@ -75,7 +75,7 @@ def refused(words: str, context: ParserContext = CONTEXT, **request: Any) -> Non
 def test_a_text_alone_is_a_request():
     request = parsed(text_input="hello world")
     assert request.prompt_token_ids == TOKENIZER.encode("hello world")
-    assert request.params.max_tokens == 100 - len(request.prompt_token_ids)
+    assert request.params.max_tokens == 16
     assert (request.stream, request.exclude_input, request.prompt_text) == (False, False, "hello world")
     assert (request.priority, request.arrival, request.deadline, request.request_id) == (0, 1000.0, None, "")
     assert request.outputs == OutputFlags()
@@ -201,7 +201,12 @@ def test_the_prompt_is_repeated_unless_streaming_or_told_not_to():
     assert seen(exclude_input_in_output=True) == (True, "")
     assert seen(stream=True) == (True, "")
     assert seen(stream=True, exclude_input_in_output=True) == (True, "")
-    refused("must be true while streaming", text_input="hi", stream=True, exclude_input_in_output=False)
+    refused(
+        "When streaming, `exclude_input_in_output` = False is not allowed",
+        text_input="hi",
+        stream=True,
+        exclude_input_in_output=False,
+    )
 
 
 def test_logprobs_are_refused_but_not_the_wish_for_none():

@@ -8,7 +8,7 @@ import pytest
 from small_tokenizers import byte_level, sentencepiece, word_piece
 
 from flashserve.errors import ConfigError, InvalidArgument
-from flashserve.text.generation_defaults import load_generation_defaults
+from flashserve.text.generation_defaults import GenerationDefaults, load_generation_defaults
 from flashserve.text.tokenizer import MAX_OVERLONG_BYTES, Tokenizer
 
 
@@ -108,16 +108,16 @@ def test_template_files_win_over_the_configuration(folder):
 
 
 def test_generation_defaults_are_the_samplings_and_no_more(tmp_path):
-    assert load_generation_defaults(tmp_path) == {}
+    assert load_generation_defaults(tmp_path) == GenerationDefaults()
     (tmp_path / "generation_config.json").write_text(
         json.dumps({"do_sample": False, "temperature": 0.6, "top_k": 20, "max_new_tokens": 99, "min_p": None, "eos": 1})
     )
-    assert load_generation_defaults(tmp_path) == {"temperature": 0.6, "top_k": 20, "max_tokens": 99}
+    assert load_generation_defaults(tmp_path).parameters == {"temperature": 0.6, "top_k": 20, "max_tokens": 99}
 
 
 def test_defaults_that_are_not_supported_are_logged(tmp_path, caplog):
     (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.1}')
-    assert load_generation_defaults(tmp_path) == {}
+    assert load_generation_defaults(tmp_path) == GenerationDefaults()
     assert "repetition_penalty=1.1" in caplog.text
 
 

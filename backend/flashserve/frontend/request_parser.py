@@ -28,13 +28,14 @@ from flashserve.sampling_params import (
     shorten,
 )
 from flashserve.text.chat_template import ChatRequest, ChatTemplate
-from flashserve.text.generation_defaults import load_generation_defaults
+from flashserve.text.generation_defaults import GenerationDefaults, load_generation_defaults
 from flashserve.text.strict_json import parse_object
 from flashserve.text.tokenizer import Tokenizer
 
 FLAGS = tuple(spec.name for spec in INPUTS if spec.dtype == "BOOL")
 PROMPTS = ("text_input", "chat_request", "tokenize_request", "embedding_request")
 TRITONS_OWN = "triton_enable_empty_final_response"  # the one such key that Triton takes from clients
+DEFAULT_MAX_TOKENS = 16  # of a text, as in vLLM: clients of its Triton backend send none and expect it
 NOT_SUPPORTED = ("return_cumulative_logprob", "return_logprobs")
 
 
@@ -75,25 +76,25 @@ class ParserContext:
     tokenizer: Tokenizer
     chat_template: ChatTemplate
     limits: EngineLimits
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    """The model's own sampling defaults, by parameter name."""
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+    """The model's own."""
     now: Callable[[], float] = time.monotonic
 
     @classmethod
     def load(cls, config: EngineConfig, limits: EngineLimits) -> ParserContext:
         """Read the model's tokenizer, chat template and sampling defaults. Raises ConfigError."""
         tokenizer = Tokenizer.load(limits.tokenizer_file, [limits.model_path])
-        defaults = load_generation_defaults(Path(limits.model_path)) if config.generation_config == "auto" else {}
+        own = config.generation_config == "auto"
+        defaults = load_generation_defaults(Path(limits.model_path)) if own else GenerationDefaults()
         try:
-            parse_sampling_params({}, defaults)
+            parse_sampling_params({}, defaults.parameters)
         except InvalidArgument as error:
             raise ConfigError(
                 f'generation_config.json: {error.message} ("generation_config": "vllm" ignores it)'
             ) from error
         assert tokenizer.longest_token  # computed now (30 ms for 150k tokens), not for the first request
-        return cls(
-            tokenizer, ChatTemplate(tokenizer.config.get("chat_template"), tokenizer.special_tokens), limits, defaults
-        )
+        chat_template = ChatTemplate(tokenizer.config.get("chat_template"), tokenizer.special_tokens)
+        return cls(tokenizer, chat_template, limits, defaults)
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -154,7 +155,7 @@ def parse(request: RawRequest, context: ParserContext) -> ParsedRequest | Parsed
     """Check and resolve a request. Raises InvalidArgument, naming the field and what it takes."""
     arrival = context.now()
     texts, flags, values = _read_inputs(request)
-    parameters = parse_parameters(values, context.defaults)
+    parameters = parse_parameters(values, context.defaults.parameters)
     options = parameters.options
     source = _prompt_source(texts, options)
     if source == "tokenize_request":
@@ -165,14 +166,12 @@ def parse(request: RawRequest, context: ParserContext) -> ParsedRequest | Parsed
     stream = flags.get("stream", False)
     exclude_input = flags.get("exclude_input_in_output", stream)
     if stream and not exclude_input:
-        raise InvalidArgument(
-            "exclude_input_in_output must be true while streaming: responses are deltas of the output"
-        )
+        raise InvalidArgument("When streaming, `exclude_input_in_output` = False is not allowed.")  # vLLM's words
     token_ids, text = _prompt(source, texts, parameters, context)
     if text is None:
         skip = parameters.sampling.skip_special_tokens
         text = "" if exclude_input else context.tokenizer.decode(token_ids, skip_special_tokens=skip)
-    params, token_ids = _fit(parameters.sampling, token_ids, source, context.limits)
+    params, token_ids = _fit(parameters.sampling, token_ids, source, context)
     return ParsedRequest(
         prompt_token_ids=token_ids,
         prompt_text="" if exclude_input else text,
@@ -226,9 +225,10 @@ def _prompt(
 
 
 def _fit(
-    params: SamplingParams, token_ids: list[int], source: str, limits: EngineLimits
+    params: SamplingParams, token_ids: list[int], source: str, context: ParserContext
 ) -> tuple[SamplingParams, list[int]]:
     """Cut the prompt as asked, check it against vocabulary and context, and resolve max_tokens."""
+    limits = context.limits
     if params.truncate_prompt_tokens is not None:
         token_ids = token_ids[-params.truncate_prompt_tokens :]
     if not token_ids:
@@ -241,9 +241,20 @@ def _fit(
             f"prompt has {len(token_ids)} tokens, the model's context takes at most {limits.max_model_len} "
             "(prompt + at least one output token)"
         )
-    max_tokens = rest if params.max_tokens is None else min(params.max_tokens, rest)
+    max_tokens = params.max_tokens or _default_max_tokens(source, len(token_ids), params, context)
+    max_tokens = min(max_tokens, rest)
     min_tokens = min(params.min_tokens, max_tokens)  # a context that is full ends the request anyway
     return msgspec.structs.replace(params, max_tokens=max_tokens, min_tokens=min_tokens), token_ids
+
+
+def _default_max_tokens(source: str, prompt_tokens: int, params: SamplingParams, context: ParserContext) -> int:
+    """Of a request that names none, by a model whose files name no ``max_new_tokens``: a chat ends by itself."""
+    if source == "chat_request":
+        return context.limits.max_model_len
+    max_length = context.defaults.max_length
+    if max_length is not None and max_length > prompt_tokens:
+        return max_length - prompt_tokens
+    return max(DEFAULT_MAX_TOKENS, params.min_tokens)
 
 
 def _check_vocabulary(name: str, token_ids: list[int] | tuple[int, ...], limits: EngineLimits) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flashserve.errors import ConfigError
 from flashserve.text.tokenizer import read_json_object
 
 log = logging.getLogger(__name__)
@@ -21,18 +24,30 @@ NAMES = {
 NEUTRAL = {"repetition_penalty": 1.0}
 
 
-def load_generation_defaults(model_dir: Path) -> dict[str, Any]:
-    """Defaults of the sampling parameters, by parameter name; empty without the file.
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What a model's requests take where they say nothing."""
+
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """Sampling parameters by name."""
+    max_length: int | None = None
+    """Most tokens of prompt and output together, of a text without max_tokens."""
+
+
+def load_generation_defaults(model_dir: Path, overrides: Mapping[str, Any] | None = None) -> GenerationDefaults:
+    """The file's values, and over them ``overrides`` under the file's names; nothing without either.
 
     As in vLLM, ``do_sample`` has no say: a model whose file names no temperature samples with temperature 1, also
     if it says ``do_sample: false``. Raises ConfigError for a file that is not a JSON object; the caller checks the
     values together with everything else.
     """
     path = model_dir / "generation_config.json"
-    if not path.is_file():
-        return {}
-    values = read_json_object(path)
+    values = {**(read_json_object(path) if path.is_file() else {}), **(overrides or {})}
     for name, neutral in NEUTRAL.items():
-        if values.get(name, neutral) != neutral:
+        if values.get(name) not in (None, neutral):
             log.warning("generation_config.json sets %s=%r, which is not supported and left out", name, values[name])
-    return {ours: values[theirs] for theirs, ours in NAMES.items() if values.get(theirs) is not None}
+    parameters = {ours: values[theirs] for theirs, ours in NAMES.items() if values.get(theirs) is not None}
+    max_length = values.get("max_length")
+    if max_length is not None and (type(max_length) is not int or max_length < 1):
+        raise ConfigError(f"generation_config.json: max_length must be a positive integer, not {max_length!r}")
+    return GenerationDefaults(parameters, max_length)

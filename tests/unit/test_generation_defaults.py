@@ -1,0 +1,71 @@
+"""What a request gets that names no max_tokens: the model's own default, else vLLM's 16 for a text, all for a chat."""
+
+import json
+
+import numpy as np
+import pytest
+from small_tokenizers import byte_level
+
+from flashserve.errors import ConfigError
+from flashserve.frontend.request_parser import ParserContext, RawRequest, parse
+from flashserve.protocol import EngineLimits
+from flashserve.text.chat_template import ChatTemplate
+from flashserve.text.generation_defaults import load_generation_defaults
+from flashserve.text.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer(byte_level())
+LIMITS = EngineLimits(
+    max_model_len=100, max_num_seqs=8, max_num_batched_tokens=64, block_size=16, num_blocks=99,
+    vocab_size=TOKENIZER.vocab_size, eos_token_ids=(0,), dtype="float32", device="cpu", model_path="/m",
+    tokenizer_file="/m/tokenizer.json",
+)  # fmt: skip
+PROMPTS = {
+    "text_input": "abc",
+    "chat_request": json.dumps({"messages": [{"role": "user", "content": "abc"}]}),
+}
+PROMPT_TOKENS = len(TOKENIZER.encode("abc"))
+
+
+def max_tokens(folder, prompt, own=None, overrides=None, **parameters):
+    """The parsed request's, by a model whose generation_config.json holds ``own``."""
+    if own is not None:
+        (folder / "generation_config.json").write_text(json.dumps(own))
+    template = ChatTemplate("{{ messages[0].content }}", {})
+    context = ParserContext(TOKENIZER, template, LIMITS, load_generation_defaults(folder, overrides))
+    inputs = {prompt: np.array([PROMPTS[prompt].encode()], dtype=object)}
+    return parse(RawRequest(inputs, parameters), context).params.max_tokens
+
+
+def test_a_text_gets_16_and_a_chat_the_context(tmp_path):
+    assert max_tokens(tmp_path, "text_input") == 16
+    assert max_tokens(tmp_path, "chat_request") == LIMITS.max_model_len - PROMPT_TOKENS
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_models_own_default_comes_first(tmp_path, prompt):
+    assert max_tokens(tmp_path, prompt, {"max_new_tokens": 9}) == 9
+    assert max_tokens(tmp_path, prompt, {"max_new_tokens": 9, "max_length": 30}) == 9
+    assert max_tokens(tmp_path, prompt, {"max_new_tokens": 9}, overrides={"max_new_tokens": 11}) == 11
+
+
+def test_a_text_may_fill_the_models_max_length(tmp_path):
+    assert max_tokens(tmp_path, "text_input", {"max_length": 30}) == 30 - PROMPT_TOKENS
+    assert max_tokens(tmp_path, "text_input", {"max_length": 4096}) == LIMITS.max_model_len - PROMPT_TOKENS
+    assert max_tokens(tmp_path, "text_input", {"max_length": 1}) == 16, "no room: the file means something else"
+    assert max_tokens(tmp_path, "chat_request", {"max_length": 30}) == LIMITS.max_model_len - PROMPT_TOKENS
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_request_comes_before_all(tmp_path, prompt):
+    assert max_tokens(tmp_path, prompt, {"max_new_tokens": 9, "max_length": 30}, max_tokens=50) == 50
+
+
+def test_min_tokens_raise_the_default(tmp_path):
+    assert max_tokens(tmp_path, "text_input", min_tokens=40) == 40
+
+
+def test_null_means_nothing_and_nonsense_is_refused(tmp_path):
+    assert max_tokens(tmp_path, "text_input", {"max_length": None, "max_new_tokens": None}) == 16
+    for value in (0, "30", True, 1.5):
+        with pytest.raises(ConfigError, match="max_length must be a positive integer"):
+            max_tokens(tmp_path, "text_input", {"max_length": value})
