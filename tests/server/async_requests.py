@@ -13,11 +13,13 @@ from harness import Server
 
 from flashserve_client import AsyncClient
 
+FAR_AWAY = 1_000_000  # max_tokens: cut to what the context takes
+
 
 async def read(client: AsyncClient, prompt: str = "hello", texts: list[str] | None = None, **options: Any) -> str:
     """Stream to the end, which is far away unless max_tokens is given; ``texts`` gets what comes."""
     texts = [] if texts is None else texts
-    async for delta in client.stream(prompt, **options):
+    async for delta in client.stream(prompt, **{"max_tokens": FAR_AWAY, **options}):
         texts.append(delta.text)
     return "".join(texts)
 

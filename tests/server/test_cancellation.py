@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import tritonclient.grpc
+from async_requests import FAR_AWAY, cancel, read, until
 from harness import Server, wait_until
 from null_models import MetricsReader, null_model, write_null_model
 
@@ -68,27 +69,7 @@ def metrics(server: Server) -> Iterator[Callable[[str], MetricsReader]]:
         reader.close()
 
 
-async def read(client: AsyncClient, prompt: str = "hello", texts: list[str] | None = None, **options: Any) -> None:
-    """Stream to the end, which is far away; ``texts`` gets what comes."""
-    async for delta in client.stream(prompt, **options):
-        if texts is not None:
-            texts.append(delta.text)
-
-
-async def until(condition: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not in time: {what}"
-        await asyncio.sleep(0.001)
-
-
-async def cancel(*tasks: asyncio.Task[None]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
-
-
-async def run_beside(metrics: MetricsReader, *requests: Coroutine[Any, Any, None]) -> list[asyncio.Task[None]]:
+async def run_beside(metrics: MetricsReader, *requests: Coroutine[Any, Any, str]) -> list[asyncio.Task[str]]:
     tasks = [asyncio.create_task(request) for request in requests]
     await until(lambda: metrics.requests() == (len(tasks), 0), "the others run")
     return tasks
@@ -120,7 +101,9 @@ async def test_over_grpc_its_blocks_are_free_within_150_ms_in_every_state(
     await until(slow.is_idle, "quiet")
 
     seconds["decoding"] = [await seconds_to_free(slow, read(client), (1, 0)) for _ in range(50)]
-    seconds["unary"] = [await seconds_to_free(slow, client.generate("hello"), (1, 0)) for _ in range(40)]
+    seconds["unary"] = [
+        await seconds_to_free(slow, client.generate("hello", max_tokens=FAR_AWAY), (1, 0)) for _ in range(40)
+    ]
 
     texts: list[str] = []
     seconds["prefill"] = [
@@ -132,7 +115,7 @@ async def test_over_grpc_its_blocks_are_free_within_150_ms_in_every_state(
     seconds["queued"] = [
         await seconds_to_free(slow, request, (2, 1), (2, 0))
         for _ in range(20)
-        for request in (read(client), client.generate("hello"))
+        for request in (read(client), client.generate("hello", max_tokens=FAR_AWAY))
     ]
     await cancel(*runners)
 
@@ -210,7 +193,7 @@ async def test_a_closed_iterator_ends_the_request(
     slow = metrics("slow")
     before = slow.cancelled()
     for one in (client, sse):
-        async with one.stream("hello") as stream:
+        async with one.stream("hello", max_tokens=FAR_AWAY) as stream:
             async for _ in stream:
                 break
         await until(slow.is_idle, "all blocks are free")

@@ -215,6 +215,16 @@ def test_the_form_of_aiperfs_kserve_mode(server: Server) -> None:
     assert text_of(stream_sse(server, **ask, **settings)) == FIVE
 
 
+def test_max_tokens_as_text_is_for_sampling_parameters(server: Server) -> None:
+    """Beside text_input it becomes the INT32 tensor that aiperf sends, and Triton takes integers alone for it."""
+    for value in (5, "5", 5.0):
+        ask = {"text_input": HELLO, "exclude_input_in_output": True}
+        assert generate(server, **ask, sampling_parameters=json.dumps({"max_tokens": value}))["text_output"] == FIVE
+        refused = post(server, {**ask, "max_tokens": value})
+        assert (refused.status_code == 200) == (type(value) is int)
+        assert refused.status_code == 200 or "JSON non-signed-integer" in refused.text
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_form_of_tritons_openai_frontend(server: Server, stream: bool) -> None:
     """It sends everything every time, and reads exactly one string."""

@@ -37,8 +37,8 @@ def answer(server: Server, model: str = "letters", **parameters: Any) -> tuple[s
 
 
 def test_the_end_of_sequence_token_ends_a_text_and_is_not_part_of_it(server: Server) -> None:
-    assert answer(server) == (TO_THE_END, "stop", len(TO_THE_END) + 1)
-    assert answer(server, include_stop_str_in_output=True)[0] == TO_THE_END + EOS_LETTER
+    assert answer(server, max_tokens=99) == (TO_THE_END, "stop", len(TO_THE_END) + 1)
+    assert answer(server, include_stop_str_in_output=True, max_tokens=99)[0] == TO_THE_END + EOS_LETTER
 
 
 def test_max_tokens_ends_a_text(server: Server) -> None:
@@ -52,10 +52,18 @@ def test_ignore_eos_goes_on(server: Server) -> None:
     assert (text, reason, tokens) == (letters(HELLO_TOKENS, 40), "length", 40)
 
 
-@pytest.mark.parametrize("limit", [{}, {"max_tokens": 100_000}])
-def test_the_context_is_the_default_and_the_most(server: Server, limit: dict[str, int]) -> None:
-    result = generate(server, ignore_eos=True, **OUTPUT_ONLY, **limit)
+def test_a_text_without_max_tokens_gets_16_and_the_context_is_the_most(server: Server) -> None:
+    assert answer(server) == (letters(HELLO_TOKENS, 16), "length", 16)
+    result = generate(server, ignore_eos=True, **OUTPUT_ONLY, max_tokens=100_000)
     assert (result["finish_reason"], result["num_output_tokens"]) == ("length", CONTEXT - HELLO_TOKENS)
+
+
+def test_a_chat_without_max_tokens_goes_on_to_its_end(server: Server) -> None:
+    chat = json.dumps({"messages": [{"role": "user", "content": "hello"}]})
+    ask = {key: value for key, value in OUTPUT_ONLY.items() if key != "text_input"}
+    result = generate(server, ignore_eos=True, return_num_input_tokens=True, **ask, chat_request=chat)
+    assert result["finish_reason"] == "length"
+    assert result["num_input_tokens"] + result["num_output_tokens"] == CONTEXT
 
 
 def test_stop_token_ids_end_a_text(server: Server) -> None:
@@ -103,13 +111,17 @@ def token_ids(server: Server, text: str) -> list[int]:
     ],
 )
 def test_stop_strings_across_tokens(server: Server, stop: str, text: str, with_stop: str) -> None:
-    assert answer(server, stop=stop) == (text, "stop", len(with_stop))
-    assert answer(server, stop=stop, include_stop_str_in_output="true") == (with_stop, "stop", len(with_stop))
+    assert answer(server, stop=stop, max_tokens=99) == (text, "stop", len(with_stop))
+    assert answer(server, stop=stop, include_stop_str_in_output="true", max_tokens=99) == (
+        with_stop,
+        "stop",
+        len(with_stop),
+    )
 
 
 def test_a_stop_string_that_is_not_completed_is_text(server: Server) -> None:
     assert answer(server, stop="KLX", max_tokens=4) == ("IJKL", "length", 4)
-    assert answer(server, stop="abcd") == (TO_THE_END, "stop", len(TO_THE_END) + 1)
+    assert answer(server, stop="abcd", max_tokens=99) == (TO_THE_END, "stop", len(TO_THE_END) + 1)
 
 
 def test_a_stop_string_in_the_prompt_does_not_count(server: Server) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from async_requests import alive, cancel, engine_of, errors_of, read, shared_memory, until
+from async_requests import FAR_AWAY, alive, cancel, engine_of, errors_of, read, shared_memory, until
 from harness import HTTP, Server, wait_until
 from null_models import MetricsReader, null_model, write_null_model
 
@@ -68,7 +68,7 @@ async def test_requests_of_a_killed_engine_fail_at_once_and_the_next_one_works(
     running: list[list[str]] = [[], []]
     tasks = [asyncio.create_task(read(one, texts=texts)) for one, texts in zip((client, sse), running, strict=True)]
     await until(lambda: all(running), "two requests run")
-    waiting = [asyncio.create_task(read(client)), asyncio.create_task(sse.generate("hello"))]
+    waiting = [asyncio.create_task(read(client)), asyncio.create_task(sse.generate("hello", max_tokens=FAR_AWAY))]
     await until(lambda: metrics.requests() == (2, 2), "two others wait")
 
     engine.kill()
@@ -118,7 +118,9 @@ async def test_a_stopped_engine_runs_into_the_clients_timeouts_and_goes_on_when_
     engine = engine_of(server, "victim")
     engine.suspend()
     try:
-        timeouts = [asyncio.create_task(one.generate("hello", timeout_s=0.2)) for one in (client, sse)]
+        timeouts = [
+            asyncio.create_task(one.generate("hello", max_tokens=FAR_AWAY, timeout_s=0.2)) for one in (client, sse)
+        ]
         health = await client.health(timeout_s=1.5)
         assert (health.model_ready, health.engine_ready) == (True, False)
         assert [type(error) for error in await errors_of(timeouts, 3)] == [Timeout] * 2
