@@ -332,9 +332,15 @@ def test_tokenizing_and_back(server: Server) -> None:
             assert client.detokenize(answer["token_ids"]) == text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_output_of_logprobs_is_null_where_none_are_asked_for(server: Server, stream: bool) -> None:
+    replies = call(server, text_input=HELLO, max_tokens=5, stream=stream, return_logprobs=True)
+    assert {reply.outputs["logprobs"] for reply in replies} == {"null"}
+
+
 def test_what_is_not_there_yet_is_refused_by_name(server: Server) -> None:
-    for name in ("return_logprobs", "return_cumulative_logprob"):
-        assert f"{name}=true is not supported" in post(server, {"text_input": HELLO, name: True}).text
+    asked = {"text_input": HELLO, "return_cumulative_logprob": True}
+    assert "return_cumulative_logprob=true is not supported" in post(server, asked).text
     assert "image is not supported" in call(server, text_input=HELLO, image=strings(b"a", b"b"))[0].error
     assert "image is not supported" in call(server, text_input=HELLO, image=Raw(b"", shape=(0,)))[0].error
     embedding = json.dumps({"input": "text"})

@@ -212,7 +212,8 @@ def test_the_prompt_is_repeated_unless_streaming_or_told_not_to():
 def test_logprobs_are_refused_but_not_the_wish_for_none():
     """Triton's own OpenAI frontend sends return_logprobs=false with every request."""
     assert parsed(text_input="a", return_logprobs=False, return_cumulative_logprob=False)
-    refused("return_logprobs=true is not supported", text_input="a", return_logprobs=True)
+    assert parsed(text_input="a", return_logprobs=True).outputs == OutputFlags(logprobs=True)
+    refused("logprobs=2 is not supported", text_input="a", return_logprobs=True, parameters={"logprobs": 2})
     refused("return_cumulative_logprob=true is not", text_input="a", parameters={"return_cumulative_logprob": True})
 
 

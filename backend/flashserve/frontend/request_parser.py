@@ -36,7 +36,6 @@ FLAGS = tuple(spec.name for spec in INPUTS if spec.dtype == "BOOL")
 PROMPTS = ("text_input", "chat_request", "tokenize_request", "embedding_request")
 TRITONS_OWN = "triton_enable_empty_final_response"  # the one such key that Triton takes from clients
 DEFAULT_MAX_TOKENS = 16  # of a text, as in vLLM: clients of its Triton backend send none and expect it
-NOT_SUPPORTED = ("return_cumulative_logprob", "return_logprobs")
 
 
 # --- what goes in --------------------------------------------------------------------------------------------
@@ -112,6 +111,8 @@ class OutputFlags:
     num_input_tokens: bool = False
     num_output_tokens: bool = False
     request_metrics: bool = False
+    logprobs: bool = False
+    """Answered with null, as by vLLM where a request asks for the output but sets no ``logprobs``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +187,7 @@ def parse(request: RawRequest, context: ParserContext) -> ParsedRequest | Parsed
             num_input_tokens=flags.get("return_num_input_tokens", False),
             num_output_tokens=flags.get("return_num_output_tokens", False),
             request_metrics=flags.get("return_request_metrics", False),
+            logprobs=flags.get("return_logprobs", False),
         ),
         request_id=options.request_id,
         cache_salt=options.cache_salt,
@@ -328,9 +330,8 @@ def _read_inputs(request: RawRequest) -> tuple[dict[str, str], dict[str, bool], 
     for source in (own, tritons, {"max_tokens": elements.get("max_tokens")}, in_json):
         for name, value in coerce_all(source).items():
             values[name] = _merged(name, values.get(name), value)
-    for name in NOT_SUPPORTED:
-        if flags.get(name):
-            raise InvalidArgument(f"{name}=true is not supported; only false is")
+    if flags.get("return_cumulative_logprob"):
+        raise InvalidArgument("return_cumulative_logprob=true is not supported; only false is")
     return texts, flags, values
 
 

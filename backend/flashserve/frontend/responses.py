@@ -29,6 +29,8 @@ class ResponseBuilder:
         tensors = [self._string("text_output", text)]
         if wanted.finish_reason:
             tensors.append(self._string("finish_reason", finish_reason or "None"))
+        if wanted.logprobs:
+            tensors.append(self._string("logprobs", "null"))
         if wanted.num_input_tokens:
             tensors.append(self._count("num_input_tokens", len(generation.parsed.prompt_token_ids)))
         if wanted.num_output_tokens:
