@@ -1,4 +1,4 @@
-"""The client's subcommands: `flashserve generate` and `flashserve chat`."""
+"""The client's subcommands: `flashserve generate`, `flashserve chat` and `flashserve top`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import asdict
 from io import TextIOWrapper
 from typing import Any
 
+from . import top
 from .errors import ConnectionFailed, FlashserveError, InvalidRequest, NotFound, Unavailable
 from .request import DEFAULT_MAX_TOKENS
 from .results import GenerateResult
@@ -30,7 +31,7 @@ examples:
 
 
 def add_commands(subparsers: Any) -> None:
-    """Registers generate and chat; each sets `run` to a function from the parsed arguments to an exit code."""
+    """Registers generate, chat and top; each sets `run` to a function from the parsed arguments to an exit code."""
     generate = subparsers.add_parser(
         "generate",
         help="ask a running server to continue a text",
@@ -53,6 +54,8 @@ def add_commands(subparsers: Any) -> None:
     chat.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
     _add_common(chat)
     chat.set_defaults(run=run_chat)
+
+    top.add_command(subparsers)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
