@@ -1,31 +1,18 @@
-"""``model.json``: parsed into a frozen EngineConfig, then resolved against the model and the device.
+"""Every setting of an engine: ``model.json`` as a frozen EngineConfig, then resolved against model and device.
 
-Names are vLLM's engine arguments where the meaning is the same, so a vLLM backend's ``model.json`` mostly just
-works; what flashserve cannot honour is refused by name. Nothing is accepted and ignored.
+Names are vLLM's engine arguments where the meaning is the same, so a vLLM backend's ``model.json`` just works
+(:mod:`flashserve.model_json` has its spellings); what flashserve cannot honour is refused by name.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from flashserve import model_json
 from flashserve.errors import ConfigError
-
-# Keys of vLLM whose other values need features that flashserve does not have; the listed value is what it does.
-ONLY_VALUE: dict[str, tuple[Any, ...]] = {
-    "tensor_parallel_size": (1,),
-    "pipeline_parallel_size": (1,),
-    "trust_remote_code": (False,),
-    "enable_lora": (False,),
-    "enable_chunked_prefill": (True,),
-    "disable_log_requests": (True,),
-    "tokenizer_mode": ("auto",),
-    "load_format": ("auto", "safetensors"),
-}
 
 
 @dataclass(frozen=True)
@@ -84,43 +71,28 @@ class EngineConfig:
     """No metrics of this model in Triton's /metrics (vLLM's name)."""
     pin_threads: bool = False
     """Bind each of a CPU engine's threads to a core of its own; for machines that serve nothing else."""
+    override_generation_config: dict[str, Any] | None = None
+    """Values that come before those of the model's generation_config.json, under its names."""
     triton_http: str | None = None
     """host:port of this tritonserver's HTTP endpoint, polled to notice an unload; default: the launcher's
     FLASHSERVE_TRITON_HTTP, else what tritonserver's command line says."""
+    no_effect: tuple[str, ...] = ()
+    """Keys of model.json that were accepted and change nothing here."""
 
     @classmethod
     def from_file(cls, path: Path) -> EngineConfig:
-        """Read ``model.json``. Raises ConfigError that names the file and the key."""
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot read {path.name}: {error.strerror}; a model folder needs 1/model.json"
-            ) from error
-        except ValueError as error:
-            raise ConfigError(f"{path.name} is not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path.name} must hold a JSON object, not {type(values).__name__}")
-        return cls.from_mapping(values, path.parent)
+        """Read ``model.json``. Raises ConfigError that names the file or the key."""
+        return cls.from_mapping(model_json.read(path), path.parent)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], base: Path | None = None) -> EngineConfig:
-        """Check keys and types; resolve a relative model folder against ``base``."""
-        accepted: dict[str, Any] = {}
-        known = {f.name: f for f in fields(cls)}
-        for key, value in values.items():
-            if key in known:
-                accepted[key] = _checked(key, value, str(known[key].type))
-            elif key in ONLY_VALUE:
-                if value not in ONLY_VALUE[key]:
-                    raise ConfigError(f"{key}={value!r} is not supported; only {ONLY_VALUE[key][0]!r} is")
-            else:
-                close = difflib.get_close_matches(key, [*known, *ONLY_VALUE], n=1)
-                hint = f"; did you mean {close[0]}?" if close else ""
-                raise ConfigError(f"unknown key {key!r} in model.json{hint}")
+        """Check keys and types; resolve a relative model folder against ``base``. Raises ConfigError."""
+        types = get_type_hints(cls)
+        del types["no_effect"]
+        accepted, no_effect = model_json.settings(values, types)
         if "model" not in accepted:
             raise ConfigError('model.json needs "model": a folder or a Hugging Face id')
-        config = cls(**accepted)
+        config = cls(**accepted, no_effect=no_effect)
         config._check_ranges()
         if base is not None and (base / config.model).is_dir():
             config = replace(config, model=str((base / config.model).resolve()))
@@ -159,22 +131,6 @@ class EngineConfig:
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
-
-
-def _checked(key: str, value: Any, annotation: str) -> Any:
-    """``value`` if its JSON type fits the field's annotation (an int fits a float)."""
-    allowed: dict[str, tuple[type, ...]] = {
-        "int": (int,),
-        "float": (int, float),
-        "str": (str,),
-        "bool": (bool,),
-        "None": (type(None),),
-    }
-    names = annotation.split(" | ")
-    types = tuple(t for name in names for t in allowed[name])
-    if not isinstance(value, types) or (isinstance(value, bool) and "bool" not in names):
-        raise ConfigError(f"{key} must be {annotation.replace('None', 'null')}, not {value!r}")
-    return value
 
 
 # --- resolution: facts in, one frozen value out -------------------------------------------------------------
@@ -320,6 +276,8 @@ def resolve(config: EngineConfig, model: ModelFacts, device: DeviceFacts) -> Res
             )
         notes.append(f"context cut from {max_model_len} to {capacity} tokens, which is what the KV cache holds")
         max_model_len = capacity
+    if config.no_effect:
+        notes.append(f"no effect here: {', '.join(config.no_effect)}")
     return ResolvedConfig(config, model, device, dtype, max_model_len, max_num_seqs, budget, num_blocks, tuple(notes))
 
 

@@ -82,8 +82,8 @@ class LLM:
         self.resolved, self._core = load_engine(config)
         self.tokenizer = Tokenizer.load(self.resolved.model.tokenizer_file, [self.resolved.model.path])
         self.limits = engine_limits(self.resolved)
-        own_defaults = config.generation_config == "auto"
-        self._defaults = load_generation_defaults(Path(self.resolved.model.path)).parameters if own_defaults else {}
+        folder = Path(self.resolved.model.path) if config.generation_config == "auto" else None
+        self._defaults = load_generation_defaults(folder, config.override_generation_config).parameters
         self._ids = itertools.count(1)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params] = None) -> list[Generated]:

@@ -7,15 +7,13 @@ send numbers as text. Nothing is accepted and ignored: a parameter is honoured, 
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
-import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from flashserve.coercion import bool_of, integer_of, is_unicode, list_of, number_of, plain, same, shorten
 from flashserve.errors import InvalidArgument
 from flashserve.protocol import SamplingParams
 
@@ -23,7 +21,6 @@ Kind = Literal["int", "float", "bool", "str", "str_list", "int_list"]
 
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
-EXACT_FLOAT = 2**53  # every integer up to here is a float, exactly
 GREEDY_BELOW = 1e-5  # as in vLLM: dividing logits by less only loses their digits
 
 MAX_STOP_STRINGS = 64
@@ -85,7 +82,7 @@ TABLE: tuple[Parameter, ...] = (
     Parameter("top_k", "int", 0, INT32_MAX, also=(-1,)),
     Parameter("top_p", "float", 0, 1, above_low=True),
     Parameter("min_p", "float", 0, 1),
-    Parameter("seed", "int", -INT64_MAX - 1, INT64_MAX),
+    Parameter("seed", "int", -INT64_MAX - 1, INT64_MAX),  # -1: none, from clients that cannot leave it out
     Parameter("max_tokens", "int", 1, INT32_MAX),
     Parameter("min_tokens", "int", 0, INT32_MAX),
     Parameter("stop", "str_list", max_items=MAX_STOP_STRINGS, max_length=MAX_STOP_LENGTH),
@@ -111,7 +108,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "use_beam_search": (False,),
     "length_penalty": (1,),
-    "early_stopping": (False,),
+    "early_stopping": (False, True),  # of a beam search
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
@@ -181,14 +178,15 @@ class Parameters:
 def coerce_all(values: Mapping[str, Any]) -> dict[str, Any]:
     """Check every name and value on its own; values come back in their parameter's type.
 
-    Parameters that are null, or neutral ones of those we do not support, are left out. Raises InvalidArgument.
+    What is null or an empty text is left out, and so are neutral values of parameters that we do not support.
+    Raises InvalidArgument.
     """
     coerced: dict[str, Any] = {}
     for name, value in values.items():
         parameter = PARAMETERS.get(name)
         if parameter is None:
             _check_unsupported(name, value)
-        elif value is not None:
+        elif value is not None and value != "":
             coerced[name] = COERCIONS[parameter.kind](parameter, value)
     return coerced
 
@@ -212,6 +210,8 @@ def _sampling(coerced: dict[str, Any], defaults: Mapping[str, Any]) -> SamplingP
     merged = {**coerce_all(defaults), **coerced}
     if merged.get("top_k") == -1:
         merged["top_k"] = 0  # two spellings of "off" in vLLM; one behind this point
+    if merged.get("seed") == -1:
+        del merged["seed"]
     params = SamplingParams(**merged)
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         origin = "" if "max_tokens" in coerced else " (the model's default)"
@@ -240,12 +240,8 @@ def _check_unsupported(name: Any, value: Any) -> None:
     if name not in NEUTRAL:
         raise unknown_parameter(name, (*PARAMETERS, *NEUTRAL))
     neutral = NEUTRAL[name]
-    plain = value
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            plain = json.loads(value)
-    if value is None or any(plain == item and isinstance(plain, bool) == isinstance(item, bool) for item in neutral):
-        return  # (False == 0 in Python, but not in a request)
+    if value is None or value == "" or any(same(plain(value), item) for item in neutral):
+        return
     only = f"; only {' or '.join(json.dumps(item) for item in neutral)} is" if neutral else ""
     raise InvalidArgument(f"{name}={shorten(value)} is not supported{only}")
 
@@ -261,57 +257,26 @@ def unknown_parameter(name: Any, known: tuple[str, ...]) -> InvalidArgument:
 # --- values ------------------------------------------------------------------------------------------------
 
 
-def shorten(value: Any, limit: int = 60) -> str:
-    """``repr`` of a value for an error message, cut in the middle. Always printable, so always valid UTF-8."""
-    if isinstance(value, str) and len(value) > limit:
-        value = value[:limit] + "..."  # repr of a 100 MB string would take as long as reading it
-    elif isinstance(value, (list, dict)) and len(value) > 8:
-        return f"a {type(value).__name__} of {len(value)} entries"
-    elif isinstance(value, int) and abs(value) >= 10**limit:
-        return f"an integer of {value.bit_length()} bits"
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):
-        return f"a deeply nested {type(value).__name__}"
-    return text if len(text) <= limit + 5 else f"{text[: limit - 10]}...{text[-10:]}"
-
-
 def _refuse(parameter: Parameter, value: Any, why: str = "") -> InvalidArgument:
     return InvalidArgument(f"{parameter.name} must be {parameter.range()}, not {shorten(value)}{why}")
 
 
 def _int(parameter: Parameter, value: Any) -> int:
-    number = _from_text(value) if isinstance(value, str) else value
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        raise _refuse(parameter, value)
-    if isinstance(number, float):
-        if not math.isfinite(number) or not number.is_integer():
-            raise _refuse(parameter, value)
-        if abs(number) > EXACT_FLOAT:
-            raise _refuse(parameter, value, " (integers of 2^63 and more arrive rounded)")
-        number = int(number)
+    number = integer_of(value)
+    if number is None:
+        rounded = isinstance(given := number_of(value), float) and given.is_integer()
+        raise _refuse(parameter, value, " (integers of 2^63 and more arrive rounded)" if rounded else "")
     _check_range(parameter, number, value)
     return number
 
 
 def _float(parameter: Parameter, value: Any) -> float:
-    number = _from_text(value) if isinstance(value, str) else value
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
+    number = number_of(value)
+    if number is None:
         raise _refuse(parameter, value)
     _check_range(parameter, number, value)  # before float(): an int of 400 digits overflows
     number = float(number)
     return 0.0 if parameter.name == "temperature" and number < GREEDY_BELOW else number
-
-
-NUMBER = re.compile(r"[+-]?(\d+|\d+\.\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-
-
-def _from_text(text: str) -> int | float | None:
-    """The number that a short string spells, or None. Python's own rules would let "1_0" and "nan" pass."""
-    text = text.strip()
-    if len(text) > 64 or not NUMBER.fullmatch(text):
-        return None
-    return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
 def _check_range(parameter: Parameter, number: float, value: Any) -> None:
@@ -323,11 +288,10 @@ def _check_range(parameter: Parameter, number: float, value: Any) -> None:
 
 
 def _bool(parameter: Parameter, value: Any) -> bool:
-    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
-        return value.strip().lower() == "true"
-    if not isinstance(value, bool):
+    flag = bool_of(value)
+    if flag is None:
         raise _refuse(parameter, value)
-    return value
+    return flag
 
 
 def _str(parameter: Parameter, value: Any) -> str:
@@ -342,7 +306,7 @@ def _str(parameter: Parameter, value: Any) -> str:
 def _str_list(parameter: Parameter, value: Any) -> tuple[str, ...]:
     """A string is one entry, unless it spells a JSON list of strings; "[" and "[]" are entries."""
     if isinstance(value, str):
-        value = _list_from_text(value, str) or [value]
+        value = list_of(value, str) or [value]
     if not isinstance(value, (list, tuple)):
         raise _refuse(parameter, value)
     assert parameter.max_items is not None and parameter.max_length is not None
@@ -358,8 +322,8 @@ def _str_list(parameter: Parameter, value: Any) -> tuple[str, ...]:
 
 def _int_list(parameter: Parameter, given: Any) -> list[int] | tuple[int, ...]:
     """A tuple for SamplingParams; prompts stay lists, as msgspec and the tokenizer take them."""
-    value = _list_from_text(given, object) if isinstance(given, str) else given
-    if not isinstance(value, (list, tuple)):
+    value = list_of(given, object)
+    if value is None:
         raise _refuse(parameter, given)
     if parameter.max_items is not None and len(value) > parameter.max_items:
         raise _refuse(parameter, value)
@@ -370,26 +334,6 @@ def _int_list(parameter: Parameter, given: Any) -> list[int] | tuple[int, ...]:
         bad = next(item for item in value if type(item) is not int or not low <= item <= high)
         raise InvalidArgument(f"{parameter.name} must be {parameter.range()}; one entry is {shorten(bad)}")
     return list(value) if parameter.of_request else tuple(value)
-
-
-def _list_from_text(text: str, entry: type) -> list[Any] | None:
-    """The JSON list that a string spells, if all its entries are of the type; otherwise None."""
-    if not text.lstrip().startswith("["):
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, list) and all(isinstance(item, entry) for item in value) else None
-
-
-def is_unicode(text: str) -> bool:
-    """Whether the text has a UTF-8 form; JSON escapes can spell lone surrogates, which have none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 COERCIONS: dict[Kind, Callable[[Parameter, Any], Any]] = {

@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import httpx
-
 if TYPE_CHECKING:
+    import httpx
     from rich.console import RenderableType
 
 DEFAULT_URL = "http://localhost:8002"
@@ -226,6 +225,8 @@ class Watch:
 
 def run_top(args: argparse.Namespace) -> int:
     """`flashserve top`."""
+    import httpx
+
     try:
         import prometheus_client.parser  # noqa: F401
         import rich.console

@@ -32,14 +32,15 @@ def test_a_vllm_model_json_is_accepted():
         ({"zzz": 5}, "unknown key 'zzz'"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 is not supported"),
         ({"trust_remote_code": True}, "trust_remote_code=True is not supported"),
-        ({"max_model_len": "5"}, "max_model_len must be int | null"),
+        ({"max_model_len": "5 tokens"}, "max_model_len must be an integer"),
         ({"max_num_seqs": True}, "max_num_seqs must be"),
         ({"max_num_seqs": 0}, "max_num_seqs must be at least 1"),
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"watermark": 1.0}, "watermark must be in"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization must be in"),
         ({"drain_timeout_s": -1}, "drain_timeout_s must be in"),
-        ({"model": None}, "model must be str"),
+        ({"model": None}, 'needs "model"'),
+        ({"model": 5}, "model must be a string"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(values, words):

@@ -69,3 +69,11 @@ def test_null_means_nothing_and_nonsense_is_refused(tmp_path):
     for value in (0, "30", True, 1.5):
         with pytest.raises(ConfigError, match="max_length must be a positive integer"):
             max_tokens(tmp_path, "text_input", {"max_length": value})
+
+
+def test_model_json_comes_before_the_file_and_also_without_it(tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_k": 20}))
+    overrides = {"temperature": 0.1, "max_new_tokens": 5}
+    both = {"temperature": 0.1, "top_k": 20, "max_tokens": 5}
+    assert load_generation_defaults(tmp_path, overrides).parameters == both
+    assert load_generation_defaults(None, overrides).parameters == {"temperature": 0.1, "max_tokens": 5}

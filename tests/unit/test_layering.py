@@ -21,8 +21,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "flashserve.errors": (),
     "flashserve.protocol": (),
     "flashserve.stub_processes": (),
-    "flashserve.config": ("flashserve.errors",),
-    "flashserve.sampling_params": ("flashserve.errors", "flashserve.protocol"),
+    "flashserve.coercion": (),
+    "flashserve.model_json": ("flashserve.errors", "flashserve.coercion"),
+    "flashserve.config": ("flashserve.errors", "flashserve.model_json"),
+    "flashserve.sampling_params": ("flashserve.errors", "flashserve.protocol", "flashserve.coercion"),
     "flashserve_kernels": (),
     # The runner knows steps, never requests: of the scheduler it may see the output type alone.
     "flashserve.scheduling.output": ("flashserve.protocol",),
@@ -53,6 +55,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "flashserve.frontend": (
         "flashserve.text",
         "flashserve.ipc",
+        "flashserve.coercion",
         "flashserve.sampling_params",
         "flashserve.stub_processes",
         "flashserve.config",

@@ -74,6 +74,12 @@ def test_a_number_as_id_is_its_text():
         ({"seed": 2**63 - 1}, "seed", 2**63 - 1),
         ({"seed": str(-(2**63))}, "seed", -(2**63)),
         ({"seed": None}, "seed", None),
+        ({"seed": -1}, "seed", None),
+        ({"seed": "-1"}, "seed", None),
+        ({"seed": -2}, "seed", -2),
+        ({"seed": ""}, "seed", None),
+        ({"stop": ""}, "stop", ()),
+        ({"max_tokens": ""}, "max_tokens", None),
     ],
 )
 def test_values_are_coerced_to_the_parameters_type(given, field, value):
@@ -113,7 +119,6 @@ def test_values_are_coerced_to_the_parameters_type(given, field, value):
         ({"seed": 9.3e15}, "seed .* arrive rounded"),
         ({"ignore_eos": 1}, "ignore_eos must be true or false, not 1"),
         ({"ignore_eos": "yes"}, "ignore_eos must be true or false, not 'yes'"),
-        ({"stop": ""}, "stop must be .*; one entry is ''"),
         ({"stop": ["ok", ""]}, "stop must be .*; one entry is ''"),
         ({"stop": [1]}, "stop must be .*; one entry is 1"),
         ({"stop": 5}, "stop must be a string or a list"),
@@ -191,6 +196,19 @@ def test_but_not_where_it_makes_no_difference():
     }  # fmt: skip
     assert parse_sampling_params(neutral) == SamplingParams()
     assert parse_sampling_params(dict.fromkeys(NEUTRAL)) == SamplingParams()
+
+
+def test_also_in_the_words_of_python_and_of_clients_that_know_only_text():
+    neutral = {
+        "use_beam_search": "False", "early_stopping": "True", "spaces_between_special_tokens": "True",
+        "detokenize": " true", "logprobs": "False", "lora_name": "", "guided_json": "", "n": "1", "top_p": "",
+        "presence_penalty": "0.0", "logit_bias": "{}",
+    }  # fmt: skip
+    assert parse_sampling_params(neutral) == SamplingParams()
+    assert parse_sampling_params(dict.fromkeys((*NEUTRAL, "temperature", "stop", "seed"), "")) == SamplingParams()
+    for refused in ({"use_beam_search": "True"}, {"n": "2"}, {"logprobs": "0"}, {"detokenize": "False"}):
+        with pytest.raises(InvalidArgument, match="is not supported"):
+            parse_sampling_params(refused)
 
 
 def test_names_are_either_supported_or_not():

@@ -10,13 +10,14 @@ import argparse
 import ctypes
 import faulthandler
 import gc
-import json
 import logging
 import os
 import signal
 import socket
 import sys
 import time
+
+import msgspec
 
 from flashserve.config import EngineConfig, ResolvedConfig
 from flashserve.engine.core import EngineBroken, EngineCore
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the stub decides when to end
         signal.signal(number, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1)  # kill -USR1: every thread's stack goes to the log, also of a hung step
-    config = EngineConfig.from_mapping(json.loads(args.config))
+    config = msgspec.json.decode(args.config, type=EngineConfig)
     logging.basicConfig(
         level=logging.INFO,
         format=f"%(asctime)s %(levelname).1s engine[{os.path.basename(config.model)}] %(message)s",

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from flashserve.coercion import bool_of, shorten
 from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError, InvalidArgument
 from flashserve.frontend.tensor_spec import INPUT_BY_NAME, INPUTS
@@ -25,7 +26,6 @@ from flashserve.sampling_params import (
     coerce_all,
     parse_parameters,
     parse_sampling_params,
-    shorten,
 )
 from flashserve.text.chat_template import ChatRequest, ChatTemplate
 from flashserve.text.generation_defaults import GenerationDefaults, load_generation_defaults
@@ -83,8 +83,8 @@ class ParserContext:
     def load(cls, config: EngineConfig, limits: EngineLimits) -> ParserContext:
         """Read the model's tokenizer, chat template and sampling defaults. Raises ConfigError."""
         tokenizer = Tokenizer.load(limits.tokenizer_file, [limits.model_path])
-        own = config.generation_config == "auto"
-        defaults = load_generation_defaults(Path(limits.model_path)) if own else GenerationDefaults()
+        folder = Path(limits.model_path) if config.generation_config == "auto" else None
+        defaults = load_generation_defaults(folder, config.override_generation_config)
         try:
             parse_sampling_params({}, defaults.parameters)
         except InvalidArgument as error:
@@ -343,11 +343,10 @@ def _merged(name: str, one: Any, other: Any) -> Any:
 
 
 def _flag(name: str, value: Any) -> bool:
-    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
-        return value.strip().lower() == "true"
-    if not isinstance(value, bool):
+    flag = bool_of(value)
+    if flag is None:
         raise InvalidArgument(f"{name} must be true or false, not {shorten(value)}")
-    return value
+    return flag
 
 
 def _element(name: str, array: Any) -> Any:

@@ -6,6 +6,7 @@ import itertools
 import logging
 from typing import Any
 
+from flashserve.coercion import shorten
 from flashserve.config import EngineConfig
 from flashserve.errors import FlashserveError, InternalError, Unavailable
 from flashserve.frontend.cancellation import CancellationWatcher
@@ -19,7 +20,6 @@ from flashserve.frontend.responses import ResponseBuilder
 from flashserve.frontend.server_watch import ServerWatch
 from flashserve.ipc.supervisor import EngineSupervisor
 from flashserve.protocol import GenerateRequest
-from flashserve.sampling_params import shorten
 from flashserve.stub_processes import has_predecessor
 from flashserve.text.output import TextStream
 

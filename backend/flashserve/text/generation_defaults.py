@@ -34,18 +34,18 @@ class GenerationDefaults:
     """Most tokens of prompt and output together, of a text without max_tokens."""
 
 
-def load_generation_defaults(model_dir: Path, overrides: Mapping[str, Any] | None = None) -> GenerationDefaults:
-    """The file's values, and over them ``overrides`` under the file's names; nothing without either.
+def load_generation_defaults(folder: Path | None, overrides: Mapping[str, Any] | None = None) -> GenerationDefaults:
+    """A model folder's values, and over them ``overrides`` under the file's names; nothing without either.
 
     As in vLLM, ``do_sample`` has no say: a model whose file names no temperature samples with temperature 1, also
     if it says ``do_sample: false``. Raises ConfigError for a file that is not a JSON object; the caller checks the
     values together with everything else.
     """
-    path = model_dir / "generation_config.json"
-    values = {**(read_json_object(path) if path.is_file() else {}), **(overrides or {})}
+    path = folder / "generation_config.json" if folder is not None else None
+    values = {**(read_json_object(path) if path is not None and path.is_file() else {}), **(overrides or {})}
     for name, neutral in NEUTRAL.items():
         if values.get(name) not in (None, neutral):
-            log.warning("generation_config.json sets %s=%r, which is not supported and left out", name, values[name])
+            log.warning("the model's generation_config sets %s=%r, which is not supported", name, values[name])
     parameters = {ours: values[theirs] for theirs, ours in NAMES.items() if values.get(theirs) is not None}
     max_length = values.get("max_length")
     if max_length is not None and (type(max_length) is not int or max_length < 1):
