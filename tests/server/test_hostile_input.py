@@ -242,7 +242,7 @@ def test_sampling_parameters_that_are_no_object(server: Server, given: str, word
 
 
 WRONG_VALUES: dict[str, list[Any]] = {
-    "temperature": [-0.1, 1001, 10**400, 1e300, "nan", "inf", "1_0", "", True, [], {"a": 1}, "٣"],
+    "temperature": [-0.1, 1001, 10**400, 1e300, "nan", "inf", "1_0", " ", True, [], {"a": 1}, "٣"],
     "top_p": [0, -1, 1.01, 2**64],
     "min_p": [-0.1, 1.1],
     "top_k": [-2, 1.5, 2**31, 2**63, True],
