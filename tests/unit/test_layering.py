@@ -42,6 +42,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "flashserve.ipc": ("flashserve", "flashserve.config", "flashserve.protocol", "flashserve.errors"),
     "flashserve.engine": (
+        "flashserve.stub_processes",
         "flashserve.scheduling",
         "flashserve.scheduling.output",
         "flashserve.runner",
