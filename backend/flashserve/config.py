@@ -69,6 +69,8 @@ class EngineConfig:
     """auto (the model's), int8 (on a CPU with the native kernels), fp8 (E4M3, on a GPU): half the memory."""
     disable_log_stats: bool = False
     """No metrics of this model in Triton's /metrics (vLLM's name)."""
+    enable_log_requests: bool = False
+    """A line of log for each request that ends: its id, why it ended, its tokens and times; no text."""
     pin_threads: bool = False
     """Bind each of a CPU engine's threads to a core of its own; for machines that serve nothing else."""
     override_generation_config: dict[str, Any] | None = None

@@ -54,7 +54,7 @@ ONLY_VALUE: dict[str, tuple[Any, ...]] = {
 # Triton's. They are named in the engine's start line.
 NO_EFFECT = frozenset(
     (
-        *("disable_log_requests", "enable_log_requests", "max_log_len", "served_model_name", "download_dir"),
+        *("disable_log_requests", "max_log_len", "served_model_name", "download_dir"),
         *("swap_space", "max_logprobs", "distributed_executor_backend", "worker_use_ray", "engine_use_ray"),
         *("max_seq_len_to_capture", "max_context_len_to_capture", "compilation_config", "cuda_graph_sizes"),
         *("disable_custom_all_reduce", "max_parallel_loading_workers", "ray_workers_use_nsight", "async_scheduling"),

@@ -24,6 +24,7 @@ def config(**values):
         ("enforce_eager", "true", True),
         ("enforce_eager", "False", False),
         ("disable_log_stats", "TRUE", True),
+        ("enable_log_requests", "true", True),
         ("gpu_memory_utilization", "0.9", 0.9),
         ("gpu_memory_utilization", 1, 1),
         ("max_model_len", "4096", 4096),
@@ -50,7 +51,6 @@ def test_null_is_as_if_the_key_were_absent(key):
 
 ASKS_FOR_NOTHING = {
     "disable_log_requests": "true",
-    "enable_log_requests": False,
     "swap_space": 4,
     "served_model_name": "name",
     "download_dir": "/d",

@@ -17,6 +17,7 @@ from flashserve.errors import BY_CODE, INTERNAL, Cancelled, FlashserveError, Int
 from flashserve.frontend.generation import Generation
 from flashserve.frontend.merging import Merging
 from flashserve.frontend.metrics import Metrics
+from flashserve.frontend.request_log import log_end
 from flashserve.frontend.request_metrics import record_end, record_first_token, record_gaps, record_stats
 from flashserve.frontend.responses import ResponseBuilder
 from flashserve.frontend.senders import Senders
@@ -32,9 +33,10 @@ SendToEngine = Callable[[GenerateRequest | Abort], None]
 class Responder:
     """Knows every open request. Implements the supervisor's EngineListener."""
 
-    def __init__(self, builder: ResponseBuilder, metrics: Metrics) -> None:
+    def __init__(self, builder: ResponseBuilder, metrics: Metrics, log_requests: bool = False) -> None:
         self._builder = builder
         self._metrics = metrics
+        self._log_requests = log_requests
         self._open: dict[int, Generation] = {}
         self._senders = Senders()
         self._answers = itertools.count()
@@ -235,11 +237,15 @@ class Responder:
     def _close_with_data(self, generation: Generation, reason: FinishReason) -> None:
         self._close(generation)
         record_end(self._metrics, generation, reason)
+        if self._log_requests:
+            log_end(generation, reason)
         self._send_delta(generation, reason)
 
     def _close_with_error(self, generation: Generation, error: FlashserveError) -> None:
         self._close(generation)
         self._count(error)
+        if self._log_requests:
+            log_end(generation, error.code, error)
         generation.sender.send(self._builder.error(error), flags=RESPONSE_COMPLETE_FINAL)
 
     def _count(self, error: FlashserveError) -> None:

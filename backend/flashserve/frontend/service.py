@@ -48,7 +48,7 @@ class ModelService:
         self._server_watch = ServerWatch()
         self._builder = ResponseBuilder(pb_utils, parameters.plain_errors)
         metrics = Metrics()
-        self._responder = Responder(self._builder, metrics)
+        self._responder = Responder(self._builder, metrics, config.enable_log_requests)
         self._supervisor = EngineSupervisor(config, self._responder)
         limits = self._supervisor.start()
         try:

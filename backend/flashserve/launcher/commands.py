@@ -59,6 +59,9 @@ def _add_serve(subparsers: Any) -> None:
         "--serve-vllm-models", action="store_true", help='serve models with backend: "vllm" as they are; see below'
     )
     parser.add_argument("--backend-module", metavar="MODULE", help="module with another TritonPythonModel")
+    parser.add_argument(
+        "--log-format", choices=("text", "json"), default="text", help="json: an object in each line (default: text)"
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="show all of tritonserver's log")
     parser.set_defaults(run=run_serve)
 
@@ -114,7 +117,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
         backend_module=arguments.backend_module or workspace.DEFAULT_BACKEND_MODULE,
         triton_arguments=arguments.rest,
     )
-    console = Console()
+    console = Console(as_json=arguments.log_format == "json")
     try:
         return serve.serve(options, console)
     except LauncherError as error:
