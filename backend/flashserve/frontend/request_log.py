@@ -11,7 +11,7 @@ from flashserve.frontend.responses import request_metrics
 log = logging.getLogger(__name__)
 
 
-def log_end(generation: Generation, reason: str, error: FlashserveError | None = None) -> None:
+def log_end(generation: Generation, reason: str, error: FlashserveError | None) -> None:
     """``request id=… reason=… prompt_tokens=… …``: no text of a user's, and one word per field."""
     timings = request_metrics(generation) if generation.timings is not None else {}
     if isinstance(error, Cancelled):

@@ -133,6 +133,8 @@ class ParsedRequest:
     request_id: str
     """The client's own; may be empty."""
     cache_salt: str
+    traceparent: str = ""
+    """The client's trace, as W3C writes it."""
 
     @property
     def needs_every_token(self) -> bool:
@@ -191,6 +193,7 @@ def parse(request: RawRequest, context: ParserContext) -> ParsedRequest | Parsed
         ),
         request_id=options.request_id,
         cache_salt=options.cache_salt,
+        traceparent=options.traceparent,
     )
 
 
