@@ -22,6 +22,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "flashserve.protocol": (),
     "flashserve.stub_processes": (),
     "flashserve.coercion": (),
+    "flashserve.memory": (),
     "flashserve.model_json": ("flashserve.errors", "flashserve.coercion"),
     "flashserve.config": ("flashserve.errors", "flashserve.model_json"),
     "flashserve.sampling_params": ("flashserve.errors", "flashserve.protocol", "flashserve.coercion"),
@@ -32,6 +33,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "flashserve.layers": ("flashserve_kernels", "flashserve.errors"),
     "flashserve.models": ("flashserve.layers", "flashserve_kernels", "flashserve.config", "flashserve.errors"),
     "flashserve.runner": (
+        "flashserve.memory",
         "flashserve.models",
         "flashserve.layers",
         "flashserve_kernels",
@@ -63,7 +65,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "flashserve.protocol",
         "flashserve.errors",
     ),
-    "flashserve.launcher": ("flashserve", "flashserve.stub_processes", "flashserve.config", "flashserve.errors"),
+    "flashserve.launcher": (
+        "flashserve",
+        "flashserve.stub_processes",
+        "flashserve.memory",
+        "flashserve.config",
+        "flashserve.errors",
+    ),
     "flashserve.llm": (
         "flashserve.engine",
         "flashserve.text",

@@ -17,7 +17,7 @@ from flashserve.models.mistral import MistralForCausalLM
 from flashserve.models.model_input import CausalLM
 from flashserve.models.qwen2 import Qwen2ForCausalLM
 from flashserve.models.qwen3 import Qwen3ForCausalLM
-from flashserve.models.source import find_tokenizer_file, resolve_folder
+from flashserve.models.source import find_tokenizer_file, read_tokenizers_end, resolve_folder
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def read_model_facts(config: EngineConfig, device_kind: str) -> ModelFacts:
         raise ConfigError(f"config.json of {folder.name} holds a value that makes no sense: {error}") from error
     checkpoint_dtype = _stated_dtype(model_config) or checkpoint.dtype
     dtype = resolve_dtype(config.dtype, checkpoint_dtype, device_kind)
+    tokenizer_file = find_tokenizer_file(folder, config)
     return ModelFacts(
         path=str(folder),
         architecture=architecture,
@@ -64,8 +65,8 @@ def read_model_facts(config: EngineConfig, device_kind: str) -> ModelFacts:
         head_dim=shape.head_dim,
         checkpoint_dtype=checkpoint_dtype,
         weight_bytes=checkpoint.num_elements(ignored) * DTYPE_BYTES[dtype],
-        eos_token_ids=_eos_token_ids(folder, model_config, shape.vocab_size),
-        tokenizer_file=find_tokenizer_file(folder, config),
+        eos_token_ids=_eos_token_ids(folder, model_config, shape.vocab_size, tokenizer_file),
+        tokenizer_file=tokenizer_file,
     )
 
 
@@ -148,8 +149,9 @@ def _stated_dtype(model_config: dict[str, Any]) -> str | None:
     return stated if stated in DTYPE_BYTES else None
 
 
-def _eos_token_ids(folder: Path, model_config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
-    """Of generation_config.json, which instruction-tuned models extend, else of config.json."""
+def _eos_token_ids(folder: Path, model_config: dict[str, Any], vocab_size: int, tokenizer_file: str) -> tuple[int, ...]:
+    """Of generation_config.json, which instruction-tuned models extend, else of config.json; and, as in vLLM, the
+    tokenizer's."""
     file = folder / "generation_config.json"
     value = read_json(file).get("eos_token_id") if file.is_file() else None
     origin = file.name
@@ -158,7 +160,9 @@ def _eos_token_ids(folder: Path, model_config: dict[str, Any], vocab_size: int) 
     ids = value if isinstance(value, list) else [value]
     if not all(type(one) is int for one in ids):
         raise ConfigError(f"eos_token_id in {origin} must be an integer or a list of them, not {value!r}")
+    of_tokenizer = read_tokenizers_end(tokenizer_file, folder)
+    ids = [*ids, *([] if of_tokenizer is None else [of_tokenizer])]
     beyond = [one for one in ids if not 0 <= one < vocab_size]
     if beyond:  # the sampler would write beyond the logits to rule them out
-        log.warning("%s: eos_token_id %s is not in the vocabulary of %d and left out", origin, beyond, vocab_size)
-    return tuple(one for one in ids if 0 <= one < vocab_size)
+        log.warning("%s: end token %s is not in the vocabulary of %d and left out", origin, beyond, vocab_size)
+    return tuple(dict.fromkeys(one for one in ids if 0 <= one < vocab_size))
