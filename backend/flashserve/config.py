@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 from flashserve import model_json
 from flashserve.errors import ConfigError
+from flashserve.paths import native, portable
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ class EngineConfig:
             raise ConfigError('model.json needs "model": a folder or a Hugging Face id')
         config = cls(**accepted, no_effect=no_effect)
         config._check_ranges()
-        if base is not None and (base / config.model).is_dir():
-            config = replace(config, model=str((base / config.model).resolve()))
+        if base is not None and (folder := base / native(config.model)).is_dir():
+            config = replace(config, model=portable(folder.resolve()))
         return config
 
     def _check_ranges(self) -> None:

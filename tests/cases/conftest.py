@@ -8,6 +8,7 @@ Each file is a kind: what it says must hold everywhere, and its tests are the pl
 | a tokenizer is what transformers makes of its folder | test_tokenizer_files.py |
 | an empty list or a null is as good as nothing | test_empty_values.py |
 | nobody waits for ever | test_waiting.py |
+| any path that the system takes is served | test_paths.py |
 | memory that the system gives back on demand is free | test_free_memory.py |
 """
 

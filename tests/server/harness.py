@@ -65,9 +65,13 @@ class Server:
         python_path: Sequence[Path | str] = (),
         ready_timeout_s: float = READY_TIMEOUT_S,
         ready_pattern: str = "^ready in ",
+        parent: Path | None = None,
     ) -> None:
+        """``parent``: where its own folder is made, default the system's temporary one."""
         self.test_id = uuid.uuid4().hex
-        self.folder = Path(tempfile.mkdtemp(prefix="fs-test-"))
+        if parent is not None:
+            parent.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix="fs-test-", dir=parent))
         self.repository = self.folder / "repository"
         self.repository.mkdir()
         for name, model_json in models.items():

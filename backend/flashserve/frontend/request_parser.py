@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,6 +17,7 @@ from flashserve.coercion import bool_of, shorten
 from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError, InvalidArgument
 from flashserve.frontend.tensor_spec import INPUT_BY_NAME, INPUTS
+from flashserve.paths import native
 from flashserve.protocol import EngineLimits, SamplingParams
 from flashserve.sampling_params import (
     PARAMETERS,
@@ -83,7 +83,7 @@ class ParserContext:
     def load(cls, config: EngineConfig, limits: EngineLimits) -> ParserContext:
         """Read the model's tokenizer, chat template and sampling defaults. Raises ConfigError."""
         tokenizer = Tokenizer.load(limits.tokenizer_file, [limits.model_path])
-        folder = Path(limits.model_path) if config.generation_config == "auto" else None
+        folder = native(limits.model_path) if config.generation_config == "auto" else None
         defaults = load_generation_defaults(folder, config.override_generation_config)
         try:
             parse_sampling_params({}, defaults.parameters)

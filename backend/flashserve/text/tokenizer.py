@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from flashserve.errors import ConfigError, InvalidArgument
+from flashserve.paths import native, portable
 from flashserve.text.detokenizer import DetokenizerFactory, special_token_ids
 
 log = logging.getLogger(__name__)
@@ -47,12 +48,12 @@ class Tokenizer:
 
         Raises ConfigError.
         """
-        path = Path(tokenizer_file)
+        path = native(tokenizer_file)
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            tokenizer = tokenizers.Tokenizer.from_file(portable(path))
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"cannot load {path.name}: {error}") from error
-        config = load_tokenizer_config([path.parent, *map(Path, folders)])
+        config = load_tokenizer_config([path.parent, *map(native, folders)])
         _add_configured_tokens(tokenizer, config.get("added_tokens_decoder"))
         return cls(tokenizer, config)
 
