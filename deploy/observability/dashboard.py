@@ -60,7 +60,7 @@ def mean(metric: str) -> str:
 HIT_RATE = f"{rate('vllm:prefix_cache_hits_total')} / {rate('vllm:prefix_cache_queries_total')}"
 ROWS: dict[str, tuple[Panel, ...]] = {
     "Now": (
-        Panel("Requests that end per second", (Query(f"sum({rate('vllm:request_success_total')})", ""),), "reqps", kind="stat"),
+        Panel("Requests that end", (Query(f"sum({rate('vllm:request_success_total')})", ""),), "reqps", kind="stat"),
         Panel("Tokens generated per second", (Query(f"sum({rate('vllm:generation_tokens_total')})", ""),), kind="stat"),
         Panel("Run and wait", (
             Query(f"sum(vllm:num_requests_running{SELECT})", "run"),
