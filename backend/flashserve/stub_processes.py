@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STUB_NAME = "triton_python_backend_stub"
+# Names a file that is there once everything is to end. It says until when requests must have ended, in seconds of
+# time.monotonic().
+ENDING_VARIABLE = "FLASHSERVE_ENDING"
 # A bucket's model is served from a local copy, /tmp/folderXXXXXX, which does not carry its name.
 COPY = re.compile(r"folder\w{6}")
 
@@ -53,7 +56,7 @@ def parse_stub(pid: int, command_line: list[str], started: int = 0) -> Stub | No
 def list_stubs(server: int) -> list[Stub]:
     """The living stubs of a tritonserver."""
     stubs = []
-    for pid in _children(server):
+    for pid in children(server):
         try:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
             started = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
@@ -77,7 +80,8 @@ def trace_file(engine: int, folder: str | None = None) -> Path:
     return Path(folder or tempfile.gettempdir(), f"flashserve-trace-{engine}.json")
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
+    """Ids of a process's children, zombies among them."""
     # The kernel's own list: 1 ms for a server's 100 threads, where psutil reads every process of the machine.
     found: list[int] = []
     try:

@@ -23,7 +23,8 @@ STANDIN = Path(__file__).parent / "standin"
 
 def standin(models: dict[str, dict[str, Any]], **more: Any) -> Server:
     """A server whose models stream the words of their prompt."""
-    return Server(models, arguments=["--backend-module", "standin_backend"], python_path=[STANDIN], **more)
+    arguments = ["--backend-module", "standin_backend", *more.pop("arguments", ())]
+    return Server(models, arguments=arguments, python_path=[STANDIN], **more)
 
 
 def ask(server: Server, model: str = "demo", text: str = "one two three", timeout: float = 10.0) -> list[str]:
@@ -131,8 +132,8 @@ def test_a_log_line_that_is_lost_does_not_hold_up_the_start() -> None:
         assert re.search(r"^ready in .*: demo$", server.log, re.MULTILINE), server.log
 
 
-def test_a_tritonserver_that_dies_ends_the_launcher_with_an_error() -> None:
-    server = standin({"demo": {}}).start()
+def test_a_tritonserver_that_dies_ends_the_launcher_with_an_error_if_it_is_to_start_none_anew() -> None:
+    server = standin({"demo": {}}, arguments=["--max-restarts", "0"]).start()
     try:
         os.kill(server.tritonserver_pids()[0], signal.SIGKILL)
         assert server.launcher is not None

@@ -24,7 +24,7 @@ END_S = 10.0
 def server(tmp_path: Path) -> Iterator[Server]:
     folder = write_null_model(tmp_path / "null")
     one = null_model(folder, 5, max_num_seqs=2, drain_timeout_s=DRAIN_S)
-    server = Server({"demo": one, "idle": null_model(folder)})
+    server = Server({"demo": one, "idle": null_model(folder)}, arguments=["--max-restarts", "0"])
     try:
         yield server.start()
     finally:

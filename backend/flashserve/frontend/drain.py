@@ -3,6 +3,7 @@
 Triton calls ``finalize`` only after a model's last request has ended, so nothing could bound it there. The model's
 readiness on the server's own HTTP endpoint turns 400 after an unload, and the connection is refused after SIGTERM.
 (``pb_utils.is_model_ready`` would ask the same, but crashed or hung the server while it started or stopped.)
+The launcher says sooner that everything ends, by a file, and how much time there is.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from urllib.parse import quote
 
 from flashserve.errors import Cancelled, Unavailable
 from flashserve.frontend.responder import Responder
+from flashserve.stub_processes import ENDING_VARIABLE
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.25
+ENDING_POLL_S = 0.1  # for the launcher's file: 10 µs each
 READY_POLL_S = 0.02  # an unload that comes before the model was seen ready goes unnoticed
 TIMEOUT_S = 2.0
 # Triton 2.51 loses a request whose gRPC client cancels within a millisecond of its end, for instance one that leaves
@@ -49,6 +52,8 @@ class DrainWatcher:
         self._drain_timeout_s = drain_timeout_s
         self._responder = responder
         self._stop_engine = stop_engine
+        ending = os.environ.get(ENDING_VARIABLE)
+        self._ending = Path(ending) if ending else None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="drain", daemon=True)
 
@@ -66,13 +71,32 @@ class DrainWatcher:
             self._drain()
 
     def _poll_until(self, *, ready: bool, times: int, period_s: float) -> bool:
-        """Poll until so many answers in a row agree; False when stopped before."""
+        """Poll until so many answers in a row agree, or the launcher ends everything; False when stopped before."""
         agreeing = 0
-        while not self._stopping.wait(period_s):
+        while not self._wait(period_s):
+            if self._ending_by() is not None:
+                return True
             agreeing = agreeing + 1 if self._is_ready() is ready else 0
             if agreeing == times:
                 return True
         return False
+
+    def _wait(self, period_s: float) -> bool:
+        """Until the next question to Triton, looking for the launcher's file meanwhile; True when stopped."""
+        end = time.monotonic() + period_s
+        while not self._stopping.wait(min(ENDING_POLL_S, max(0.0, end - time.monotonic()))):
+            if time.monotonic() >= end or self._ending_by() is not None:
+                return False
+        return True
+
+    def _ending_by(self) -> float | None:
+        """When requests must have ended because the launcher ends everything; None while it does not."""
+        if self._ending is None:
+            return None
+        try:
+            return float(self._ending.read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            return None
 
     def _is_ready(self) -> bool | None:
         """None for whatever says nothing about the model: an overload, or no port or descriptor left to ask with."""
@@ -89,9 +113,12 @@ class DrainWatcher:
 
     def _drain(self) -> None:
         count = len(self._responder.open_requests)
-        log.info("the model is being unloaded: %d requests get %.0f s to finish", count, self._drain_timeout_s)
-        self._responder.refuse_new(Unavailable("the model is being unloaded", retry_after_ms=2000))
         end = time.monotonic() + self._drain_timeout_s
+        ending_by = self._ending_by()
+        if ending_by is not None:
+            end = min(end, ending_by)
+        log.info("the model is being unloaded: %d requests get %.0f s to finish", count, end - time.monotonic())
+        self._responder.refuse_new(Unavailable("the model is being unloaded", retry_after_ms=2000))
         while self._responder.open_requests and time.monotonic() < end:
             if self._stopping.wait(0.05):
                 return

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flashserve.launcher.errors import LauncherError
+from flashserve.launcher.restarts import DEFAULT_ANSWER_TIMEOUT_S, DEFAULT_MAX_RESTARTS
 
 SERVE_EXAMPLES = """\
 examples:
@@ -60,6 +61,21 @@ def _add_serve(subparsers: Any) -> None:
     )
     parser.add_argument("--backend-module", metavar="MODULE", help="module with another TritonPythonModel")
     parser.add_argument(
+        "--max-restarts",
+        type=_count,
+        default=DEFAULT_MAX_RESTARTS,
+        metavar="N",
+        help="how often to start tritonserver anew, with its models, when it died or no longer answers "
+        "(default: %(default)s; 0: that ends flashserve)",
+    )
+    parser.add_argument(
+        "--answer-timeout",
+        type=_seconds,
+        default=DEFAULT_ANSWER_TIMEOUT_S,
+        metavar="S",
+        help="after S seconds without an answer tritonserver counts as dead (default: %(default)g; 0: never)",
+    )
+    parser.add_argument(
         "--log-format", choices=("text", "json"), default="text", help="json: an object in each line (default: text)"
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="show all of tritonserver's log")
@@ -100,6 +116,20 @@ def _port(text: str) -> int:
     return port
 
 
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 0:
+        raise argparse.ArgumentTypeError("0 or more")
+    return count
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError("seconds, 0 or more")
+    return seconds
+
+
 def run_serve(arguments: argparse.Namespace) -> int:
     """``flashserve serve``."""
     from flashserve.launcher import serve, workspace
@@ -115,6 +145,8 @@ def run_serve(arguments: argparse.Namespace) -> int:
         verbose=arguments.verbose,
         serve_vllm_models=arguments.serve_vllm_models,
         backend_module=arguments.backend_module or workspace.DEFAULT_BACKEND_MODULE,
+        max_restarts=arguments.max_restarts,
+        answer_timeout_s=arguments.answer_timeout,
         triton_arguments=arguments.rest,
     )
     console = Console(as_json=arguments.log_format == "json")

@@ -23,6 +23,10 @@ class TritonControl:
         """True once every model that tritonserver was told to load is ready."""
         return self._status("/v2/health/ready") == 200
 
+    def answers(self, path: str) -> bool:
+        """True if a GET of this path is answered, whatever it says."""
+        return self._status(path) != 0
+
     def model_ready(self, name: str) -> bool:
         """True if a model is ready. Stays true when its stub process has died."""
         return self._status(f"/v2/models/{quote(name)}/ready") == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -136,10 +137,12 @@ def _torch() -> Iterable[Check]:
 
 def _ports() -> Iterable[Check]:
     for option, port in (("--http-port", 8000), ("--grpc-port", 8001), ("--metrics-port", 8002)):
-        if ports.is_free("127.0.0.1", port):
+        error = ports.refusal("127.0.0.1", port)
+        if error is None:
             yield Check(f"port {port}", "ok", "free")
         else:
-            yield Check(f"port {port}", "warn", "taken", f"flashserve serve {option} 0 takes a free one")
+            value = "taken" if error.errno == errno.EADDRINUSE else str(error.strerror)
+            yield Check(f"port {port}", "warn", value, f"flashserve serve {option} 0 takes a free one")
 
 
 def _machine() -> Iterable[Check]:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 
-from flashserve.launcher import repository
+from flashserve.launcher import repository, shell_words
 from flashserve.launcher.discover import TritonInstall
 from flashserve.launcher.errors import LauncherError
-from flashserve.launcher.repository import BACKEND_NAME, VLLM_NAME, NamedModel, RepositoryModel
+from flashserve.launcher.repository import BACKEND_NAME, PYTHON_BACKENDS, VLLM_NAME, NamedModel, RepositoryModel
 from flashserve.launcher.triton_arguments import ALL, LOAD_MODEL
 
 SERVE_VLLM = "flashserve serve --serve-vllm-models"
@@ -46,6 +46,8 @@ def require_loadable(
     if not load_all and len(on_disk) == len(repositories):
         _require_names(load, [*(model.name for model in models), *(model.name for model in named)])
     chosen = [model for model in models if load_all or model.name in load]
+    for model in chosen:
+        _require_plain_names(model)
     if vllm is VllmServer.NOBODY:
         _refuse_vllm([model for model in chosen if model.backend == VLLM_NAME])
     for model in chosen:
@@ -55,6 +57,24 @@ def require_loadable(
                 f"model {model.name} cannot be loaded: {problem}",
                 f"correct {model.folder}/, take the folder out of the repository, "
                 f"or load others only: flashserve serve … -- {LOAD_MODEL}=NAME",
+            )
+
+
+def _require_plain_names(model: RepositoryModel) -> None:
+    """Of the model and of its instances, whatever its backend is."""
+    if not shell_words.is_plain(model.name):
+        raise LauncherError(
+            f"a model cannot be called {model.name!r}: Triton hands the name to a shell when it starts the model",
+            f"rename the folder {str(model.folder)!r}: {shell_words.ADVICE}; "
+            f"or load others only: flashserve serve … -- {LOAD_MODEL}=NAME",
+        )
+    config = model.folder / "config.pbtxt"
+    # Without a backend's name Triton looks at the files, and a model.py means Python.
+    if model.backend in (*PYTHON_BACKENDS, "") and config.is_file():
+        for name in shell_words.special_names(config.read_text(encoding="utf-8", errors="replace")):
+            raise LauncherError(
+                f"{config} has the name {name!r}, and Triton hands such names to a shell when it starts the model",
+                f"choose another: {shell_words.ADVICE}",
             )
 
 

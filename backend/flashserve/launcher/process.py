@@ -8,15 +8,17 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO
 
 from flashserve.launcher.discover import TritonInstall, find_libpython
+from flashserve.launcher.log_flood import FloodLimit
 from flashserve.launcher.ports import Endpoints
-from flashserve.launcher.reaper import RUN_VARIABLE
+from flashserve.launcher.reaper import ENDING_FILE, RUN_VARIABLE
 from flashserve.launcher.triton_arguments import CONTROL_MODE, EXPLICIT, LOAD_MODEL, TritonArguments
 from flashserve.launcher.workspace import Workspace, package_folders
+from flashserve.stub_processes import ENDING_VARIABLE
 
 HTTP_VARIABLE = "FLASHSERVE_TRITON_HTTP"
 KEPT_LINES = 400
@@ -67,6 +69,7 @@ def environment(install: TritonInstall, workspace: Workspace, endpoints: Endpoin
     env["PYTHONPATH"] = _joined(package_folders(), env.get("PYTHONPATH"))
     env[HTTP_VARIABLE] = endpoints.http_address
     env[RUN_VARIABLE] = workspace.run_id
+    env[ENDING_VARIABLE] = str(workspace.folder / ENDING_FILE)
     env["PYTHONUNBUFFERED"] = "1"
     return env
 
@@ -133,8 +136,13 @@ class ServerProcess:
         return sorted(name for name, state in list(self.load_states.items()) if state == "ready")
 
     def _read(self, stream: IO[str]) -> None:
+        flood = FloodLimit()
         for line in stream:
-            line = line.rstrip("\n")
+            self._take(flood.admit(line.rstrip("\n")))
+        self._take(flood.held())
+
+    def _take(self, lines: Iterable[str]) -> None:
+        for line in lines:
             self._lines.append(line)
             self._note(line)
             if self._verbose or self._matters(line):

@@ -23,7 +23,15 @@ RUN_VARIABLE = "FLASHSERVE_RUN"
 GRACE_S = 9.0
 # Without tritonserver there is nobody whom a stub could still answer; but calls on their way to it may lock a stub up.
 ORPHAN_GRACE_S = 2.0
+# Of that time: until then requests have their end, so that tritonserver can send what it was and unload the models,
+# which took it 3.4 s on two cores with ten busy processes.
+SHARE_OF_REQUESTS = 0.55
+# A killed process is gone in milliseconds, with many gigabytes in a second or two.
+KILL_S = 3.0
 POLL_S = 0.1
+# In the run's folder: when the stubs' requests must have ended, in seconds of time.monotonic(), which all processes
+# share.
+ENDING_FILE = "ending"
 SHARED_MEMORY = "/dev/shm"
 
 
@@ -55,33 +63,62 @@ def run_processes(run: Run) -> list[int]:
 
 
 def end_run(run: Run, grace_s: float = GRACE_S, hurry: Callable[[], bool] = lambda: False) -> bool:
-    """Ask tritonserver to end, wait, then kill what is left; remove shared memory and files.
+    """End a run's processes; remove shared memory and files. Arguments and result are those of end_processes."""
+    peaceful = end_processes(run, grace_s, hurry)
+    clear(run)
+    shutil.rmtree(run.folder, ignore_errors=True)
+    return peaceful
+
+
+def end_processes(run: Run, grace_s: float, hurry: Callable[[], bool] = lambda: False) -> bool:
+    """Ask stubs and tritonserver to end, wait, then kill what is left.
 
     ``hurry`` is asked while waiting; True ends the grace. Returns True if everything ended by itself.
     """
-    deadline = time.monotonic() + grace_s
+    started = time.monotonic()
+    deadline = started + grace_s
+    _tell_stubs(run, started + grace_s * SHARE_OF_REQUESTS)
     if run.leader is not None:
         _signal(run.leader, signal.SIGTERM)
-    peaceful = True
     while processes := run_processes(run):
         now = time.monotonic()
         if run.leader not in processes:
             deadline = min(deadline, now + ORPHAN_GRACE_S)
         if run.leader is None or now >= deadline or hurry():
-            peaceful = False
             _kill_all(run)
-            break
+            return False
         time.sleep(POLL_S)
-    _remove_files(run)
-    return peaceful
+    return True
+
+
+def clear(run: Run) -> None:
+    """Remove the shared memory of a run whose processes have ended, and what told them to."""
+    try:
+        names = os.listdir(SHARED_MEMORY)
+    except OSError:
+        names = []
+    for name in names:
+        if name.startswith(run.run_id):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(SHARED_MEMORY, name))
+    with contextlib.suppress(OSError):
+        os.unlink(os.path.join(run.folder, ENDING_FILE))
+
+
+def _tell_stubs(run: Run, deadline: float) -> None:
+    """Stubs look for this file ten times a second. From Triton alone they would learn of the end late, and never how
+    much time there is: what had not finished was cut off without a word."""
+    path = os.path.join(run.folder, ENDING_FILE)
+    with contextlib.suppress(OSError):
+        with open(path + ".new", "w", encoding="ascii") as file:
+            file.write(repr(deadline))
+        os.replace(path + ".new", path)
 
 
 def _kill_all(run: Run) -> None:
     # Until none is left: a process may fork between the listing and the signal.
-    for _ in range(100):
-        processes = run_processes(run)
-        if not processes:
-            return
+    deadline = time.monotonic() + KILL_S
+    while (processes := run_processes(run)) and time.monotonic() < deadline:
         for process in processes:
             _signal(process, signal.SIGKILL)
         time.sleep(POLL_S)
@@ -92,27 +129,15 @@ def _signal(process: int, number: int) -> None:
         os.kill(process, number)
 
 
-def _remove_files(run: Run) -> None:
-    try:
-        names = os.listdir(SHARED_MEMORY)
-    except OSError:
-        names = []
-    for name in names:
-        if name.startswith(run.run_id):
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(SHARED_MEMORY, name))
-    shutil.rmtree(run.folder, ignore_errors=True)
-
-
 def main(arguments: list[str]) -> None:
-    """``reaper.py RUN_ID FOLDER``; lines on stdin: ``leader PID``, and ``ended`` when there is nothing to do."""
+    """``reaper.py RUN_ID FOLDER``; lines on stdin: ``leader PID`` (0: none at present), ``ended``: nothing is left."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     run = Run(run_id=arguments[0], folder=arguments[1])
     for line in sys.stdin:
         words = line.split()
         if words[0] == "leader":
-            run.leader = int(words[1])
+            run.leader = int(words[1]) or None
         elif words[0] == "ended":
             return
     end_run(run)

@@ -16,6 +16,8 @@ BACKEND_NAME = "flashserve"
 VLLM_NAME = "vllm"
 """Triton's vLLM backend, whose model folders are laid out as ours."""
 OUR_BACKENDS = (BACKEND_NAME, VLLM_NAME)
+PYTHON_BACKENDS = (*OUR_BACKENDS, "python")
+"""Those whose models run in stubs of Triton's Python backend."""
 BACKEND_FIELD = re.compile(
     r"""^[^#\n]*?\b(?P<field>backend\s*:\s*(?P<quote>["'])(?P<name>.*?)(?P=quote))""", re.MULTILINE
 )
@@ -109,6 +111,13 @@ def read_repository(folder: Path) -> list[RepositoryModel]:
             problem = _problem(entry) if backend in OUR_BACKENDS else None
             models.append(RepositoryModel(entry.name, entry, backend, problem, line))
     return models
+
+
+def names_with_stubs(repositories: Sequence[str], named: Sequence[NamedModel]) -> list[str]:
+    """Models that run in stubs of Triton's Python backend, as far as files of this machine tell."""
+    folders = [Path(repository) for repository in repositories if not REMOTE.match(repository)]
+    models = [model for folder in folders for model in read_repository(folder)]
+    return [model.name for model in models if model.backend in PYTHON_BACKENDS] + [model.name for model in named]
 
 
 def _versions(model: Path) -> list[Path]:

@@ -15,7 +15,10 @@ SAME_S = 0.5
 
 
 class Signals:
-    """Notes SIGINT, SIGTERM and SIGHUP, and ends a wait when one arrives."""
+    """Notes SIGINT, SIGTERM and SIGHUP, and ends a wait when one arrives.
+
+    A signal that this process was started to ignore stays ignored: SIGHUP under nohup, SIGINT in a script's background.
+    """
 
     def __init__(self) -> None:
         self._first: float | None = None
@@ -23,7 +26,8 @@ class Signals:
         self._receive, self._send = socket.socketpair()
         self._send.setblocking(False)
         for number in STOPPING:
-            signal.signal(number, self._handle)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     @property
     def received(self) -> bool:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Collection
+
 from flashserve.launcher.control import ControlError, TritonControl
-from flashserve.launcher.repository import OUR_BACKENDS
+from flashserve.launcher.repository import PYTHON_BACKENDS
 from flashserve.stub_processes import Stub, list_stubs
 
 # Looked at twice before it counts: an unload ends the stub a moment before the model's state says so.
 CONFIRMATIONS = 2
-PYTHON_BACKENDS = (*OUR_BACKENDS, "python")
+# A model has one stub to complete its configuration and then those of its instances, milliseconds later.
+GONE_S = 10.0
+NEVER_STARTED_S = 60.0
 
 
 class StubWatch:
@@ -51,3 +56,39 @@ class StubWatch:
             int(group.get("count", 1)) * max(1, len(group.get("gpus", [])))
             for group in config.get("instance_group", [])
         )
+
+
+class LoadWatch:
+    """Finds loads that cannot end: Triton 2.51 waits without a bound for a stub that died before it was initialised."""
+
+    def __init__(self, server: int, expected: Collection[str], clock: Callable[[], float] = time.monotonic) -> None:
+        """``expected``: models that are known to run in stubs; one of another name may be of another backend."""
+        self._server = server
+        self._expected = expected
+        self._clock = clock
+        self._last_seen: dict[str, float] = {}
+        """Of models that load: when a stub of theirs lived last."""
+        self._first_loading: dict[str, float] = {}
+
+    def stuck(self, loading: Collection[str]) -> str | None:
+        """Why one of the models that are ``loading`` will never be ready; None as long as all may be."""
+        if not loading:
+            self._last_seen.clear()
+            self._first_loading.clear()
+            return None
+        now, stubs = self._clock(), list_stubs(self._server)
+        for name in loading:
+            first = self._first_loading.setdefault(name, now)
+            if any(stub.belongs_to(name) for stub in stubs):
+                self._last_seen[name] = now
+            seen = self._last_seen.get(name)
+            if seen is not None and now - seen > GONE_S:
+                return f"model {name} cannot become ready: its process died while it loaded"
+            if seen is None and name in self._expected and now - first > NEVER_STARTED_S:
+                return (
+                    f"model {name} cannot become ready: its backend process has not started in {NEVER_STARTED_S:.0f} s"
+                )
+        for name in set(self._first_loading) - set(loading):
+            del self._first_loading[name]
+            self._last_seen.pop(name, None)
+        return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flashserve.launcher.errors import LauncherError
 
@@ -26,6 +26,10 @@ class TritonArguments:
     """Names of the models to load at the start; ALL: every one; empty: none."""
     others: tuple[str, ...] = ()
     """Passed on as they are."""
+
+    def loading(self, names: Sequence[str]) -> TritonArguments:
+        """The same, with other models to load at the start."""
+        return replace(self, load=tuple(names))
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> TritonArguments:

@@ -7,17 +7,22 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from flashserve.launcher import shell_words
 from flashserve.launcher.discover import TritonInstall
-from flashserve.launcher.repository import BACKEND_NAME, NamedModel
+from flashserve.launcher.errors import LauncherError
+from flashserve.launcher.repository import BACKEND_NAME, REMOTE, NamedModel
 from flashserve.stub_processes import STUB_NAME
 
 DEFAULT_BACKEND_MODULE = "flashserve.frontend.lifecycle"
 OUR_PACKAGES = ("flashserve", "flashserve_kernels")
+# Where a run's folder may be if the one for temporary files will not do: the stub is started from it.
+OTHER_FOLDERS = ("/tmp", "/var/tmp")
+TMPDIR_ADVICE = "set TMPDIR to a folder of yours with a plain name, on a file system that is not mounted noexec"
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,40 @@ class Workspace:
         """A model repository with the models given by --model."""
         return self.folder / "models"
 
+    @property
+    def repositories(self) -> Path:
+        """Links to model repositories whose own paths no shell would take as they are."""
+        return self.folder / "repositories"
+
 
 def create() -> Workspace:
-    """Make an empty folder with a name that is unique on this machine."""
+    """Make an empty folder with a name that is unique on this machine. Raises LauncherError if there is no place."""
     run_id = f"flashserve-{os.getpid()}-{secrets.token_hex(4)}"
-    return Workspace(run_id, Path(tempfile.mkdtemp(prefix=f"{run_id}-")))
+    return Workspace(run_id, Path(tempfile.mkdtemp(prefix=f"{run_id}-", dir=_place())))
+
+
+def _place() -> str:
+    try:
+        preferred = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise LauncherError(f"no folder for temporary files: {error}", TMPDIR_ADVICE) from None
+    problems = {folder: _unfit(folder) for folder in dict.fromkeys((preferred, *OTHER_FOLDERS))}
+    for folder, problem in problems.items():
+        if problem is None:
+            return folder
+    reasons = "; ".join(f"{folder} {problem}" for folder, problem in problems.items())
+    raise LauncherError(f"no folder that programs can be started from: {reasons}", TMPDIR_ADVICE)
+
+
+def _unfit(folder: str) -> str | None:
+    """Why Triton's stub cannot be started from there."""
+    if not shell_words.is_plain(folder):
+        return "has a name that a shell would not take as it is"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return "cannot be written to"
+    if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        return "is mounted noexec"
+    return None
 
 
 def package_folders() -> list[str]:
@@ -95,3 +129,18 @@ def add_models(workspace: Workspace, models: Iterable[NamedModel]) -> None:
         version.mkdir(parents=True)
         (version.parent / "config.pbtxt").write_text(f'backend: "{BACKEND_NAME}"\n', encoding="utf-8")
         (version / "model.json").write_text(json.dumps({"model": model.source}) + "\n", encoding="utf-8")
+
+
+def add_repositories(workspace: Workspace, repositories: Sequence[str]) -> list[str]:
+    """The paths to give tritonserver: a folder whose path a shell would not take as it is gets a link with a name that
+    it does. Triton hands the path to a shell when it starts a stub, and does not look where a link leads."""
+    workspace.repositories.mkdir()
+    paths = []
+    for number, repository in enumerate(repositories):
+        path = repository
+        if not REMOTE.match(repository) and not shell_words.is_plain(repository):
+            link = workspace.repositories / str(number)
+            link.symlink_to(repository)
+            path = str(link)
+        paths.append(path)
+    return paths
