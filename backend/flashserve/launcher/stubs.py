@@ -13,7 +13,7 @@ from flashserve.stub_processes import Stub, list_stubs
 CONFIRMATIONS = 2
 # A model has one stub to complete its configuration and then those of its instances, milliseconds later.
 GONE_S = 10.0
-NEVER_STARTED_S = 60.0
+NEVER_STARTED_S = 20.0  # or it died before anybody saw it
 
 
 class StubWatch:
@@ -77,18 +77,19 @@ class LoadWatch:
             self._first_loading.clear()
             return None
         now, stubs = self._clock(), list_stubs(self._server)
+        alive = {name for name in loading if any(stub.belongs_to(name) for stub in stubs)}
+        for name in [name for name in self._first_loading if name not in loading]:
+            del self._first_loading[name]
+            self._last_seen.pop(name, None)
         for name in loading:
+            if alive:  # Triton loads a few at a time: this one may wait for its turn
+                self._first_loading[name] = now
             first = self._first_loading.setdefault(name, now)
-            if any(stub.belongs_to(name) for stub in stubs):
+            if name in alive:
                 self._last_seen[name] = now
             seen = self._last_seen.get(name)
             if seen is not None and now - seen > GONE_S:
                 return f"model {name} cannot become ready: its process died while it loaded"
             if seen is None and name in self._expected and now - first > NEVER_STARTED_S:
-                return (
-                    f"model {name} cannot become ready: its backend process has not started in {NEVER_STARTED_S:.0f} s"
-                )
-        for name in set(self._first_loading) - set(loading):
-            del self._first_loading[name]
-            self._last_seen.pop(name, None)
+                return f"model {name} cannot become ready: it has no process after {NEVER_STARTED_S:.0f} s"
         return None

@@ -1,0 +1,207 @@
+"""A process is healthy when it answers, not when it exists: what died, hangs or waits for ever is started anew."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import pytest
+from harness import HTTP, Server, wait_until
+from test_launcher import ask, standin
+
+from flashserve.launcher import health, stubs
+from flashserve.launcher.control import ControlError, TritonControl
+from flashserve.launcher.health import HealthWatch
+from flashserve.launcher.restarts import Restarts
+from flashserve.launcher.stubs import LoadWatch
+from flashserve.stub_processes import Stub
+
+ANEW = "started anew with the models that it had"
+AGAIN_TIMEOUT_S = 60.0
+
+
+@pytest.fixture
+def two_models() -> Iterator[Server]:
+    server = standin({"demo": {}, "other": {}}, arguments=["--max-restarts", "1", "--answer-timeout", "3"])
+    try:
+        yield server.start()
+    finally:
+        server.destroy()
+
+
+def wait_for_the_next(server: Server, before: int) -> None:
+    """Until another tritonserver is ready."""
+
+    def is_ready() -> bool:
+        return server.log.count("ready in") == 2 and server.tritonserver_pids() not in ([], [before])
+
+    assert wait_until(is_ready, AGAIN_TIMEOUT_S), server.log[-4000:]
+
+
+def ready_models(server: Server) -> list[str]:
+    rows = HTTP.post(f"{server.http}/v2/repository/index", json={}, timeout=10).json()
+    return [row["name"] for row in rows if row.get("state") == "READY"]
+
+
+def test_a_tritonserver_that_died_comes_back_with_its_models_until_that_helps_no_more(two_models: Server) -> None:
+    server = two_models
+    server.unload("other")
+    assert wait_until(lambda: not server.stubs("other"), 20)
+    asked = server.log.count("ended by itself")
+    (before,) = server.tritonserver_pids()
+    assert wait_until(lambda: ready_models(server) == ["demo"], 20)
+    wait_until(lambda: False, health.ASK_PERIOD_S + 1)  # the launcher has asked since
+    os.kill(before, signal.SIGABRT)
+    wait_for_the_next(server, before)
+    assert "tritonserver ended by itself with code -6" in server.log[asked:] and ANEW in server.log
+    assert ready_models(server) == ["demo"]
+    assert ask(server) == ["one", "two", "three"]
+
+    os.kill(server.tritonserver_pids()[0], signal.SIGKILL)
+    assert server.launcher is not None and server.launcher.wait(30) == 1
+    assert "ended by itself with code -9, and starting it anew did not help 1 times (--max-restarts 1)" in server.log
+    server.assert_nothing_left()
+
+
+def test_a_tritonserver_that_does_not_answer_is_started_anew(two_models: Server) -> None:
+    (before,) = two_models.tritonserver_pids()
+    os.kill(before, signal.SIGSTOP)
+    wait_for_the_next(two_models, before)
+    assert "tritonserver exists, but has not answered for" in two_models.log
+    assert ready_models(two_models) == ["demo", "other"]
+    assert ask(two_models, "other") == ["one", "two", "three"]
+    assert two_models.stop() <= 10
+    two_models.assert_nothing_left()
+
+
+def test_a_stub_killed_while_its_model_loads_does_not_hold_up_the_start_for_ever() -> None:
+    server = standin({"demo": {}})
+    try:
+        server.start(wait=False)
+        assert wait_until(lambda: bool(server.stubs("demo")), 30, poll_s=0.005)
+        os.kill(server.stubs("demo")[0].pid, signal.SIGKILL)  # the one that completes the configuration
+        server.wait_ready()
+        assert re.search("model demo cannot become ready: (its process died|it has no process)", server.log)
+        assert ask(server) == ["one", "two", "three"]
+        server.stop()
+        server.assert_nothing_left()
+    finally:
+        server.destroy()
+
+
+# --- when a load counts as one that cannot end ------------------------------------------------------------------
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def looks(watch: LoadWatch, clock: Clock, loading: Collection[str], seconds: int) -> list[str | None]:
+    found = []
+    for _ in range(seconds):
+        clock.now += 1
+        found.append(watch.stuck(loading))
+    return found
+
+
+@pytest.fixture
+def living(monkeypatch: pytest.MonkeyPatch) -> list[Stub]:
+    found: list[Stub] = []
+    monkeypatch.setattr(stubs, "list_stubs", lambda server: list(found))
+    return found
+
+
+def test_a_load_goes_on_while_a_stub_lives_and_from_one_stub_to_the_next(living: list[Stub]) -> None:
+    clock = Clock()
+    watch = LoadWatch(1, ["a"], clock)
+    living.append(Stub(5, "/r/a/1/model.py", "a"))
+    assert looks(watch, clock, ["a"], 1000) == [None] * 1000
+    living.clear()
+    assert looks(watch, clock, ["a"], 9) == [None] * 9
+    living.append(Stub(6, "/r/a/1/model.py", "a_0"))
+    assert looks(watch, clock, ["a"], 100) == [None] * 100
+    living.clear()
+    assert str(looks(watch, clock, ["a"], 11)[-1]).startswith("model a cannot become ready: its process died")
+
+
+def test_a_load_without_any_stub_ends_where_one_is_needed(living: list[Stub]) -> None:
+    clock = Clock()
+    watch = LoadWatch(1, ["a"], clock)
+    assert looks(watch, clock, ["onnx"], 1000) == [None] * 1000
+    assert str(looks(watch, clock, ["a"], 22)[-1]).startswith("model a cannot become ready: it has no process")
+
+
+def test_a_load_may_wait_for_others(living: list[Stub]) -> None:
+    clock = Clock()
+    watch = LoadWatch(1, ["a", "b"], clock)
+    living.append(Stub(5, "/r/b/1/model.py", "b_0"))
+    assert looks(watch, clock, ["a", "b"], 1000) == [None] * 1000
+
+
+def test_a_model_that_became_ready_starts_anew_when_it_loads_again(living: list[Stub]) -> None:
+    clock = Clock()
+    watch = LoadWatch(1, ["a"], clock)
+    living.append(Stub(5, "/r/a/1/model.py", "a"))
+    looks(watch, clock, ["a"], 5)
+    living.clear()
+    looks(watch, clock, [], 100)
+    assert looks(watch, clock, ["a"], 15) == [None] * 15
+
+
+# --- when silence counts as death -------------------------------------------------------------------------------
+
+
+class Silent(TritonControl):
+    """Answers nothing, or all but the models' list."""
+
+    def __init__(self, answers: bool) -> None:
+        super().__init__("nowhere:0")
+        self._answers = answers
+
+    def index(self) -> list[dict[str, str]]:
+        raise ControlError("no answer")
+
+    def answers(self, path: str) -> bool:
+        return self._answers
+
+
+@pytest.mark.parametrize(
+    ("metrics_answer", "limit_s", "dead_after"),
+    [(False, 60.0, 61), (True, 60.0, 601), (False, 0.0, None)],
+    ids=["nothing answers", "metrics answer", "never"],
+)
+def test_silence_counts_as_death_after_its_limit(
+    monkeypatch: pytest.MonkeyPatch, metrics_answer: bool, limit_s: float, dead_after: int | None
+) -> None:
+    """Eight loads at once occupy every HTTP thread of a healthy tritonserver, but not that of its metrics."""
+    clock = Clock()
+    monkeypatch.setattr(health.time, "monotonic", clock)
+    unused: Any = None
+    silent = Silent(metrics_answer)
+    watch = HealthWatch(silent, silent, unused, unused, unused, ["a"], limit_s)
+    found = None
+    while found is None and clock.now < 700:
+        clock.now += 1
+        watch._ask()
+        found = clock.now if watch.failure is not None else None
+    assert found == dead_after
+
+
+def test_failures_that_come_close_together_end_it_and_rare_ones_do_not() -> None:
+    close = Restarts(3)
+    assert [close.pause_s(1.0) for _ in range(4)] == [0.5, 2.0, 5.0, None]
+    rare = Restarts(1)
+    assert [rare.pause_s(3600.0) for _ in range(4)] == [0.5] * 4
+
+
+def test_a_model_that_cannot_load_any_more_does_not_keep_the_others_down() -> None:
+    restarts = Restarts(5)
+    assert restarts.given_up({"a": "no weights"}) == []
+    assert restarts.given_up({}) == []  # it was something else
+    assert [restarts.given_up({"a": "no weights"}) for _ in range(2)] == [[], ["a"]]
