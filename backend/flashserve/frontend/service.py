@@ -11,6 +11,7 @@ from flashserve.config import EngineConfig
 from flashserve.errors import FlashserveError, InternalError, Unavailable
 from flashserve.frontend.cancellation import CancellationWatcher
 from flashserve.frontend.drain import DrainWatcher
+from flashserve.frontend.engine_watch import EngineWatch
 from flashserve.frontend.generation import Generation
 from flashserve.frontend.metrics import Metrics, MetricsExportThread, TritonExporter, engine_infos
 from flashserve.frontend.model_parameters import ModelParameters
@@ -76,8 +77,9 @@ class ModelService:
         self._drain = DrainWatcher(
             name, version, config.triton_http, config.drain_timeout_s, self._responder, self._supervisor.stop
         )
+        self._engine_watch = EngineWatch(self._responder, self._supervisor, metrics)
         self._responder.start(self._supervisor.send)
-        for part in (self._server_watch, self._cancellation, self._drain):
+        for part in (self._server_watch, self._cancellation, self._drain, self._engine_watch):
             part.start()
 
     @property
@@ -126,7 +128,7 @@ class ModelService:
 
     def stop(self) -> None:
         """End everything, in an order that lets the last responses out."""
-        for part in (self._drain, self._cancellation, self._responder, self._supervisor):
+        for part in (self._drain, self._engine_watch, self._cancellation, self._responder, self._supervisor):
             part.stop()
         self._metrics_thread.stop()
         self._server_watch.stop()

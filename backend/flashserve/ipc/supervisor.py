@@ -61,6 +61,8 @@ class EngineSupervisor:
         self._spawned = 0.0
         self._retry_at = 0.0
         self._load_seconds = 0.0
+        self._owed_since: float | None = None
+        self._end_reason: str | None = None
         self._thread = threading.Thread(target=self._run, name="engine-supervisor", daemon=True)
 
     def start(self) -> EngineLimits:
@@ -90,10 +92,27 @@ class EngineSupervisor:
         channel = self._channel
         if channel is None:
             raise self.unavailable("the engine is starting again after a failure")
+        if self._owed_since is None:
+            self._owed_since = time.monotonic()
         try:
             channel.send(message)
         except ChannelClosed as error:
             raise self.unavailable("the engine has just died") from error
+
+    @property
+    def silent_s(self) -> float:
+        """For how long a ready engine has owed a word: it has requests, or was sent something, and each step of its
+        sends one. 0 if it owes none."""
+        since = self._owed_since
+        return 0.0 if since is None or self._channel is None else time.monotonic() - since
+
+    def restart(self, reason: str) -> None:
+        """End a ready engine, so that another starts; its requests fail with ``reason``."""
+        with self._lock:
+            process = self._process if self._channel is not None else None
+            if process is not None and self._end_reason is None:
+                self._end_reason = reason
+                process.kill()
 
     def unavailable(self, message: str) -> Unavailable:
         """An error whose retry-after covers the back-off and another loading like the last."""
@@ -166,10 +185,13 @@ class EngineSupervisor:
 
     def _dispatch(self, message: EngineMessage, channel: Channel[EngineMessage]) -> None:
         if isinstance(message, StepOutputs):
+            has_work = message.stats.running or message.stats.waiting
+            self._owed_since = time.monotonic() if has_work else None
             self._listener.on_outputs(message)
         elif isinstance(message, EngineReady):
             self._limits = message.limits
             self._load_seconds = time.monotonic() - self._spawned
+            self._owed_since = None
             with self._lock:
                 self._channel = channel
             self._listener.on_ready(message)
@@ -188,6 +210,9 @@ class EngineSupervisor:
         except subprocess.TimeoutExpired:
             process.kill()
             status = process.wait()
+        reason, self._end_reason = self._end_reason, None
+        if reason is not None:
+            return f"the engine process {reason}"
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         hint = " (out of memory?)" if status == -signal.SIGKILL and self._limits is None else ""
         return f"the engine process {how}{hint}"
