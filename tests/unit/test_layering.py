@@ -21,6 +21,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "flashserve.errors": (),
     "flashserve.protocol": (),
     "flashserve.stub_processes": (),
+    "flashserve.home": ("flashserve.errors",),
     "flashserve.coercion": (),
     "flashserve.memory": (),
     "flashserve.paths": (),
@@ -43,7 +44,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "flashserve.protocol",
         "flashserve.errors",
     ),
-    "flashserve.ipc": ("flashserve", "flashserve.config", "flashserve.protocol", "flashserve.errors"),
+    "flashserve.ipc": (
+        "flashserve",
+        "flashserve.home",
+        "flashserve.config",
+        "flashserve.protocol",
+        "flashserve.errors",
+    ),
     "flashserve.engine": (
         "flashserve.stub_processes",
         "flashserve.scheduling",
@@ -69,6 +76,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "flashserve.launcher": (
         "flashserve",
+        "flashserve.home",
         "flashserve.stub_processes",
         "flashserve.memory",
         "flashserve.config",

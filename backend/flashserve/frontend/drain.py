@@ -117,7 +117,7 @@ class DrainWatcher:
         ending_by = self._ending_by()
         if ending_by is not None:
             end = min(end, ending_by)
-        log.info("the model is being unloaded: %d requests get %.0f s to finish", count, end - time.monotonic())
+        log.info("the model is being unloaded: %d requests get %.1f s to finish", count, end - time.monotonic())
         self._responder.refuse_new(Unavailable("the model is being unloaded", retry_after_ms=2000))
         while self._responder.open_requests and time.monotonic() < end:
             if self._stopping.wait(0.05):
@@ -134,7 +134,9 @@ class DrainWatcher:
         deadline = time.monotonic() + FINALIZE_TIMEOUT_S
         while not self._stopping.wait(POLL_S):
             self._responder.fail_all(_UNLOADED)
-            if time.monotonic() > deadline:
+            # One whose end is still on its way gets as long again.
+            late_s = time.monotonic() - deadline
+            if late_s > (FINALIZE_TIMEOUT_S if self._responder.open_requests else 0):
                 log.warning("Triton does not finalize this model, although all its requests have ended: ending anyway")
                 os._exit(0)
 

@@ -23,6 +23,7 @@ from typing import Protocol
 import flashserve
 from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError, FlashserveError, InternalError, Unavailable
+from flashserve.home import with_home
 from flashserve.ipc.channel import Channel, ChannelClosed
 from flashserve.protocol import EngineFailed, EngineLimits, EngineMessage, EngineReady, StepOutputs, StubMessage
 
@@ -234,4 +235,4 @@ def engine_environment() -> dict[str, str]:
     """The stub's environment, with our packages importable: the stub finds them beside model.py, a child may not."""
     package_dir = Path(flashserve.__file__).resolve().parent.parent
     paths = [str(package_dir), str(package_dir.parent / "kernels"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    return {**with_home(os.environ), "PYTHONPATH": os.pathsep.join(p for p in paths if p)}

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from flashserve.errors import ConfigError
+from flashserve.home import with_home
 from flashserve.launcher import discover, loadable, ports, repository
 from flashserve.launcher.errors import LauncherError
 from flashserve.launcher.loadable import VllmServer
@@ -105,7 +107,13 @@ def _packages() -> Iterable[Check]:
 def _torch() -> Iterable[Check]:
     # In a process of its own: a broken installation may end it, and the launcher never imports torch.
     try:
-        probe = subprocess.run([sys.executable, "-c", TORCH_PROBE], capture_output=True, text=True, timeout=120)
+        env = with_home(os.environ)
+        probe = subprocess.run(
+            [sys.executable, "-c", TORCH_PROBE], env=env, capture_output=True, text=True, timeout=120
+        )
+    except ConfigError as error:
+        yield Check("home folder", "fail", str(error), "set HOME to a folder of yours")
+        return
     except subprocess.TimeoutExpired:
         yield Check("torch", "fail", "importing it takes more than two minutes", "reinstall torch")
         return

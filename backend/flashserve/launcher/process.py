@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO
 
+from flashserve.home import with_home
 from flashserve.launcher.discover import TritonInstall, find_libpython
 from flashserve.launcher.log_flood import FloodLimit
 from flashserve.launcher.ports import Endpoints
@@ -58,8 +59,9 @@ def command(
 
 
 def environment(install: TritonInstall, workspace: Workspace, endpoints: Endpoints) -> dict[str, str]:
-    """The environment of tritonserver, its stubs and their engines."""
-    env = dict(os.environ)
+    """The environment of tritonserver, its stubs and their engines. Raises ConfigError if a home has to be made for
+    them and cannot."""
+    env = with_home(os.environ)
     libpython = find_libpython()
     libraries = [str(libpython.parent)] if libpython else []
     libraries += [str(path) for path in install.library_paths]

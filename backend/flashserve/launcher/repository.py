@@ -58,7 +58,7 @@ def parse_model(argument: str) -> NamedModel:
     name, separator, source = argument.partition("=")
     if not separator:
         name, source = "", argument
-    path = Path(source).expanduser()
+    path = _expanded(source)
     if source and path.is_dir():
         source = str(path.resolve())
     elif source.startswith((".", "/", "~")) or not HUB_ID.match(source):
@@ -70,6 +70,13 @@ def parse_model(argument: str) -> NamedModel:
     if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
         raise LauncherError(f"--model {argument}: {name!r} is no model name", "choose one: --model NAME=PATH_OR_HF_ID")
     return NamedModel(name, source)
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise LauncherError(f"{path}: no home folder is known for ~", "write the path in full, or set HOME") from None
 
 
 def parse_models(arguments: Sequence[str]) -> list[NamedModel]:
@@ -90,7 +97,7 @@ def choose_repositories(repository: str | None, models: Sequence[NamedModel]) ->
         repository = str(found)
     if REMOTE.match(repository):
         return [repository]
-    folder = Path(repository).expanduser().resolve()
+    folder = _expanded(repository).resolve()
     if not folder.is_dir():
         raise LauncherError(f"no such folder: --model-repository {repository}")
     present = read_repository(folder)

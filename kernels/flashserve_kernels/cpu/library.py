@@ -93,7 +93,11 @@ def load_library(isa: str, sanitize: bool = False) -> ctypes.CDLL:
     if file is None:
         file = cache_folder() / library_name(isa, sanitize)
         build(isa, file, sanitize)
-    library = ctypes.CDLL(str(file))
+    try:
+        library = ctypes.CDLL(str(file))
+    except OSError as error:  # a folder that is mounted noexec: "failed to map segment from shared object"
+        advice = "if its folder is mounted noexec, set XDG_CACHE_HOME to one that is not"
+        raise NativeUnavailable(f"{error} ({advice})") from error
     library.fs_isa.restype = ctypes.c_char_p
     refused = library.fs_request_instructions()
     if refused:
