@@ -6,10 +6,12 @@ import os
 import re
 import signal
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import HTTP, Server, wait_until
+from null_models import null_model, write_null_model
 from test_launcher import ask, standin
 
 from flashserve.launcher import health, stubs
@@ -90,6 +92,17 @@ def test_a_stub_killed_while_its_model_loads_does_not_hold_up_the_start_for_ever
         server.assert_nothing_left()
     finally:
         server.destroy()
+
+
+def test_models_of_any_plain_name_are_watched(tmp_path: Path) -> None:
+    """Triton does not decode paths, so that a quoted name is another one; one of them once ended the watch for all."""
+    model = null_model(write_null_model(tmp_path / "null"))
+    with Server({"模型": model, "a@b+c": model}) as server:
+        for name in ("模型", "a@b+c"):
+            os.kill(server.stubs(name)[0].pid, signal.SIGKILL)
+            server.wait_for_log(rf"model {re.escape(name)}: ready again", 60)
+        assert server.stop() <= 10
+        assert "the rest was killed" not in server.log
 
 
 # --- when a load counts as one that cannot end ------------------------------------------------------------------

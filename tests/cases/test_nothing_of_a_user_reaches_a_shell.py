@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from harness import Server
 from test_launcher import ask, flashserve, standin
 
 from flashserve.launcher import shell_words
+from flashserve.triton_http import ask as ask_triton
 
 EVIL = "$(touch PWNED)"
 
@@ -68,6 +70,39 @@ def test_an_instance_s_name_is_refused_likewise() -> None:
         assert f"the name 'x{EVIL}'" in refused(server.repository)
     finally:
         server.destroy()
+
+
+def test_a_name_that_comes_later_does_not_reach_it_either(tmp_path: Path) -> None:
+    server = standin({"demo": {}}).start()
+    name = "m;touch${IFS}PWNED"
+    try:
+        server.add_model(name, {})
+        with contextlib.suppress(TimeoutError):  # Triton waits for a stub that was not started
+            address = server.http.removeprefix("http://")
+            ask_triton(address, "POST", f"/v2/repository/models/{name}/load", "{}", timeout_s=5)
+        server.wait_for_log("no plain word for a shell: exec", 10)
+        assert not Path("PWNED").exists() and ask(server) == ["one", "two", "three"]
+        server.stop()
+        server.assert_nothing_left()
+    finally:
+        server.destroy()
+
+
+def test_the_guard_lets_pass_what_is_plain_and_what_starts_no_stub(tmp_path: Path) -> None:
+    (tmp_path / "stub").write_text("#!/bin/sh\necho $#")
+    (tmp_path / "stub").chmod(0o700)
+    guard = tmp_path / "bash"
+    guard.write_text(shell_words.guard_script("/bin/sh", "stub"))
+    guard.chmod(0o700)
+
+    def run(*words: str) -> str:
+        return subprocess.run([guard, *words], capture_output=True, text=True).stdout.strip()
+
+    plain = f" exec {tmp_path}/stub /模型/1/model.py a 1 1 7 /b 3 m_0 /c"
+    assert run("-c", plain) == "9"
+    assert run("-c", "echo $(echo 'a b')") == "a b"
+    for special in ("$(x)", "a b", "a\tb", "a\nb", *(f"a{character}b" for character in "$`\"'\\;&|<>(){}[]*?!#~^")):
+        assert run("-c", plain.replace("m_0", special)) == "", special
 
 
 @pytest.mark.parametrize("word", ["demo", "Qwen3-0.6B", "a_b.c@d%e+f=g:h,i", "模型", "हिन्दी", "/a/b/1"])

@@ -77,7 +77,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     monkeypatch.setattr(module, "READY_POLL_S", 0.02)
     endpoint, responder, stopped, exited = Endpoint(), Responder(), threading.Event(), threading.Event()
     monkeypatch.setattr(module.os, "_exit", lambda status: exited.set())
-    watcher = DrainWatcher("my model", "1", endpoint.address, 0.1, responder, stopped.set)  # type: ignore[arg-type]
+    watcher = DrainWatcher("my@模型", "1", endpoint.address, 0.1, responder, stopped.set)  # type: ignore[arg-type]
     yield SimpleNamespace(
         endpoint=endpoint, responder=responder, engine_stopped=stopped, exited=exited, watcher=watcher
     )
@@ -93,7 +93,7 @@ def drained(rig: SimpleNamespace) -> bool:
 def test_a_model_that_was_ready_and_is_not_any_more_is_drained(rig: SimpleNamespace, end: int | str) -> None:
     rig.watcher.start()
     rig.endpoint.polled(2)
-    assert rig.endpoint.paths[0] == "/v2/models/my%20model/versions/1/ready"
+    assert rig.endpoint.paths[0] == "/v2/models/my@模型/versions/1/ready"
     if end == "refused":
         rig.endpoint.close()
     rig.endpoint.answer = end

@@ -64,7 +64,7 @@ def test_a_choice_of_models_replaces_all(words: list[str], load: list[str]) -> N
 def test_the_environment_leads_to_this_interpreter_and_back_to_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_LIBRARY_PATH", "/users/own")
     env = process.environment(INSTALL, SPACE, ENDPOINTS)
-    assert env["PATH"].split(":")[0] == str(Path(sys.executable).parent)
+    assert env["PATH"].split(":")[:2] == [str(SPACE.programs), str(Path(sys.executable).parent)]
     assert env["LD_LIBRARY_PATH"].split(":")[-2:] == ["/t/lib", "/users/own"]
     assert env["FLASHSERVE_TRITON_HTTP"] == "127.0.0.1:8000"  # 0.0.0.0 is no address to ask
     assert env["FLASHSERVE_RUN"] == "flashserve-1-abc"

@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from urllib.parse import quote
 
 from flashserve.errors import Cancelled, Unavailable
 from flashserve.frontend.responder import Responder
 from flashserve.stub_processes import ENDING_VARIABLE
+from flashserve.triton_http import ask
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class DrainWatcher:
         stop_engine: Callable[[], None],
     ) -> None:
         """``stop_engine`` is called once nothing may run any more."""
-        self._path = f"/v2/models/{quote(model_name)}/versions/{version}/ready"
+        self._path = f"/v2/models/{model_name}/versions/{version}/ready"
         self._address = address or os.environ.get("FLASHSERVE_TRITON_HTTP") or address_of(os.getppid())
         self._drain_timeout_s = drain_timeout_s
         self._responder = responder
@@ -100,16 +100,13 @@ class DrainWatcher:
 
     def _is_ready(self) -> bool | None:
         """None for whatever says nothing about the model: an overload, or no port or descriptor left to ask with."""
-        connection = http.client.HTTPConnection(self._address, timeout=TIMEOUT_S)
         try:
-            connection.request("GET", self._path)
-            return {200: True, 400: False, 404: False}.get(connection.getresponse().status)
+            status, _ = ask(self._address, "GET", self._path, timeout_s=TIMEOUT_S)
         except ConnectionError:  # refused, or, as long as Triton still has a stream open, accepted and reset
             return False
         except (OSError, http.client.HTTPException):
             return None
-        finally:
-            connection.close()
+        return {200: True, 400: False, 404: False}.get(status)
 
     def _drain(self) -> None:
         count = len(self._responder.open_requests)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 from typing import Any
-from urllib.parse import quote
+
+from flashserve.triton_http import ask
 
 
 class ControlError(Exception):
@@ -29,7 +30,7 @@ class TritonControl:
 
     def model_ready(self, name: str) -> bool:
         """True if a model is ready. Stays true when its stub process has died."""
-        return self._status(f"/v2/models/{quote(name)}/ready") == 200
+        return self._status(f"/v2/models/{name}/ready") == 200
 
     def index(self) -> list[dict[str, str]]:
         """Rows of name, version, state, reason: every model of the repository."""
@@ -42,26 +43,27 @@ class TritonControl:
 
     def config(self, name: str) -> dict[str, Any]:
         """A loaded model's configuration."""
-        config = self._call("GET", f"/v2/models/{quote(name)}/config")
+        config = self._call("GET", f"/v2/models/{name}/config")
         return config if isinstance(config, dict) else {}
 
     def load(self, name: str, timeout_s: float) -> None:
         """Load or reload a model; returns once it is ready."""
-        self._call("POST", f"/v2/repository/models/{quote(name)}/load", {}, timeout_s)
+        self._call("POST", f"/v2/repository/models/{name}/load", {}, timeout_s)
 
     def unload(self, name: str, timeout_s: float = 30.0) -> None:
         """Start unloading a model; requests in flight still end."""
-        self._call("POST", f"/v2/repository/models/{quote(name)}/unload", {}, timeout_s)
+        self._call("POST", f"/v2/repository/models/{name}/unload", {}, timeout_s)
 
     def _status(self, path: str) -> int:
         try:
-            return self._request("GET", path, None, self.timeout_s)[0]
+            return ask(self.address, "GET", path, timeout_s=self.timeout_s)[0]
         except (OSError, http.client.HTTPException):
             return 0
 
     def _call(self, method: str, path: str, body: object = None, timeout_s: float | None = None) -> Any:
+        text = None if body is None else json.dumps(body)
         try:
-            status, raw = self._request(method, path, body, timeout_s or self.timeout_s)
+            status, raw = ask(self.address, method, path, text, timeout_s=timeout_s or self.timeout_s)
             answer = json.loads(raw) if raw else None
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise ControlError(f"no answer from {self.address}: {error}") from error
@@ -69,12 +71,3 @@ class TritonControl:
             reason = answer.get("error", raw) if isinstance(answer, dict) else raw
             raise ControlError(str(reason))
         return answer
-
-    def _request(self, method: str, path: str, body: object, timeout_s: float) -> tuple[int, str]:
-        connection = http.client.HTTPConnection(self.address, timeout=timeout_s)
-        try:
-            connection.request(method, path, None if body is None else json.dumps(body))
-            response = connection.getresponse()
-            return response.status, response.read().decode("utf-8", "replace")
-        finally:
-            connection.close()

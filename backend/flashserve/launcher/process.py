@@ -67,7 +67,7 @@ def environment(install: TritonInstall, workspace: Workspace, endpoints: Endpoin
     libraries += [str(path) for path in install.library_paths]
     env["LD_LIBRARY_PATH"] = _joined(libraries, env.get("LD_LIBRARY_PATH"))
     # The stub takes the first python3 on PATH; not resolved, as it is a link inside a virtual environment.
-    env["PATH"] = _joined([str(Path(sys.executable).parent)], env.get("PATH"))
+    env["PATH"] = _joined([str(workspace.programs), str(Path(sys.executable).parent)], env.get("PATH"))
     env["PYTHONPATH"] = _joined(package_folders(), env.get("PYTHONPATH"))
     env[HTTP_VARIABLE] = endpoints.http_address
     env[RUN_VARIABLE] = workspace.run_id

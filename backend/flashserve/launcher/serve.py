@@ -61,6 +61,7 @@ def serve(options: ServeOptions, console: Console | None = None) -> int:
         backends = repository.OUR_BACKENDS if options.serve_vllm_models else (repository.BACKEND_NAME,)
         workspace.add_backends(space, install, options.backend_module, backends)
         workspace.add_models(space, named)
+        workspace.add_shell_guard(space)
         paths = workspace.add_repositories(space, repositories)
         if named:
             paths.append(str(space.models))

@@ -44,6 +44,11 @@ class Workspace:
         return self.folder / "models"
 
     @property
+    def programs(self) -> Path:
+        """Comes first on PATH."""
+        return self.folder / "bin"
+
+    @property
     def repositories(self) -> Path:
         """Links to model repositories whose own paths no shell would take as they are."""
         return self.folder / "repositories"
@@ -144,3 +149,13 @@ def add_repositories(workspace: Workspace, repositories: Sequence[str]) -> list[
             path = str(link)
         paths.append(path)
     return paths
+
+
+def add_shell_guard(workspace: Workspace) -> None:
+    """A ``bash`` for Triton, which lets no name through that came after the start: by a client or into a repository."""
+    workspace.programs.mkdir()
+    bash = shutil.which("bash")
+    if bash is not None:  # without one Triton starts no stub at all
+        guard = workspace.programs / "bash"
+        guard.write_text(shell_words.guard_script(bash, STUB_NAME), encoding="utf-8")
+        guard.chmod(0o700)
