@@ -8,11 +8,10 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from harness import Server, wait_until
 from null_models import null_model, write_null_model
-
-from flashserve.stub_processes import children
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -35,11 +34,11 @@ def state(pid: int) -> str:
 def test_a_killed_stub_and_its_engine_leave_no_zombie(first_process: None, tmp_path: Path) -> None:
     with Server({"demo": null_model(write_null_model(tmp_path / "null"))}) as server:
         assert server.launcher is not None
-        before = set(children(os.getpid()))
+        before = {child.pid for child in psutil.Process().children()}
         dead = [server.stubs("demo")[0].pid]
         dead += [pid for pid, words in server.processes().items() if "flashserve.engine" in words]
         assert len(dead) == 2
         os.kill(dead[0], signal.SIGKILL)
         server.wait_for_log("model demo: ready again", 60)
         assert wait_until(lambda: [state(pid) for pid in dead] == ["gone", "gone"], 20), [state(pid) for pid in dead]
-        assert set(children(os.getpid())) <= before
+        assert {child.pid for child in psutil.Process().children()} <= before
