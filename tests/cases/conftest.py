@@ -9,6 +9,7 @@ Each file is a kind: what it says must hold everywhere, and its tests are the pl
 | an empty list or a null is as good as nothing | test_empty_values.py |
 | nobody waits for ever | test_waiting.py |
 | any path that the system takes is served | test_paths.py |
+| a process holds what is its own | test_processes.py |
 | memory that the system gives back on demand is free | test_free_memory.py |
 """
 
