@@ -59,7 +59,7 @@ class Tally:
     """What became of all requests."""
 
     bound_s: float
-    """For any request to have its end. Triton gives none to those of a stub that was killed: their clients do, by it."""
+    """For any request to have its end. Triton gives none to those of a killed stub: their clients do, by it."""
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     """Answers that differ, come without their end, or errors that nothing explains."""
