@@ -89,7 +89,8 @@ class ParserContext:
             parse_sampling_params({}, defaults.parameters)
         except InvalidArgument as error:
             raise ConfigError(
-                f'generation_config.json: {error.message} ("generation_config": "vllm" ignores it)'
+                f"the model's generation_config.json, or override_generation_config in model.json: {error.message} "
+                '("generation_config": "vllm" ignores the file)'
             ) from error
         assert tokenizer.longest_token  # computed now (30 ms for 150k tokens), not for the first request
         chat_template = ChatTemplate(tokenizer.config.get("chat_template"), tokenizer.special_tokens)
