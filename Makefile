@@ -6,7 +6,7 @@ PYTHON ?=
 ARGS   ?=
 WORKERS ?= 2
 EXTRAS_SERVE := server
-EXTRAS_DEV   := server,kernels,dev
+EXTRAS_DEV   := server,kernels,loadtest,dev
 EXTRAS_PEERS := server,peers
 
 .DEFAULT_GOAL := help

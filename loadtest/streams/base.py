@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..record import CANCELLED, Record, RequestFailed
+from greenlet import GreenletExit
+
+from ..record import CANCELLED, UNFINISHED, Record, RequestFailed
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Stream(ABC):
             self.run(ask, record)
         except RequestFailed as error:
             record.error, record.message = error.kind, error.message
+        except GreenletExit:  # the run is over
+            record.error, record.message = UNFINISHED, "it still ran when the run was over"
         record.end = time.perf_counter()
         return record
 

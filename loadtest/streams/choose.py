@@ -40,7 +40,8 @@ def parse_target(text: str) -> Target:
     if parts.scheme not in ("grpc", "grpcs", "http", "https") or not parts.hostname:
         raise ValueError(f"{text!r}: must be {FORMS}")
     if parts.scheme in _DEFAULT_PORTS:
-        return Target(f"{parts.scheme}://{parts.hostname}:{port or _DEFAULT_PORTS[parts.scheme]}", "triton-grpc", weight)
+        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        return Target(f"{parts.scheme}://{host}:{port or _DEFAULT_PORTS[parts.scheme]}", "triton-grpc", weight)
     return Target(url.rstrip("/"), "openai" if parts.path.strip("/") else "triton-http", weight)
 
 
