@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import time
 from typing import Any
 
@@ -89,17 +90,19 @@ class Director:
             return
         runner = self.environment.runner
         self._scraper = Scraper(self.settings.metrics_url, self.settings.model)
+        # A fixed seed would find its prompts in the prefix cache of a server that has seen them before.
+        self.seed = random.randrange(2**31) if self.settings.seed is None else self.settings.seed
         self.start = time.time() + START_AHEAD_S
         self._running = True
         if isinstance(runner, LocalRunner):
             self._shares = 1
             assert self.generator is not None  # only a master has none
-            self.generator.begin(Plan(self.start, 0, 1, chars_per_token))
+            self.generator.begin(Plan(self.start, 0, 1, chars_per_token, self.seed))
         else:
             clients = [client.id for client in runner.clients.ready + runner.clients.running + runner.clients.spawning]
             self._shares = len(clients)
             for share, client in enumerate(clients):
-                plan = Plan(self.start, share, self._shares, chars_per_token)
+                plan = Plan(self.start, share, self._shares, chars_per_token, self.seed)
                 runner.send_message(BEGIN, plan.to_json(), client_id=client)
         self._greenlets = [gevent.spawn(self._watch), gevent.spawn(self._scraper.run, self.start)]
 
@@ -144,7 +147,11 @@ class Director:
             self._collect()
             self._show()
         self._finish()
-        self.environment.runner.quit()
+        runner = self.environment.runner
+        if self.environment.parsed_options.headless:
+            runner.quit()
+        else:  # the web page stays, for another run
+            runner.stop()
 
     def _show(self) -> None:
         if self._view is not None:
@@ -181,6 +188,7 @@ class Director:
             statistics=self.total,
             server=self._scraper.samples,
             began=self.began,
+            seed=self.seed,
             lasted_s=time.time() - self.start,
             processes=self._shares,
             lost_processes=self._shares - len(self._done),

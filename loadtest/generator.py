@@ -13,7 +13,7 @@ import gevent
 from gevent.event import Event
 
 from .arrivals import plan_arrivals
-from .record import UNFINISHED, Record
+from .record import PLANNED, UNFINISHED, Record
 from .settings import Settings
 from .statistics import Statistics
 from .streams import Ask, Stream, stream_for
@@ -32,6 +32,7 @@ class Plan:
     """This process sends the requests whose number is this modulo ``shares``."""
     shares: int
     chars_per_token: float
+    seed: int
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,6 +61,7 @@ class Generator:
         self.plan = plan
         self.start = time.perf_counter() + plan.start - time.time()
         self.settings.workload.chars_per_token = plan.chars_per_token
+        self.settings.workload.seed = plan.seed
         self.pending = Statistics()
         self._numbers = itertools.count(plan.share, plan.shares)
         self.done.clear()
@@ -93,7 +95,7 @@ class Generator:
                 yield traced.at_s, number, asked
         elif settings.rate is not None:
             # Every process draws all arrivals and takes every n-th: together they are the one process' sequence.
-            times = plan_arrivals(settings.rate, settings.spacing, settings.seed, end)
+            times = plan_arrivals(settings.rate, settings.spacing, self.plan.seed, end)
             for number, at in itertools.islice(enumerate(times), mine.start, None, mine.step):
                 yield at, number, workload.ask(number)
 
@@ -111,7 +113,7 @@ class Generator:
         targets = self.settings.targets
         if len(targets) == 1:
             return self.streams[targets[0].url]
-        rng = random.Random(f"target {self.settings.seed} {number}")
+        rng = random.Random(f"target {self.plan.seed} {number}")
         (target,) = rng.choices(targets, [target.weight for target in targets])
         return self.streams[target.url]
 
@@ -140,6 +142,8 @@ class Generator:
     def _tell_locust(self, record: Record) -> None:
         """Entries by name in Locust's own statistics: coarse, but its pages and files show them."""
         fire, tokens = self.environment.events.request.fire, record.output_tokens or 0
+        if record.error in PLANNED:
+            return  # Locust would count it as a failure
         error = None if record.error is None else RuntimeError(f"{record.error}: {record.message[:160]}")
         shared: dict[str, Any] = {"exception": None, "context": {}}
         values = {"ttft": record.ttft, "itl": record.tpot}

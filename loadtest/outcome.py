@@ -20,6 +20,7 @@ class Outcome:
     """Samples of /metrics: seconds from the start, and values by name."""
     began: float
     """Unix time."""
+    seed: int
     lasted_s: float
     processes: int = 1
     lost_processes: int = 0

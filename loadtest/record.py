@@ -13,7 +13,10 @@ UNFINISHED = "unfinished"
 """It still ran when the time for late answers was over."""
 TIMEOUT = "timeout"
 CONNECTION = "connection"
-CANCELLED = "cancelled by us"
+CANCELLED = "cancelled, as planned"
+IMPATIENT = "out of patience, as planned"
+PLANNED = (CANCELLED, IMPATIENT)
+"""The load's own doing: counted apart, and no failure of the server."""
 
 
 class RequestFailed(Exception):

@@ -100,8 +100,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
                       "help": "let the model end its answers, instead of sending ignore_eos for exact lengths"},
     "--param": {"type": _checked(_parameter), "action": "append", "metavar": "NAME=VALUE",
                 "help": "a sampling parameter of every request; the value is JSON, or else a string; repeatable"},
-    "--seed": {"type": _number(0, 2**63, whole=True), "metavar": "N", "default": 0,
-               "help": "the same seed gives the same requests at the same times (default: %(default)s)"},
+    "--seed": {"type": _number(0, 2**63, whole=True), "metavar": "N",
+               "help": "the same seed gives the same requests at the same times (default: a new one each time, so that "
+               "no prompt is in a cache)"},
     "--timeout": {"type": _ABOVE_0, "metavar": "S", "default": 300.0,
                   "help": "give up on a request after that (default: %(default)s)"},
     "--cancel-share": {"type": _SHARE, "metavar": "SHARE", "default": 0.0,
@@ -145,7 +146,7 @@ class Settings:
     spacing: Spacing
     trace: Trace | None
     drain_s: float
-    seed: int
+    seed: int | None
     objectives: Objectives
     metrics_url: str | None
     report: Path | None
@@ -175,7 +176,7 @@ def settings_from(options: argparse.Namespace, targets: list[str]) -> Settings:
     workload = Workload(
         lengths.parse_length(options.prompt_tokens or "128"),
         lengths.parse_length(options.output_tokens or "64"),
-        options.seed,
+        0,
         Prefixes(options.shared_prefix or 0, _default(options.shared_share, 1.0) if options.shared_prefix else 0.0,
                  options.prefix_groups or 1),
         Trouble(options.cancel_share, options.cancel_after or 8, options.timeout_share, options.short_timeout or 1.0),

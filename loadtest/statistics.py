@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .histogram import Histogram
-from .record import UNFINISHED, Record
+from .record import PLANNED, UNFINISHED, Record
 
 # What is measured: name and words, for every phase and for the report.
 MEASURES = {
@@ -20,8 +20,8 @@ MEASURES = {
     "prompt_tokens": "prompt tokens of a request",
     "output_tokens": "output tokens of a request",
 }
-COUNTS = ("requests", "finished", "failed", "good", "prompt_tokens", "output_tokens", "not_told")
-"""not_told: answers whose usage the server did not send."""
+# counts of a phase: requests (all), finished, left (the load's own cancellations), failed, good (met every objective),
+# prompt_tokens, output_tokens (of all, as far as they came), not_told (answers without usage)
 EDGE_SHARE = 0.1
 WARMUP, EDGE, STEADY = PHASES = ("warmup", "edge", "steady")
 
@@ -84,7 +84,7 @@ class Phase:
             if record.output_tokens is None:
                 counts["not_told"] += 1
         else:
-            counts["failed"] += 1
+            counts["left" if record.error in PLANNED else "failed"] += 1
             self.errors[record.error] += 1
         if record.chunks:
             measures["ttft"].add(record.ttft)
@@ -95,11 +95,13 @@ class Phase:
             measures["itl"].add(gap)
             if tokens:
                 measures["itl_per_token"].add(gap / tokens, tokens)
-        for name in ("prompt_tokens", "output_tokens"):
-            if value := getattr(record, name):
-                counts[name] += value
-                measures[name].add(value)
-        if (tpot := record.tpot) == tpot:
+        counts["prompt_tokens"] += record.prompt_tokens or 0
+        counts["output_tokens"] += record.output_tokens or 0
+        if record.prompt_tokens:
+            measures["prompt_tokens"].add(record.prompt_tokens)
+        if record.error is None and record.output_tokens:
+            measures["output_tokens"].add(record.output_tokens)
+        if record.error is None and (tpot := record.tpot) == tpot:
             measures["tpot"].add(tpot)
         counts["good"] += objectives.met_by(record)
 
@@ -127,7 +129,7 @@ class Second:
     """What happened in one second of the run."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    """planned, sent, finished, failed, chunks, tokens."""
+    """planned, sent, finished, left, failed, chunks, tokens."""
     ttft: Histogram = field(default_factory=Histogram)
     itl: Histogram = field(default_factory=Histogram)
 
@@ -161,9 +163,9 @@ class Statistics:
             self.targets.setdefault(record.target, Phase()).add(record, objectives)
         self.second(record.planned - start).counts["planned"] += 1
         self.second(record.sent - start).counts["sent"] += 1
-        ending = "finished" if record.error is None else "failed"
+        ending = "finished" if record.error is None else "left" if record.error in PLANNED else "failed"
         self.second(record.end - start).counts[ending] += 1
-        if record.error is not None:
+        if ending == "failed":
             self.messages[f"{record.error}: {record.message[:160]}"] += 1
         self._add_chunks(record, start)
 

@@ -73,6 +73,7 @@ class Workload:
             max_tokens,
             self.params,
             self.trouble.timeout_s if impatient else self.timeout_s,
+            impatient,
             self.trouble.cancel_after if leaves else None,
         )
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from greenlet import GreenletExit
 
-from ..record import CANCELLED, UNFINISHED, Record, RequestFailed
+from ..record import CANCELLED, IMPATIENT, TIMEOUT, UNFINISHED, Record, RequestFailed
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Ask:
     params: Mapping[str, Any] = field(default_factory=dict)
     """Further sampling parameters, by the protocol's names."""
     timeout_s: float = 300.0
+    impatient: bool = False
+    """That timeout is meant to be hit."""
     cancel_after_tokens: int | None = None
     """Close the stream once so many tokens have come (chunks, where the server does not tell)."""
 
@@ -50,6 +52,8 @@ class Stream(ABC):
             self.run(ask, record)
         except RequestFailed as error:
             record.error, record.message = error.kind, error.message
+            if ask.impatient and error.kind == TIMEOUT:
+                record.error = IMPATIENT
         except GreenletExit:  # the run is over
             record.error, record.message = UNFINISHED, "it still ran when the run was over"
         record.end = time.perf_counter()
