@@ -24,6 +24,7 @@ logger = logging.getLogger("loadtest")
 BEGIN, PROGRESS = "flashserve_begin", "flashserve_progress"
 START_AHEAD_S = 0.5  # between the plan and the first arrival, for the message to reach every process
 PROGRESS_S = 1.0
+STOPPING_S = 5.0  # for the last counts of all processes after Ctrl-C
 LOST_S = 15.0  # after the latest possible end: a process that has not reported by then is lost
 PROBE_CHARS = 1200
 FAILED, BAD_OPTIONS, MISSED = 1, 2, 3
@@ -42,6 +43,7 @@ def install(environment: Any, settings: Settings) -> Generator | None:
         director = Director(environment, settings, generator)
         environment.events.test_start.add_listener(director.on_test_start)
         environment.events.test_stop.add_listener(director.on_test_stop)
+        environment.events.quitting.add_listener(director.on_quitting)
         if isinstance(runner, MasterRunner):
             runner.register_message(PROGRESS, director.on_progress)
     return generator
@@ -164,8 +166,10 @@ class Director:
             try:
                 self._view.write(json.dumps(state) + "\n")
                 self._view.flush()
-            except OSError:  # whoever looked has gone
+            except OSError:  # whoever started this run to look at it has gone
                 self._view = None
+                logger.warning("nobody looks any more: the run ends")
+                self.environment.runner.quit()
 
     # --- end -----------------------------------------------------------------------------------------------
 
@@ -174,8 +178,16 @@ class Director:
         if self._running:
             if self.generator is not None:
                 self.generator.stop()
-            self._collect()
+            deadline = time.time() + STOPPING_S
+            while len(self._done) < self._shares and time.time() < deadline:
+                gevent.sleep(0.05)
+                self._collect()
             self._finish()
+
+    def on_quitting(self, **_: Any) -> None:
+        """Ctrl-C: before the exit code is read, so the report comes first."""
+        if self._running:
+            self.environment.runner.stop()  # fires test_stop
 
     def _finish(self) -> None:
         if not self._running:

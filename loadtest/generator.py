@@ -48,7 +48,7 @@ class Generator:
         self.pending = Statistics()
         self.begun = Event()
         self.done = Event()
-        self._active: dict[Any, float] = {}
+        self._active: dict[Any, Record] = {}
         self._greenlets: list[Any] = []
 
     @property
@@ -120,9 +120,12 @@ class Generator:
     def send(self, stream: Stream, ask: Ask, planned: float | None = None) -> Record:
         """Runs one request and counts it."""
         me = gevent.getcurrent()
-        self._active[me] = time.perf_counter()
+        record = stream.new_record(planned)
+        self._active[me] = record
         try:
-            record = stream.measure(ask, planned)
+            stream.measure(ask, record)
+        except gevent.GreenletExit:  # the run is over
+            record.error, record.message = UNFINISHED, "it still ran when the run was over"
         finally:
             self._active.pop(me, None)
         self.pending.add(record, self.start, self.settings.schedule, self.settings.objectives)

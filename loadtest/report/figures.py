@@ -84,6 +84,11 @@ def _style(theme: Theme) -> dict[str, Any]:
     }
 
 
+def _legend(axis: Any) -> None:
+    """Beside the title, where it covers no line."""
+    axis.legend(ncols=3, loc="lower right", bbox_to_anchor=(1.0, 0.98), borderaxespad=0, handlelength=1.4)
+
+
 def _milliseconds(value: float, _: Any = None) -> str:
     return f"{value / 1000:g} s" if value >= 1000 else f"{value:g} ms"
 
@@ -108,12 +113,13 @@ def _distributions(axes: Any, outcome: Outcome, rows: Any, step: int, theme: The
         if not histogram.count:
             axis.text(0.5, 0.5, "no values", ha="center", transform=axis.transAxes)
             continue
-        # Eight buckets to a bar, 19% wide: narrower ones are empty in places where a run has few values.
+        # Some forty bars over what is there: of single buckets, those between would be empty.
+        together = max(1, (max(histogram.buckets) - min(histogram.buckets)) // 40)
         bars: dict[int, int] = {}
         for index, times in histogram.buckets.items():
-            bars[index // 8] = bars.get(index // 8, 0) + times
-        lows = [upper_bound(bar * 8 - 1) * 1000 for bar in bars]
-        widths = [upper_bound(bar * 8 + 7) * 1000 - low for bar, low in zip(bars, lows, strict=True)]
+            bars[index // together] = bars.get(index // together, 0) + times
+        lows = [upper_bound(bar * together - 1) * 1000 for bar in bars]
+        widths = [upper_bound((bar + 1) * together - 1) * 1000 - low for bar, low in zip(bars, lows, strict=True)]
         shares = [100 * times / histogram.count for times in bars.values()]
         axis.bar(lows, shares, widths, align="edge", color=colour, alpha=0.85, linewidth=0)
         for share, style in ((0.5, "-"), (0.99, "--")):
@@ -123,14 +129,14 @@ def _distributions(axes: Any, outcome: Outcome, rows: Any, step: int, theme: The
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(FuncFormatter(_milliseconds))
         low, high = axis.get_xlim()
-        if high / low < 30:  # less than one and a half decades: name the steps in between too
+        if high / low < 200:  # few powers of ten: name steps in between too
             axis.xaxis.set_minor_formatter(
                 FuncFormatter(lambda value, _: _milliseconds(value) if f"{value:.0e}"[0] in "25" else "")
             )
         else:
             axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_ylabel("% of values")
-        axis.legend()
+        _legend(axis)
 
 
 def _merged(outcome: Outcome, row: dict[str, Any], step: int, name: str) -> Histogram:
@@ -151,7 +157,7 @@ def _percentiles(axes: Any, outcome: Outcome, rows: Any, step: int, theme: Theme
         axis.set_title(title)
         axis.set_ylim(bottom=0)
         axis.yaxis.set_major_formatter(FuncFormatter(_milliseconds))
-        axis.legend(ncols=3)
+        _legend(axis)
         _time_axis(axis, outcome, theme)
 
 
@@ -168,7 +174,7 @@ def _throughput(axes: Any, outcome: Outcome, rows: Any, step: int, theme: Theme)
     for name, colour in lines:
         axes[0].plot(times, per_s(name), color=colour, label={"finished": "answered"}.get(name, name))
     axes[0].set_title("requests per second")
-    axes[0].legend(ncols=3)
+    _legend(axes[0])
     axes[1].plot(times, per_s("tokens"), color=theme.first)
     axes[1].set_title("output tokens per second, as they arrived")
     for axis in axes:
@@ -183,7 +189,7 @@ def _server(axes: Any, outcome: Outcome, rows: Any, step: int, theme: Theme) -> 
         axes[0].plot(times, [sample.get(name, float("nan")) for sample in samples], color=colour, label=name)
     axes[0].set_title("requests in the server")
     axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0].legend(ncols=2)
+    _legend(axes[0])
     axes[1].plot(times, [100 * sample.get("kv_usage", float("nan")) for sample in samples], color=theme.first)
     axes[1].set_title("KV memory in use, %")
     for axis in axes:

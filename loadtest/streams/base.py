@@ -8,9 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from greenlet import GreenletExit
-
-from ..record import CANCELLED, IMPATIENT, TIMEOUT, UNFINISHED, Record, RequestFailed
+from ..record import CANCELLED, IMPATIENT, TIMEOUT, Record, RequestFailed
 
 
 @dataclass(frozen=True)
@@ -44,19 +42,22 @@ class Stream(ABC):
     def close(self) -> None:
         """Ends every connection."""
 
-    def measure(self, ask: Ask, planned: float | None = None) -> Record:
-        """Runs the request; an error is in the record. ``planned`` is on the clock of `perf_counter`."""
+    def new_record(self, planned: float | None = None) -> Record:
+        """For a request that is sent now. ``planned`` is on the clock of `perf_counter`; None: now."""
         sent = time.perf_counter()
-        record = Record(self.protocol, sent if planned is None else planned, sent)
+        return Record(self.protocol, sent if planned is None else planned, sent)
+
+    def measure(self, ask: Ask, record: Record | None = None) -> Record:
+        """Runs the request; an error is in the record, also if this call is killed."""
+        record = self.new_record() if record is None else record
         try:
             self.run(ask, record)
         except RequestFailed as error:
             record.error, record.message = error.kind, error.message
             if ask.impatient and error.kind == TIMEOUT:
                 record.error = IMPATIENT
-        except GreenletExit:  # the run is over
-            record.error, record.message = UNFINISHED, "it still ran when the run was over"
-        record.end = time.perf_counter()
+        finally:
+            record.end = time.perf_counter()
         return record
 
 

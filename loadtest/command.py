@@ -1,0 +1,99 @@
+"""`flashserve bench`: a load test from one command, with a view in the terminal and a report."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from .settings import OPTIONS, add_options, settings_from
+from .streams.choose import FORMS
+
+DEFAULT_USERS = 4
+DEFAULT_URL = "grpc://localhost:8001"
+USAGE_ERROR = 2
+EXAMPLES = """\
+examples:
+  flashserve bench                                          4 users for a minute against the demo model
+  flashserve bench http://gpu-box:8000 --model qwen --users 64 --output-tokens uniform:64-256
+  flashserve bench --rate 10 --p99-ttft 500 --p99-itl 80    open loop; exit code 3 if an objective is missed
+  flashserve bench --rate 2-40@120 --arrivals gamma:0.5     a ramp of bursts
+  flashserve bench 'grpc://localhost:8001*3' http://localhost:9000/v1   two protocols, three to one
+
+exit codes: 0, 1 no load could be made, 2 wrong options, 3 an objective was missed
+"""
+
+
+def add_commands(subparsers: Any) -> None:
+    """Registers bench, which sets `run` to a function from the parsed arguments to an exit code."""
+    bench = subparsers.add_parser(
+        "bench",
+        help="load a running server, and report latencies and throughput",
+        description="Load a running server with streams, and report latencies and throughput.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_argument(
+        "url", nargs="*", metavar="URL",
+        help=f"{FORMS}; several are a mix, by URL*WEIGHT (default: {DEFAULT_URL}, or $FLASHSERVE_URL)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--users", type=_count, metavar="N", help=f"closed loop: users that wait for answers (default: {DEFAULT_USERS})"
+    )
+    bench.add_argument(
+        "--processes", type=_count, default=1, metavar="N", help="share the load among N processes (default: 1)"
+    )
+    add_options(bench)
+    bench.set_defaults(run=run_bench)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 100_000:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 1 to 100000")
+    return int(text)
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """`flashserve bench`."""
+    urls = args.url or [os.environ.get("FLASHSERVE_URL", DEFAULT_URL)]
+    if (args.rate or args.trace) and args.users is not None:
+        return fail("--users is for a closed loop: leave it out, or --rate and --trace", USAGE_ERROR)
+    try:
+        settings = settings_from(args, urls)
+    except (ValueError, OSError) as error:
+        return fail(str(error), USAGE_ERROR)
+    missing = [name for name in ("locust", "matplotlib", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        return fail(f"bench needs {', '.join(missing)}: pip install 'flashserve[loadtest]'", 1)
+    from .live import watch_run
+
+    words = locust_words(args, urls)
+    return watch_run(words, settings)
+
+
+def locust_words(args: argparse.Namespace, urls: list[str]) -> list[str]:
+    """Locust's command line for these options."""
+    locustfile = Path(__file__).with_name("locustfile.py")
+    users = args.users or DEFAULT_USERS if not (args.rate or args.trace) else 1
+    words = [sys.executable, "-m", "locust", "-f", str(locustfile), "--headless", "--only-summary"]
+    # All users at once: they begin together, at the run's start.
+    words += ["--users", str(users), "--spawn-rate", str(max(100, users))]
+    if args.processes > 1:
+        words += ["--processes", str(args.processes)]
+    words += [f"--target={url}" for url in urls]
+    for flag in OPTIONS:
+        value = getattr(args, flag[2:].replace("-", "_"))
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            words += [f"{flag}={item}" for item in (value if isinstance(value, list) else [value])]
+    return words
+
+
+def fail(message: str, code: int) -> int:
+    """Prints an error and returns the exit code."""
+    print(f"flashserve: {message}", file=sys.stderr)
+    return code
