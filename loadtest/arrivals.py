@@ -78,7 +78,7 @@ def parse_rate(text: str) -> Rate:
     for segment in segments:
         if not (0 <= segment.first <= MAX_RATE and 0 <= segment.last <= MAX_RATE):
             raise ValueError(f"{text!r}: rates go from 0 to {MAX_RATE:,.0f} per second")
-        if not 0 < segment.seconds or (len(segments) > 1 and segment.seconds == math.inf):
+        if not segment.seconds > 0 or (len(segments) > 1 and segment.seconds == math.inf):
             raise ValueError(f"{text!r}: a part of a course lasts a positive number of seconds")
     if not any(segment.first or segment.last for segment in segments):
         raise ValueError(f"{text!r}: there must be a rate above 0")

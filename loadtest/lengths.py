@@ -33,8 +33,8 @@ def parse_length(text: str) -> Length:
         if not colon:
             length = Length("fixed", int(kind), int(kind))
         elif kind == "uniform":
-            low, _, high = rest.partition("-")
-            length = Length("uniform", int(low), int(high))
+            ends = rest.partition("-")
+            length = Length("uniform", int(ends[0]), int(ends[2]))
         elif kind == "lognormal":
             numbers = [float(number) for number in rest.split(",")]
             median, sigma, high = (*numbers, MAX_TOKENS) if len(numbers) == 2 else numbers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from .settings import Settings
 from .statistics import STEADY, Phase, Statistics
@@ -43,7 +42,7 @@ class Outcome:
     def rate(self, name: str) -> float:
         """Of what happened (`Second.counts`) in the steady seconds, per second. NaN where there is no whole second."""
         first, last = self.settings.schedule.steady
-        whole = [at for at in range(int(-(-first // 1)), int(last // 1))]
+        whole = range(int(-(-first // 1)), int(last // 1))
         if not whole:
             return float("nan")
         seconds = self.statistics.seconds

@@ -12,7 +12,6 @@ from typing import Any
 
 from . import arrivals, lengths
 from .arrivals import Rate, Spacing
-from .lengths import Length
 from .statistics import Objectives, Schedule
 from .streams.choose import Target, parse_target
 from .traces import Trace, read_trace

@@ -1,7 +1,7 @@
 """Published traces: Azure's LLM inference traces and Mooncake's.
 
-    Azure      CSV    TIMESTAMP,ContextTokens,GeneratedTokens           dates and times
-    Mooncake   JSONL  {"timestamp", "input_length", "output_length", "hash_ids"}   ms; one id per 512 tokens
+Azure      CSV    TIMESTAMP,ContextTokens,GeneratedTokens           dates and times
+Mooncake   JSONL  {"timestamp", "input_length", "output_length", "hash_ids"}   ms; one id per 512 tokens
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Locust's users. A locustfile that imports them has the options, the objectives and the report.
 
-    from locust import task
-    from loadtest.users import TritonGrpcUser
+from locust import task
+from loadtest.users import TritonGrpcUser
 
-    class Mine(TritonGrpcUser):
-        @task
-        def short(self):
-            self.ask("def fibonacci(n):", max_tokens=16)
+class Mine(TritonGrpcUser):
+    @task
+    def short(self):
+        self.ask("def fibonacci(n):", max_tokens=16)
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ class OpenAIUser(LlmUser):
     protocol = "openai"
 
 
-BY_PROTOCOL: dict[str, type[LlmUser]] = {
-    kind.protocol: kind for kind in (TritonGrpcUser, TritonHttpUser, OpenAIUser)
-}
+BY_PROTOCOL: dict[str, type[LlmUser]] = {kind.protocol: kind for kind in (TritonGrpcUser, TritonHttpUser, OpenAIUser)}
 
 
 def _leave_if_over(record: Record) -> None:

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-import grpc  # type: ignore[import-untyped]
+import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from .errors import ConnectionFailed, FlashserveError, InternalError, NotFound, Timeout, error_from_message

@@ -76,11 +76,23 @@ def _style(theme: Theme) -> dict[str, Any]:
     )
     return {
         **colours,
-        **{"figure.facecolor": theme.paper, "axes.facecolor": theme.paper, "savefig.facecolor": theme.paper},
-        **{"axes.edgecolor": theme.faint, "grid.color": theme.faint, "axes.grid": True, "grid.linewidth": 0.6},
-        **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
-        **{"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "lines.linewidth": 1.6},
-        **{"legend.frameon": False, "legend.fontsize": 8, "legend.labelcolor": theme.ink},
+        "figure.facecolor": theme.paper,
+        "axes.facecolor": theme.paper,
+        "savefig.facecolor": theme.paper,
+        "axes.edgecolor": theme.faint,
+        "grid.color": theme.faint,
+        "axes.grid": True,
+        "grid.linewidth": 0.6,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "font.size": 9,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "lines.linewidth": 1.6,
+        "legend.frameon": False,
+        "legend.fontsize": 8,
+        "legend.labelcolor": theme.ink,
     }
 
 

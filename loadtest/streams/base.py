@@ -39,6 +39,7 @@ class Stream(ABC):
     def run(self, ask: Ask, record: Record) -> None:
         """Sends the request and fills in the record's chunks and usage. Raises RequestFailed."""
 
+    @abstractmethod
     def close(self) -> None:
         """Ends every connection."""
 

@@ -31,8 +31,12 @@ class OpenAIStream(Stream):
     def run(self, ask: Ask, record: Record) -> None:
         prompt = {"messages": [{"role": "user", "content": ask.prompt}]} if self._chat else {"prompt": ask.prompt}
         body = {
-            **{"model": self.model, **prompt, "max_tokens": ask.max_tokens, "stream": True},
-            **{"stream_options": {"include_usage": True}, **ask.params},
+            "model": self.model,
+            **prompt,
+            "max_tokens": ask.max_tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **ask.params,
         }
         data = json.dumps(body).encode()
         with self._pool.post(self._path, data, self._headers, ask.timeout_s) as (status, pieces, wire):

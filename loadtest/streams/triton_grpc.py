@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import grpc  # type: ignore[import-untyped]
+import grpc
+from tritonclient.grpc import service_pb2
+
 from flashserve_client import InvalidRequest
 from flashserve_client.errors import FlashserveError, error_from_message
 from flashserve_client.grpc_transport import infer_message, parse_response
 from flashserve_client.request import generate_request
-from tritonclient.grpc import service_pb2
 
 from ..record import CONNECTION, TIMEOUT, Record, RequestFailed
 from .base import Ask, Stream, cancel_if_due
