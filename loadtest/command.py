@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .search import parse_range
 from .settings import OPTIONS, add_options, settings_from
 from .streams.choose import FORMS
 
@@ -21,6 +22,7 @@ examples:
   flashserve bench http://gpu-box:8000 --model qwen --users 64 --output-tokens uniform:64-256
   flashserve bench --rate 10 --p99-ttft 500 --p99-itl 80    open loop; exit code 3 if an objective is missed
   flashserve bench --rate 2-40@120 --arrivals gamma:0.5     a ramp of bursts
+  flashserve bench --search 1-100 --p99-ttft 500            the highest rate within that
   flashserve bench 'grpc://localhost:8001*3' http://localhost:9000/v1   two protocols, three to one
 
 exit codes: 0, 1 no load could be made, 2 wrong options, 3 an objective was missed
@@ -46,6 +48,10 @@ def add_commands(subparsers: Any) -> None:
     bench.add_argument(
         "--processes", type=_count, default=1, metavar="N", help="share the load among N processes (default: 1)"
     )
+    bench.add_argument(
+        "--search", type=_range, metavar="LOW-HIGH",
+        help="run again and again for the highest rate that meets the objectives, to 5%%; each run lasts --duration",
+    )  # fmt: skip
     add_options(bench)
     bench.set_defaults(run=run_bench)
 
@@ -61,6 +67,9 @@ def run_bench(args: argparse.Namespace) -> int:
     urls = args.url or [os.environ.get("FLASHSERVE_URL", DEFAULT_URL)]
     if (args.rate or args.trace) and args.users is not None:
         return fail("--users is for a closed loop: leave it out, or --rate and --trace", USAGE_ERROR)
+    searched = _why_not_search(args) if args.search else None
+    if searched:
+        return fail(searched, USAGE_ERROR)
     try:
         settings = settings_from(args, urls)
     except (ValueError, OSError) as error:
@@ -70,8 +79,29 @@ def run_bench(args: argparse.Namespace) -> int:
         return fail(f"bench needs {', '.join(missing)}: pip install 'flashserve[loadtest]'", 1)
     from .live import watch_run
 
-    words = locust_words(args, urls)
-    return watch_run(words, settings)
+    if args.search:
+        from .trials import run_search
+
+        return run_search(args, urls)
+    return watch_run(locust_words(args, urls), settings)
+
+
+def _range(text: str) -> tuple[float, float]:
+    try:
+        return parse_range(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _why_not_search(args: argparse.Namespace) -> str | None:
+    """What is wrong with a search by these options; sets the rate that its first run has."""
+    for name in ("rate", "trace", "users"):
+        if getattr(args, name) is not None:
+            return f"--search and --{name} exclude each other"
+    if args.p99_ttft is None:
+        return "--search needs --p99-ttft: a server that is asked too much shows it there"
+    args.rate = repr(args.search[0])
+    return None
 
 
 def locust_words(args: argparse.Namespace, urls: list[str]) -> list[str]:

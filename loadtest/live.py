@@ -28,8 +28,11 @@ _REPORT = re.compile(r"report: (\S.*)$", re.MULTILINE)
 _ERROR = re.compile(r"/ERROR/loadtest: (.*)$", re.MULTILINE)
 
 
-def watch_run(words: list[str], settings: Settings) -> int:
-    """Returns Locust's exit code. Ctrl-C ends the run early, with a report of what there is."""
+def watch_run(words: list[str], settings: Settings, brief: bool = False) -> int:
+    """Returns Locust's exit code; ``brief``: without telling results.
+
+    Ctrl-C ends the run early, with a report of what there is.
+    """
     console = Console()
     reader, writer = os.pipe()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
@@ -47,7 +50,7 @@ def watch_run(words: list[str], settings: Settings) -> int:
             if child.poll() is None:
                 _end(child)
         log.seek(0)
-        return _tell(log.read(), code, interrupted, console)
+        return _tell(log.read(), code, interrupted, None if brief else console)
 
 
 def _follow(states: Any, settings: Settings, console: Console, child: subprocess.Popen[bytes]) -> bool:
@@ -80,12 +83,14 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-def _tell(log: str, code: int, interrupted: bool, console: Console) -> int:
+def _tell(log: str, code: int, interrupted: bool, console: Console | None) -> int:
     found = _REPORT.search(log)
     if found is None:
         errors = [line.strip() for line in _ERROR.findall(log)] or [log[-2000:].strip()]
         print(f"flashserve: {errors[-1]}", file=sys.stderr)
         return INTERRUPTED if interrupted else code or 1
+    if console is None:
+        return INTERRUPTED if interrupted else code
     page = Path(found[1].strip())
     summary = json.loads((page.parent / "report.json").read_text(encoding="utf-8"))
     console.print(summary_table(summary))
@@ -100,7 +105,8 @@ def _tell(log: str, code: int, interrupted: bool, console: Console) -> int:
 # --- on the screen -----------------------------------------------------------------------------------------
 
 
-def _ms(seconds: float | None) -> str:
+def time_words(seconds: float | None) -> str:
+    """Seconds, or milliseconds below one."""
     if seconds is None or seconds != seconds:
         return "-"
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
@@ -130,7 +136,7 @@ def render(state: dict[str, Any], settings: Settings) -> Table:
         table.add_column(name, justify="left" if not name else "right")
     for name, words in (("ttft", "first token"), ("itl", "gap between tokens"), ("e2e", "whole request")):
         histogram = statistics.whole.measures[name]
-        table.add_row(words, *(_ms(histogram.quantile(q)) for q in (0.5, 0.9, 0.99)), f"{histogram.count:,}")
+        table.add_row(words, *(time_words(histogram.quantile(q)) for q in (0.5, 0.9, 0.99)), f"{histogram.count:,}")
     failed = f"[red]{counts['failed']:,} failed[/red]" if counts["failed"] else "none failed"
     table.add_section()
     table.add_row(f"{counts['finished']:,} answered, {failed}, {state['active']:,} on their way")
@@ -148,8 +154,8 @@ def plain_line(state: dict[str, Any]) -> str:
     rates = _rates(_last_seconds(statistics, state["now"]))
     return (
         f"{state['now']:4.0f} s: {counts['finished']:,} answered, {counts['failed']:,} failed, "
-        f"{state['active']:,} on their way, first token p99 {_ms(measures['ttft'].quantile(0.99))}, "
-        f"gap p99 {_ms(measures['itl'].quantile(0.99))}, {rates['tokens']:,.0f} tokens/s"
+        f"{state['active']:,} on their way, first token p99 {time_words(measures['ttft'].quantile(0.99))}, "
+        f"gap p99 {time_words(measures['itl'].quantile(0.99))}, {rates['tokens']:,.0f} tokens/s"
     )
 
 
@@ -162,7 +168,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     rows = (("ttft", "first token"), ("itl", "gap between tokens"), ("tpot", "time per token"), ("e2e", "request"))
     for name, words in rows:
         found = steady[name]
-        table.add_row(words, *(_ms(found[q]) for q in ("p50", "p90", "p99")), f"{found['count']:,}")
+        table.add_row(words, *(time_words(found[q]) for q in ("p50", "p90", "p99")), f"{found['count']:,}")
     table.add_section()
     for name, value in summary["rates"].items():
         table.add_row(name, "-" if value is None else f"{value:,.1f}")

@@ -12,6 +12,7 @@ import pytest
 
 from loadtest.arrivals import Spacing, parse_rate, parse_spacing, plan_arrivals
 from loadtest.lengths import parse_length
+from loadtest.search import Trial, best_of, find_rate, parse_range
 from loadtest.settings import Settings, add_options, settings_from
 from loadtest.streams import parse_target
 from loadtest.traces import read_trace
@@ -199,6 +200,26 @@ def test_a_wrong_value_is_refused_by_its_option(words: str) -> None:
 def test_answers_have_their_exact_length_unless_the_model_may_end_them() -> None:
     assert settings().workload.params == {"ignore_eos": True}
     assert settings("--respect-eos", "--param", "top_p=0.5").workload.params == {"top_p": 0.5}
+
+
+@pytest.mark.parametrize(("capacity", "high"), [(9.7, 100), (1.0, 50), (73.0, 1000)])
+def test_the_search_ends_within_5_percent_below_what_the_server_holds(capacity: float, high: float) -> None:
+    trials = find_rate(lambda rate: Trial(rate, ("too much",) if rate > capacity else ()), 1.0, high)
+    best = best_of(trials)
+    assert best is not None
+    assert capacity / 1.05 <= best <= capacity
+    assert len(trials) <= 14
+
+
+def test_the_search_says_when_nothing_or_all_is_held() -> None:
+    assert best_of(find_rate(lambda rate: Trial(rate, ("late",)), 1.0, 9.0)) is None
+    assert best_of(find_rate(lambda rate: Trial(rate, ()), 1.0, 9.0)) == 9.0
+
+
+@pytest.mark.parametrize("text", ["", "5", "5-2", "0-3", "a-b", "1-1e9"])
+def test_a_range_that_is_none_says_what_one_is(text: str) -> None:
+    with pytest.raises(ValueError, match=r"LOW-HIGH|must go"):
+        parse_range(text)
 
 
 def test_spacing_of_a_gamma_shape_of_one_is_poissons() -> None:
