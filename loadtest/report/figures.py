@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from ..histogram import Histogram, upper_bound
+from ..histogram import BUCKETS_PER_DOUBLING, Histogram, upper_bound
 from ..outcome import Outcome
 
-MAX_POINTS = 240  # beyond that, seconds are drawn together
+MAX_POINTS = 100  # beyond that, seconds are drawn together
+# Tokens that one read brought have no gap between them; on a logarithmic axis they would be far away from all others.
+LEAST_BUCKET = math.floor(math.log2(5e-5) * BUCKETS_PER_DOUBLING)
 SIZE = (9.0, 3.2)
 DPI = 110
 
@@ -121,15 +124,18 @@ def _distributions(axes: Any, outcome: Outcome, rows: Any, step: int, theme: The
         (axes[1], "itl", "gap between tokens", theme.second),
     ):
         histogram: Histogram = outcome.steady.measures[name]
-        axis.set_title(f"{title}, {histogram.count:,} values")
+        axis.set_title(title)
+        axis.set_xlabel(f"{histogram.count:,} values; below 0.05 ms drawn as that")
         if not histogram.count:
             axis.text(0.5, 0.5, "no values", ha="center", transform=axis.transAxes)
             continue
         # Some forty bars over what is there: of single buckets, those between would be empty.
-        together = max(1, (max(histogram.buckets) - min(histogram.buckets)) // 40)
+        least = max(min(histogram.buckets), LEAST_BUCKET)
+        together = max(1, (max(histogram.buckets) - least) // 40)
         bars: dict[int, int] = {}
         for index, times in histogram.buckets.items():
-            bars[index // together] = bars.get(index // together, 0) + times
+            bar = max(index, least) // together
+            bars[bar] = bars.get(bar, 0) + times
         lows = [upper_bound(bar * together - 1) * 1000 for bar in bars]
         widths = [upper_bound((bar + 1) * together - 1) * 1000 - low for bar, low in zip(bars, lows, strict=True)]
         shares = [100 * times / histogram.count for times in bars.values()]

@@ -37,7 +37,7 @@ def render_page(summary: dict[str, Any], pictures: list[Picture]) -> str:
     options = summary["options"]
     parts = [
         f"<h1>Load test of {escape(str(options['--model']))}</h1>",
-        f'<p class="soft">{escape(summary["began"])}, {escape(str(options["loop"]))} loop, '
+        f'<p class="soft">{escape(summary["began"])}, {escape(str(options["loop"]))}, '
         f"{escape('; '.join(options['targets']))}</p>",
         _verdict(summary),
         _headline(summary),
@@ -51,7 +51,7 @@ def render_page(summary: dict[str, Any], pictures: list[Picture]) -> str:
         "<h2>The server's counters during the run</h2>" if summary["server"] else "",
         _pairs({name: _number(value) for name, value in summary["server"].items()}),
         "<h2>Options</h2>",
-        _pairs({name: str(value) for name, value in options.items()}),
+        _pairs({name: _option(value) for name, value in options.items()}),
         "<h2>Definitions</h2><dl>",
         *(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in summary["definitions"].items()),
         "</dl>",
@@ -158,6 +158,12 @@ def time_text(seconds: float | None) -> str:
         return f"{seconds:.2f} s" if seconds < 100 else f"{seconds:,.0f} s"
     milliseconds = seconds * 1000
     return f"{milliseconds:.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms"
+
+
+def _option(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _number(value: float | None) -> str:

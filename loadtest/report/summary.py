@@ -47,7 +47,7 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
             **{flag: value for flag, value in settings.words.items() if value not in (None, False)},
             "--seed": outcome.seed,
             "targets": [f"{target.url} ({target.protocol}, weight {target.weight:g})" for target in settings.targets],
-            "loop": "open" if settings.is_open else f"closed, {outcome.users} users",
+            "loop": "open loop" if settings.is_open else f"closed loop of {outcome.users} users",
             "processes": outcome.processes,
         },
         "measured_s": settings.schedule.duration_s,

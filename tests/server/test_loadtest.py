@@ -225,10 +225,11 @@ def test_ctrl_c_ends_a_run_with_a_report_of_what_there_is(loaded: Server, tmp_pa
     assert any("was ended after" in text for text in report["warnings"])
 
 
+@pytest.mark.timeout(300)  # seven runs
 def test_the_search_finds_what_the_server_holds(loaded: Server, tmp_path: Path) -> None:
-    load = ["--model", "slow", "--search", "4-64", "--arrivals", "constant", "--duration", "8", "--output-tokens", "20"]
+    load = ["--model", "slow", "--search", "6-24", "--arrivals", "constant", "--duration", "8", "--output-tokens", "20"]
     done = start_bench(tmp_path, f"grpc://{loaded.grpc}", *load, "--p99-ttft", "400", "--metrics-url", "none")
-    output = done.communicate(timeout=110)[0]
+    output = done.communicate(timeout=280)[0]
     assert done.returncode == 0, output
     # Four places, and 20 steps of 20 ms for an answer.
     found = json.loads((tmp_path / "search.json").read_text())["highest_rate"]
