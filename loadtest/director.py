@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import time
+from dataclasses import replace
 from typing import Any
 
 import gevent
@@ -24,6 +25,7 @@ logger = logging.getLogger("loadtest")
 BEGIN, PROGRESS = "flashserve_begin", "flashserve_progress"
 START_AHEAD_S = 0.5  # between the plan and the first arrival, for the message to reach every process
 PROGRESS_S = 1.0
+VIEW_SECONDS = 10
 STOPPING_S = 5.0  # for the last counts of all processes after Ctrl-C
 LOST_S = 15.0  # after the latest possible end: a process that has not reported by then is lost
 PROBE_CHARS = 1200
@@ -157,10 +159,13 @@ class Director:
 
     def _show(self) -> None:
         if self._view is not None:
+            now = time.time() - self.start
+            # All seconds of an hour would be two megabytes, each second.
+            recent = {at: second for at, second in self.total.seconds.items() if at > now - VIEW_SECONDS}
             state = {
-                "now": time.time() - self.start,
+                "now": now,
                 "active": sum(self._active.values()),
-                "statistics": self.total.to_json(),
+                "statistics": replace(self.total, seconds=recent).to_json(),
                 "server": self._scraper.samples[-1:],
             }
             try:

@@ -132,15 +132,18 @@ class Generator:
         self._tell_locust(record)
         return record
 
-    def next_of_closed_loop(self, stream: Stream) -> Record | None:
-        """A user's next request; None where the run's time is over."""
+    def wait_for_start(self) -> bool:
+        """Blocks until the run begins; whether there is still time to send."""
         self.begun.wait()
         if (early := -self.now) > 0:
             gevent.sleep(early)
-        if self.now >= self.settings.schedule.end_s:
+        return self.now < self.settings.schedule.end_s
+
+    def next_of_closed_loop(self, stream: Stream) -> Record | None:
+        """A user's next request; None where the run's time is over."""
+        if not self.wait_for_start():
             return None
-        ask = self.settings.workload.ask(next(self._numbers))
-        return self.send(stream, ask) if self.now < self.settings.schedule.end_s else None
+        return self.send(stream, self.settings.workload.ask(next(self._numbers)))
 
     def _tell_locust(self, record: Record) -> None:
         """Entries by name in Locust's own statistics: coarse, but its pages and files show them."""

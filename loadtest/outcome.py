@@ -87,6 +87,12 @@ def _doubts(outcome: Outcome) -> list[str]:
         )
     if not_told := statistics.whole.counts["not_told"]:
         found.append(f"For {not_told} answers the server told no usage: their tokens are not counted.")
+    settings = outcome.settings
+    if settings.metrics_url is not None and not outcome.server:
+        found.append(
+            f"{settings.metrics_url} told nothing about {settings.model}, so the server's own view is missing "
+            "(--metrics-url says where it is, or none)."
+        )
     if 0 < outcome.steady.counts["requests"] < 100:
         found.append(f"The p99 rests on {outcome.steady.counts['requests']} requests: on one of them.")
     return found

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import gevent
 from locust import User, events, task
+from locust.exception import StopUser
 
 from .director import BAD_OPTIONS, install
 from .generator import Generator, is_unfinished
@@ -53,9 +54,10 @@ class LlmUser(User):
             _leave_if_over(record)
 
     def ask(self, prompt: str, max_tokens: int, **params: Any) -> Record:
-        """A request of one's own; it is measured like the workload's."""
+        """A request of one's own; it is measured like the workload's. Ends the user when the run's time is over."""
         assert generator is not None
-        generator.begun.wait()
+        if not generator.wait_for_start():
+            raise StopUser
         record = generator.send(self.stream, Ask(prompt, max_tokens, params, generator.settings.workload.timeout_s))
         _leave_if_over(record)
         return record

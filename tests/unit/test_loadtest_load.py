@@ -6,6 +6,8 @@ import argparse
 import itertools
 import math
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -220,6 +222,18 @@ def test_the_search_says_when_nothing_or_all_is_held() -> None:
 def test_a_range_that_is_none_says_what_one_is(text: str) -> None:
     with pytest.raises(ValueError, match=r"LOW-HIGH|must go"):
         parse_range(text)
+
+
+def test_the_command_lists_its_options_without_locust() -> None:
+    program = """
+import sys
+from flashserve.cli import build_parser
+build_parser()
+brought = {"locust", "gevent", "matplotlib", "rich", "grpc", "httpx", "numpy"} & set(sys.modules)
+sys.exit(f"brought {brought}" if brought else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
 
 
 def test_spacing_of_a_gamma_shape_of_one_is_poissons() -> None:
