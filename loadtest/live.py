@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
@@ -124,7 +124,7 @@ def _rates(recent: Statistics) -> dict[str, float]:
     return {name: sum(second.counts[name] for second in recent.seconds.values()) / count for name in names}
 
 
-def render(state: dict[str, Any], settings: Settings) -> Table:
+def render(state: dict[str, Any], settings: Settings) -> Group:
     """The view of one second."""
     statistics = Statistics.from_json(state["statistics"])
     schedule, now = settings.schedule, max(0.0, state["now"])
@@ -138,13 +138,14 @@ def render(state: dict[str, Any], settings: Settings) -> Table:
         histogram = statistics.whole.measures[name]
         table.add_row(words, *(time_words(histogram.quantile(q)) for q in (0.5, 0.9, 0.99)), f"{histogram.count:,}")
     failed = f"[red]{counts['failed']:,} failed[/red]" if counts["failed"] else "none failed"
-    table.add_section()
-    table.add_row(f"{counts['finished']:,} answered, {failed}, {state['active']:,} on their way")
-    table.add_row(f"{rates['planned']:.1f} requests/s, {rates['tokens']:,.0f} tokens/s in the last seconds")
+    lines = [
+        f"{counts['finished']:,} answered, {failed}, {state['active']:,} on their way",
+        f"{rates['planned']:.1f} requests/s, {rates['tokens']:,.0f} tokens/s in the last seconds",
+    ]
     for server in state["server"]:
         running, waiting, kv_usage = (server.get(name, 0.0) for name in ("running", "waiting", "kv_usage"))
-        table.add_row(f"server: {running:.0f} run, {waiting:.0f} wait, KV {kv_usage:.0%}")
-    return table
+        lines.append(f"server: {running:.0f} run, {waiting:.0f} wait, KV {kv_usage:.0%}")
+    return Group(table, *lines)
 
 
 def plain_line(state: dict[str, Any]) -> str:

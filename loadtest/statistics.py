@@ -129,7 +129,7 @@ class Second:
     """What happened in one second of the run."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    """planned, sent, finished, left, failed, chunks, tokens."""
+    """planned, sent, finished, left, failed, good, chunks, tokens."""
     ttft: Histogram = field(default_factory=Histogram)
     itl: Histogram = field(default_factory=Histogram)
 
@@ -165,6 +165,7 @@ class Statistics:
         self.second(record.sent - start).counts["sent"] += 1
         ending = "finished" if record.error is None else "left" if record.error in PLANNED else "failed"
         self.second(record.end - start).counts[ending] += 1
+        self.second(record.end - start).counts["good"] += objectives.met_by(record)
         if ending == "failed":
             self.messages[f"{record.error}: {record.message[:160]}"] += 1
         self._add_chunks(record, start)

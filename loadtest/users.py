@@ -16,7 +16,7 @@ import sys
 from typing import Any, ClassVar
 
 import gevent
-from locust import User, events, task
+from locust import User, events
 from locust.exception import StopUser
 
 from .director import BAD_OPTIONS, install
@@ -32,7 +32,7 @@ DEFAULT_TARGET = "grpc://localhost:8001"
 
 
 class LlmUser(User):
-    """A user of a closed loop: asks, waits for the answer, asks again. In an open loop it does nothing."""
+    """A user of a closed loop: asks, waits for the answer, asks again."""
 
     abstract = True
     protocol: ClassVar[str] = ""
@@ -42,16 +42,6 @@ class LlmUser(User):
     def stream(self) -> Stream:
         assert generator is not None  # masters have no users
         return generator.streams[self.url]
-
-    @task
-    def next(self) -> None:
-        """The workload's next request; a class with tasks of its own replaces it."""
-        assert generator is not None
-        record = None if generator.settings.is_open else generator.next_of_closed_loop(self.stream)
-        if record is None:
-            gevent.sleep(0.1)
-        else:
-            _leave_if_over(record)
 
     def ask(self, prompt: str, max_tokens: int, **params: Any) -> Record:
         """A request of one's own; it is measured like the workload's. Ends the user when the run's time is over."""
@@ -76,6 +66,16 @@ class TritonHttpUser(LlmUser):
 class OpenAIUser(LlmUser):
     abstract = True
     protocol = "openai"
+
+
+def next_of_workload(user: LlmUser) -> None:
+    """A task: the next request that the options describe. In an open loop requests need no users."""
+    assert generator is not None
+    record = None if generator.settings.is_open else generator.next_of_closed_loop(user.stream)
+    if record is None:
+        gevent.sleep(0.1)
+    else:
+        _leave_if_over(record)
 
 
 BY_PROTOCOL: dict[str, type[LlmUser]] = {kind.protocol: kind for kind in (TritonGrpcUser, TritonHttpUser, OpenAIUser)}

@@ -56,7 +56,7 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
             "planned requests/s": plain(outcome.rate("planned")),
             "sent requests/s": plain(outcome.rate("sent")),
             "answered requests/s": plain(outcome.rate("finished")),
-            "goodput requests/s": plain(outcome.steady.counts["good"] / outcome.steady_s),
+            "goodput requests/s": plain(outcome.rate("good")),
             "output tokens/s": plain(outcome.rate("tokens")),
         },
         "error_rate": error_rate(outcome.steady),

@@ -187,6 +187,26 @@ def test_a_closed_loop_waits_for_its_answers(loaded: Server, tmp_path: Path) -> 
     assert (tmp_path / "seconds.csv").read_text().startswith("second,phase,planned,sent,")
 
 
+def test_a_trace_is_replayed_and_its_equal_blocks_are_found_in_the_prefix_cache(loaded: Server, tmp_path: Path) -> None:
+    rows = [{"timestamp": 100 * row, "input_length": 700, "output_length": 4, "hash_ids": [7, 1000 + row]}
+            for row in range(40)]  # fmt: skip
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("\n".join(map(json.dumps, rows)))
+    words = ["--model", "paced", "--trace", str(trace), "--trace-speed", "2", "--metrics-url", "none"]
+    wait_settled(loaded, "paced")
+    hits = loaded.metric("vllm:prefix_cache_hits_total", model_name="paced")
+    report = bench(tmp_path, f"grpc://{loaded.grpc}", *words)
+    wait_settled(loaded, "paced")
+    hits = loaded.metric("vllm:prefix_cache_hits_total", model_name="paced") - hits
+    whole = report["whole"]
+    assert whole["counts"]["finished"] == 40
+    assert whole["counts"]["output_tokens"] == 160
+    assert whole["measures"]["prompt_tokens"]["p50"] == pytest.approx(700, rel=0.2)
+    assert report["measured_s"] == pytest.approx(39 * 0.05, abs=0.01)
+    # All but the first find the block that they share: 512 tokens of about 700.
+    assert hits / whole["counts"]["prompt_tokens"] == pytest.approx(512 / 700, abs=0.12)
+
+
 def test_objectives_decide_the_exit_code(loaded: Server, tmp_path: Path) -> None:
     load = [f"grpc://{loaded.grpc}", "--model", "paced", "--rate", "20", "--duration", "3", "--output-tokens", "5"]
     met = bench(tmp_path / "met", *load, "--p99-ttft", "2000", "--p99-itl", "500", "--max-error-rate", "0")
