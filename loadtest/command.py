@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .interface import BAD_OPTIONS, DEFAULT_TARGET, FAILED
 from .search import parse_range
 from .settings import OPTIONS, add_options, settings_from
 from .streams.choose import FORMS
 
 DEFAULT_USERS = 4
-DEFAULT_URL = "grpc://localhost:8001"
-USAGE_ERROR = 2
 EXAMPLES = """\
 examples:
   flashserve bench                                          4 users for a minute against the demo model
@@ -40,7 +39,7 @@ def add_commands(subparsers: Any) -> None:
     )
     bench.add_argument(
         "url", nargs="*", metavar="URL",
-        help=f"{FORMS}; several are a mix, by URL*WEIGHT (default: {DEFAULT_URL}, or $FLASHSERVE_URL)",
+        help=f"{FORMS}; several are a mix, by URL*WEIGHT (default: {DEFAULT_TARGET}, or $FLASHSERVE_URL)",
     )  # fmt: skip
     bench.add_argument(
         "--users", type=_count, metavar="N", help=f"closed loop: users that wait for answers (default: {DEFAULT_USERS})"
@@ -64,19 +63,19 @@ def _count(text: str) -> int:
 
 def run_bench(args: argparse.Namespace) -> int:
     """`flashserve bench`."""
-    urls = args.url or [os.environ.get("FLASHSERVE_URL", DEFAULT_URL)]
+    urls = args.url or [os.environ.get("FLASHSERVE_URL", DEFAULT_TARGET)]
     if (args.rate or args.trace) and args.users is not None:
-        return fail("--users is for a closed loop: leave it out, or --rate and --trace", USAGE_ERROR)
+        return fail("--users is for a closed loop: leave it out, or --rate and --trace", BAD_OPTIONS)
     searched = _why_not_search(args) if args.search else None
     if searched:
-        return fail(searched, USAGE_ERROR)
+        return fail(searched, BAD_OPTIONS)
     try:
         settings = settings_from(args, urls)
     except (ValueError, OSError) as error:
-        return fail(str(error), USAGE_ERROR)
+        return fail(str(error), BAD_OPTIONS)
     missing = [name for name in ("locust", "matplotlib", "rich") if importlib.util.find_spec(name) is None]
     if missing:
-        return fail(f"bench needs {', '.join(missing)}: pip install 'flashserve[loadtest]'", 1)
+        return fail(f"bench needs {', '.join(missing)}: pip install 'flashserve[loadtest]'", FAILED)
     from .live import watch_run
 
     if args.search:

@@ -14,6 +14,7 @@ import gevent
 from locust.runners import LocalRunner, MasterRunner, WorkerRunner
 
 from .generator import Generator, Plan
+from .interface import FAILED, MISSED, VIEW_FD
 from .outcome import Outcome, judge
 from .record import RequestFailed
 from .scrape import Scraper
@@ -29,10 +30,6 @@ VIEW_SECONDS = 10
 STOPPING_S = 5.0  # for the last counts of all processes after Ctrl-C
 LOST_S = 15.0  # after the latest possible end: a process that has not reported by then is lost
 PROBE_CHARS = 1200
-FAILED, BAD_OPTIONS, MISSED = 1, 2, 3
-"""Exit codes; 0: all objectives are met."""
-VIEW_FD = "FLASHSERVE_BENCH_VIEW_FD"
-"""Environment: a file descriptor that gets a line of JSON per second, for a view in the terminal."""
 
 
 def install(environment: Any, settings: Settings) -> Generator | None:

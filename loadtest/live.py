@@ -18,12 +18,11 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
+from .interface import FAILED, INTERRUPTED, VIEW_FD
 from .settings import Settings
 from .statistics import Statistics
 
-VIEW_FD = "FLASHSERVE_BENCH_VIEW_FD"
 PLAIN_EVERY_S = 5  # without a terminal: a line that often
-INTERRUPTED = 130
 _REPORT = re.compile(r"report: (\S.*)$", re.MULTILINE)
 _ERROR = re.compile(r"/ERROR/loadtest: (.*)$", re.MULTILINE)
 
@@ -88,7 +87,7 @@ def _tell(log: str, code: int, interrupted: bool, console: Console | None) -> in
     if found is None:
         errors = [line.strip() for line in _ERROR.findall(log)] or [log[-2000:].strip()]
         print(f"flashserve: {errors[-1]}", file=sys.stderr)
-        return INTERRUPTED if interrupted else code or 1
+        return INTERRUPTED if interrupted else code or FAILED
     if console is None:
         return INTERRUPTED if interrupted else code
     page = Path(found[1].strip())

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .arrivals import MAX_RATE
+
 CLOSE_ENOUGH = 1.05
 """The search ends when a rate that is met and one that is missed are that near."""
-MAX_RATE = 100_000.0
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from .command import locust_words
+from .interface import MISSED
 from .live import time_words, watch_run
 from .search import Trial, best_of, find_rate
 from .settings import settings_from
 
-MISSED = 3
 # Runs that nobody can hold need not be waited for: what has not begun by then is in TTFT with what it waited.
 DRAIN_S = 5.0
 

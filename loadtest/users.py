@@ -19,8 +19,9 @@ import gevent
 from locust import User, events
 from locust.exception import StopUser
 
-from .director import BAD_OPTIONS, install
+from .director import install
 from .generator import Generator, is_unfinished
+from .interface import BAD_OPTIONS, DEFAULT_TARGET
 from .record import Record
 from .settings import add_options, settings_from
 from .streams import Ask, Stream
@@ -28,7 +29,6 @@ from .streams import Ask, Stream
 logger = logging.getLogger("loadtest")
 generator: Generator | None = None
 """Of this process; a master has none."""
-DEFAULT_TARGET = "grpc://localhost:8001"
 
 
 class LlmUser(User):

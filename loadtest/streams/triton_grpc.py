@@ -15,7 +15,7 @@ from flashserve_client.request import generate_request
 
 from ..record import CONNECTION, TIMEOUT, Record, RequestFailed
 from .base import Ask, Stream, cancel_if_due
-from .triton_http import add_usage
+from .triton_http import NOT_FINISHED, add_usage
 
 _METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 _OPTIONS = [
@@ -81,7 +81,8 @@ class TritonGrpcStream(Stream):
                 chunk = parse_response(message.infer_response)
                 record.add_chunk(arrival, chunk.output_tokens, bool(chunk.text))
                 add_usage(record, chunk.input_tokens, chunk.output_tokens)
-                cancel_if_due(ask, record)
+                if chunk.finish_reason in NOT_FINISHED:  # one that has ended need not be left
+                    cancel_if_due(ask, record)
         except grpc.RpcError as error:
             raise _failure(error, ask.timeout_s) from None
         except FlashserveError as error:

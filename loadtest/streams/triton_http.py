@@ -13,6 +13,8 @@ from ..record import Record, RequestFailed
 from .base import Ask, Stream, cancel_if_due
 from .http_connection import Pool, events
 
+NOT_FINISHED = (None, "None")  # the second is the backend's text for the first
+
 
 class TritonHttpStream(Stream):
     protocol = "triton-http"
@@ -39,7 +41,8 @@ class TritonHttpStream(Stream):
                     raise RequestFailed("INTERNAL", f"the server sent what is not JSON: {data[:80]!r}") from None
                 record.add_chunk(arrival, chunk.output_tokens, bool(chunk.text))
                 add_usage(record, chunk.input_tokens, chunk.output_tokens)
-                cancel_if_due(ask, record)
+                if chunk.finish_reason in NOT_FINISHED:  # one that has ended need not be left
+                    cancel_if_due(ask, record)
 
     def close(self) -> None:
         self._pool.close()
