@@ -64,7 +64,7 @@ def _follow(states: Any, settings: Settings, console: Console, child: subprocess
                     if view is not None:
                         view.update(render(state, settings), refresh=True)
                     elif round(state["now"]) % PLAIN_EVERY_S == 0:
-                        console.print(plain_line(state), highlight=False)
+                        console.print(plain_line(state), highlight=False, soft_wrap=True)
                 return interrupted
             except KeyboardInterrupt:
                 if interrupted:
@@ -94,7 +94,7 @@ def _tell(log: str, code: int, interrupted: bool, console: Console | None) -> in
     summary = json.loads((page.parent / "report.json").read_text(encoding="utf-8"))
     console.print(summary_table(summary))
     for line in summary["warnings"]:
-        console.print(line, style="yellow", highlight=False)
+        console.print(line, style="yellow", highlight=False, soft_wrap=True)
     for line in summary["objectives_missed"]:
         console.print(f"objective missed: {line}", style="red", highlight=False)
     console.print(f"report: {page}", highlight=False, soft_wrap=True)

@@ -74,7 +74,8 @@ def _doubts(outcome: Outcome) -> list[str]:
     if late > FELL_BEHIND_S or lag > FELL_BEHIND_S:
         found.append(
             f"The load generator fell behind: p99 of its lateness is {max(0.0, late) * 1000:.0f} ms, of its event "
-            f"loop {lag * 1000:.0f} ms. Use more processes (--processes), or less load."
+            f"loop {lag * 1000:.0f} ms. Use more processes (--processes), a machine apart from the server, or less "
+            "load."
         )
     if outcome.lost_processes:
         found.append(f"{outcome.lost_processes} of {outcome.processes} processes did not report to the end.")
