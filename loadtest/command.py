@@ -71,6 +71,8 @@ def run_bench(args: argparse.Namespace) -> int:
         return fail(searched, BAD_OPTIONS)
     try:
         settings = settings_from(args, urls)
+        if settings.report is not None:  # now, and not after a run of an hour
+            settings.report.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         return fail(str(error), BAD_OPTIONS)
     missing = [name for name in ("locust", "matplotlib", "rich") if importlib.util.find_spec(name) is None]

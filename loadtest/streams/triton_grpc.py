@@ -8,14 +8,12 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2
 
-from flashserve_client import InvalidRequest
 from flashserve_client.errors import FlashserveError, error_from_message
 from flashserve_client.grpc_transport import infer_message, parse_response
-from flashserve_client.request import generate_request
 
 from ..record import CONNECTION, TIMEOUT, Record, RequestFailed
 from .base import Ask, Stream, cancel_if_due
-from .triton_http import NOT_FINISHED, add_usage
+from .triton_http import NOT_FINISHED, add_usage, triton_request
 
 _METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 _OPTIONS = [
@@ -65,13 +63,7 @@ class TritonGrpcStream(Stream):
         return self._infer(message, timeout=timeout_s)
 
     def run(self, ask: Ask, record: Record) -> None:
-        params = {"max_tokens": ask.max_tokens, **ask.params}
-        try:
-            request = generate_request(
-                ask.prompt, model=self.model, stream=True, timeout_s=None, priority=None, request_id=None, params=params
-            )
-        except InvalidRequest as error:
-            raise RequestFailed(error.code, error.message) from None
+        request = triton_request(self.model, ask)
         call = self._call(infer_message(request), ask.timeout_s)
         try:
             for message in call:

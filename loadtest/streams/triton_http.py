@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 
-from flashserve_client import FlashserveError
+from flashserve_client import FlashserveError, InvalidRequest
 from flashserve_client.errors import error_from_message
 from flashserve_client.http_transport import parse_event, request_body, request_path
-from flashserve_client.request import generate_request
+from flashserve_client.request import InferRequest, generate_request
 
 from ..record import Record, RequestFailed
 from .base import Ask, Stream, cancel_if_due
@@ -24,10 +24,7 @@ class TritonHttpStream(Stream):
         self._pool = Pool(url)
 
     def run(self, ask: Ask, record: Record) -> None:
-        request = generate_request(
-            ask.prompt, model=self.model, stream=True, timeout_s=None, priority=None, request_id=None,
-            params={"max_tokens": ask.max_tokens, **ask.params},
-        )  # fmt: skip
+        request = triton_request(self.model, ask)
         path, body = request_path(request, "generate_stream"), request_body(request)
         with self._pool.post(path, body, {"Accept": "text/event-stream"}, ask.timeout_s) as (status, pieces, wire):
             if status != 200:
@@ -46,6 +43,17 @@ class TritonHttpStream(Stream):
 
     def close(self) -> None:
         self._pool.close()
+
+
+def triton_request(model: str, ask: Ask) -> InferRequest:
+    """The client's request, streamed, with everything counted."""
+    params = {"max_tokens": ask.max_tokens, **ask.params}
+    try:
+        return generate_request(
+            ask.prompt, model=model, stream=True, timeout_s=None, priority=None, request_id=None, params=params
+        )
+    except InvalidRequest as error:
+        raise RequestFailed(error.code, error.message) from None
 
 
 def add_usage(record: Record, prompt_tokens: int | None, output_tokens: int | None) -> None:

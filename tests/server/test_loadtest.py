@@ -52,7 +52,7 @@ def bench(folder: Path, *words: str, code: int = 0) -> dict[str, Any]:
 
 def start_bench(folder: Path, *words: str) -> subprocess.Popen[str]:
     env = {**os.environ, "PYTHONPATH": ":".join([*SOURCES, str(ROOT)])}
-    command = [sys.executable, "-m", "flashserve.cli", "bench", *words, "--report", str(folder)]
+    command = [sys.executable, "-m", "flashserve.cli", "bench", "--report", str(folder), *words]
     return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -222,7 +222,9 @@ def test_objectives_decide_the_exit_code(loaded: Server, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [(["grpc://127.0.0.1:1", "--rate", "1"], 1, "127.0.0.1:1"), (["HTTP", "--model", "nobody"], 1, "nobody"),
-     (["HTTP", "--model", "paced", "--param", "top_p=7"], 1, "top_p"), (["x"], 2, "must be grpc"),
+     (["HTTP", "--model", "paced", "--param", "top_p=7"], 1, "top_p"),
+     (["HTTP", "--param", "n=2"], 1, "one sample"), (["--report", "/proc/none"], 2, "/proc/none"),
+     (["x"], 2, "must be grpc"),
      (["--users", "0"], 2, "whole number"), (["--users", "2", "--rate", "2"], 2, "closed loop")],
 )  # fmt: skip
 def test_what_cannot_be_is_said_in_a_line(
