@@ -30,8 +30,16 @@ _ERROR = re.compile(r"/ERROR/loadtest: (.*)$", re.MULTILINE)
 def watch_run(words: list[str], settings: Settings, brief: bool = False) -> int:
     """Returns Locust's exit code; ``brief``: without telling results.
 
-    Ctrl-C ends the run early, with a report of what there is.
+    Ctrl-C and SIGTERM end the run early, with a report of what there is.
     """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _watch(words, settings, brief)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _watch(words: list[str], settings: Settings, brief: bool) -> int:
     console = Console()
     reader, writer = os.pipe()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
@@ -70,7 +78,7 @@ def _follow(states: Any, settings: Settings, console: Console, child: subprocess
                 if interrupted:
                     raise
                 interrupted = True
-                child.send_signal(signal.SIGINT)
+                child.terminate()  # not SIGINT, which a command in a shell's background has it ignore
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
