@@ -137,7 +137,7 @@ class Change:
 
     @property
     def not_answered(self) -> float:
-        """Errors and cancellations since the first look."""
+        """Errors and cancellations in between."""
         return self.gained("flashserve:request_errors_total") + self.gained("flashserve:requests_cancelled_total")
 
 

@@ -49,6 +49,8 @@ class DrainWatcher:
         self._drain_timeout_s = drain_timeout_s
         self._responder = responder
         self._stop_engine = stop_engine
+        self.draining = False
+        """The model is being unloaded: what its engine does from now on is no fault."""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="drain", daemon=True)
 
@@ -88,6 +90,7 @@ class DrainWatcher:
             connection.close()
 
     def _drain(self) -> None:
+        self.draining = True
         count = len(self._responder.open_requests)
         log.info("the model is being unloaded: %d requests get %.0f s to finish", count, self._drain_timeout_s)
         self._responder.refuse_new(Unavailable("the model is being unloaded", retry_after_ms=2000))

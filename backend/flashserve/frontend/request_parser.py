@@ -259,7 +259,7 @@ def _default_max_tokens(source: str, prompt_tokens: int, params: SamplingParams,
         return context.limits.max_model_len
     max_length = context.defaults.max_length
     if max_length is not None and max_length > prompt_tokens:
-        return max_length - prompt_tokens
+        return max(max_length - prompt_tokens, params.min_tokens)
     return max(DEFAULT_MAX_TOKENS, params.min_tokens)
 
 
