@@ -1,0 +1,49 @@
+"""flashserve through Triton: `flashserve serve`, and a client that streams over gRPC on the same cores."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+
+from benchmarks.common.protocol import PeerEngine, Run, Workload, serve
+from benchmarks.common.serving import serving
+from benchmarks.compare.peers.streaming import run_users
+
+
+class FlashserveServed(PeerEngine):
+    def load(self, work: Workload) -> None:
+        self.work = work
+        self.settings = {
+            "dtype": "bfloat16",
+            "enable_prefix_caching": False,
+            "max_model_len": work.max_len,
+            "max_num_seqs": work.max_requests,
+            "num_threads": work.threads,
+        }
+        self.versions = {name: version(name) for name in ("tritonclient", "nvidia-pytriton")}
+        self.server = contextlib.ExitStack()
+        self.urls = self.server.enter_context(serving({"m": {"model": work.model, **self.settings}}))
+
+    def run(self, prompts: list[list[int]], output_tokens: int) -> Run:
+        return asyncio.run(self._run(prompts, output_tokens))
+
+    async def _run(self, prompts: list[list[int]], output_tokens: int) -> Run:
+        from flashserve_client import AsyncClient
+
+        async with AsyncClient(self.urls.grpc, model="m") as client:
+            await client.models()  # connects
+
+            async def stream(prompt: list[int], max_tokens: int) -> AsyncIterator[float]:
+                async for delta in client.stream(prompt, max_tokens=max_tokens, temperature=0, ignore_eos=True):
+                    yield delta.completion_tokens
+
+            return await run_users(self.work.options["users"], prompts, output_tokens, stream)
+
+    def close(self) -> None:
+        self.server.close()
+
+
+if __name__ == "__main__":
+    serve(FlashserveServed())
