@@ -1,13 +1,13 @@
 """Everything about one GPU in one command: ceilings, kernels, decode, prefill, throughput, idle time, a peer.
 
-    python benchmarks/gpu.py                                  # 8 minutes at most; needs no network and no weights
-    python benchmarks/gpu.py --sections ceilings attention --budget-s 120
-    python benchmarks/gpu.py --device cpu --tiny              # does the benchmark itself work?
+    python -m benchmarks.gpu                                  # 8 minutes at most; needs no network and no weights
+    python -m benchmarks.gpu --sections ceilings attention --budget-s 120
+    python -m benchmarks.gpu --device cpu --tiny              # does the benchmark itself work?
 
-Weights are random and made on the device. The result is printed, and written to benchmarks/results/<gpu>/<date>.json
-after every figure, so that a run that is cut short keeps what it has. A section that fails says so there and ends
-nothing else; where it leaves the device unusable, a new process does the rest. Kernels are compared with float64, with
-torch's own op, and with the ceilings, which are measured first.
+Weights are random and made on the device. The result is printed, and written after every figure to
+benchmarks/gpu/results/<gpu>/<date>.json, so that a run that is cut short keeps what it has. A section that fails says
+so there and ends nothing else; where it leaves the device unusable, a new process does the rest. Kernels are compared
+with float64, with torch's own op, and with the ceilings, which are measured first.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.common.arguments import new_parser
+from benchmarks.common.results import ROOT, result_folder
+from benchmarks.common.shapes import GPU_SHAPES, SHAPES, TINY_SHAPE
+from benchmarks.common.tables import keyed
+from benchmarks.gpu.report import TARGETS, Budget, Report, result_file
+
+# A lent machine may have torch and nothing of ours.
 sys.path[:0] = [str(ROOT / "backend"), str(ROOT / "kernels")]
 
-from gpu_report import TARGETS, Budget, Report, result_file, table  # noqa: E402 - our own packages need the path
-
-SHAPE_NAMES = ("qwen3-8b", "llama-3.2-1b", "smollm2-135m")
-SECTIONS = ("ceilings", "attention", "kernels", *SHAPE_NAMES, "transformers", "torch-compile")
+SECTIONS = ("ceilings", "attention", "kernels", *GPU_SHAPES, "transformers", "torch-compile")
 PEER_WORKLOAD = (256, 128, 128)
 KERNEL_KEYS = (
     "correct", "error", "torch_error", "same_tokens", "us", "gb_s", "tflop_s", "of_ceiling", "torch_us", "sdpa_us",
@@ -37,13 +40,13 @@ KERNEL_KEYS = (
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "gpu")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--budget-s", type=float, default=460.0, help="seconds; what does not fit is left out")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="the kernels'")
     parser.add_argument("--tiny", action="store_true", help="numbers that a CPU and Triton's interpreter can bear")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the result")
+    parser.add_argument("--output", type=Path, default=result_folder("gpu"), help="folder for the result")
     parser.add_argument("--resume", type=Path, help="go on with this result file")
     return parser.parse_args(arguments)
 
@@ -54,7 +57,8 @@ def main() -> int:
     if args.device == "cpu":
         interpret_kernels()
     import torch
-    from gpu_timing import Timer, device_facts
+
+    from benchmarks.common.timing import Timer, device_facts
 
     if args.device != "cpu" and not torch.cuda.is_available():
         print("torch sees no GPU; --device cpu --tiny tries the benchmark itself", file=sys.stderr)
@@ -103,7 +107,7 @@ def go_on(args: argparse.Namespace, report: Report, sections: list[str], budget:
     rest = ["--resume", str(report.file), "--budget-s", str(max(0.0, budget.left_s)), "--device", args.device]
     tiny = ["--tiny"] if args.tiny else []
     if sections:
-        command = [sys.executable, __file__, *rest, *tiny, "--dtype", args.dtype, "--sections", *sections]
+        command = [sys.executable, "-m", "benchmarks.gpu", *rest, *tiny, "--dtype", args.dtype, "--sections", *sections]
         os.execv(sys.executable, command)
 
 
@@ -119,56 +123,58 @@ def section_function(
 
 def measure_ceilings(args: argparse.Namespace, report: Report, budget: Budget, timer: Any) -> None:
     import torch
-    from gpu_timing import copy_bandwidth, gemm_rate
+
+    from benchmarks.common.timing import copy_bandwidth, gemm_rate
 
     report.put("ceilings", "copy_bytes_s", copy_bandwidth(timer, 1 << 20 if args.tiny else 4 << 30))
     report.put("ceilings", "gemm_flop_s", gemm_rate(timer, 64 if args.tiny else 8192, getattr(torch, args.dtype)))
 
 
 def measure_kernels(args: argparse.Namespace, report: Report, budget: Budget, timer: Any) -> None:
-    import gpu_kernels
     import torch
 
-    sizes = gpu_kernels.Sizes.tiny() if args.tiny else gpu_kernels.Sizes()
+    from benchmarks.gpu import kernels
+
+    sizes = kernels.Sizes.tiny() if args.tiny else kernels.Sizes()
     with torch.inference_mode():
-        gpu_kernels.measure_kernels(report, timer, sizes, getattr(torch, args.dtype))
+        kernels.measure_kernels(report, timer, sizes, getattr(torch, args.dtype))
 
 
 def measure_attention(args: argparse.Namespace, report: Report, budget: Budget, timer: Any) -> None:
-    import gpu_attention
     import torch
 
-    cases = gpu_attention.TINY_CASES if args.tiny else gpu_attention.CASES
+    from benchmarks.gpu import attention
+
+    cases = attention.TINY_CASES if args.tiny else attention.CASES
     with torch.inference_mode():
-        gpu_attention.measure_attention(report, budget, timer, getattr(torch, args.dtype), cases)
+        attention.measure_attention(report, budget, timer, getattr(torch, args.dtype), cases)
 
 
 def measure_compiled(args: argparse.Namespace, report: Report, budget: Budget, timer: Any) -> None:
-    import gpu_attention
-    import gpu_kernels
     import torch
+
+    from benchmarks.gpu import attention, kernels
 
     if args.tiny:
         report.put("torch-compile", "missing", "not in a tiny run")
         return
-    dtype, prompt = getattr(torch, args.dtype), gpu_attention.CASES[1]
+    dtype, prompt = getattr(torch, args.dtype), attention.CASES[1]
     with torch.inference_mode():
-        gpu_attention.measure_flex(report, budget, timer, dtype, prompt)
-        gpu_kernels.measure_compiled(report, budget, timer, gpu_kernels.Sizes(), dtype)
+        attention.measure_flex(report, budget, timer, dtype, prompt)
+        kernels.measure_compiled(report, budget, timer, kernels.Sizes(), dtype)
 
 
 def measure_model(shape: str, args: argparse.Namespace, report: Report, budget: Budget, timer: Any) -> None:
-    from gpu_models import ModelBench
-    from gpu_shapes import SHAPES, TINY_SHAPE
+    from benchmarks.gpu.models import ModelBench
 
     config = TINY_SHAPE if args.tiny else SHAPES[shape]
     ModelBench(report, budget, timer, shape, config, tiny=args.tiny).run()
 
 
 def measure_peer(args: argparse.Namespace, report: Report, budget: Budget, timer: Any) -> None:
-    from gpu_peers import TIMEOUT_S, measure_transformers
+    from benchmarks.gpu.peers import TIMEOUT_S, measure_transformers
 
-    for shape in SHAPE_NAMES:
+    for shape in GPU_SHAPES:
         if args.tiny:
             report.put("transformers", shape, {"missing": "not in a tiny run"})
             continue
@@ -184,10 +190,6 @@ def measure_peer(args: argparse.Namespace, report: Report, budget: Budget, timer
 def interpret_kernels() -> None:
     """On a CPU the kernels run in Triton's interpreter, and the models on torch's ops."""
     os.environ["FLASHSERVE_KERNELS"] = "torch"
-    sys.path.insert(0, str(ROOT / "tests"))
-    from triton_interpreter import import_interpreted
-
-    import_interpreted()
     os.environ["TRITON_INTERPRET"] = "1"
 
 
@@ -200,7 +202,7 @@ def show(report: Report, section: str) -> None:
         elif isinstance(value, dict) and section in ("kernels", "attention", "torch-compile") and name != "failure":
             row = {key: value[key] for key in KERNEL_KEYS if key in value}
             rows.append({"what": name, **({"failure": value["error"]} if "traceback" in value else row)})
-    for line in table(rows) if rows else ():
+    for line in keyed(rows) if rows else ():
         report.say(line)
 
 

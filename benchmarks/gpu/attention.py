@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_kernels import COMPILE_S, compare, relative_error
-from gpu_report import Budget, Report, failure_of, speed
-from gpu_shapes import causal_flops
-from gpu_timing import Timer
 from torch import Tensor
 
+from benchmarks.common.shapes import causal_flops
+from benchmarks.common.timing import Timer
+from benchmarks.gpu.kernels import COMPILE_S, compare, relative_error
+from benchmarks.gpu.report import Budget, Report, failure_of, speed
 from flashserve_kernels import AttentionBatch
 from flashserve_kernels.gpu.attention import paged_attention
 from flashserve_kernels.kv_cache import KVLayer, allocate_kv_cache

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_report import Budget, Report, failure_of, speed
-from gpu_timing import Timer
 from torch import Tensor
 
+from benchmarks.common.timing import Timer
+from benchmarks.gpu.report import Budget, Report, failure_of, speed
 from flashserve_kernels import rotary, sampling
 from flashserve_kernels.gpu import activation, block_copy, embedding, logprobs, norm, penalties, rope_cache
 from flashserve_kernels.gpu import sampling as gpu_sampling

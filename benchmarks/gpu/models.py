@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_report import Budget, Report, failure_of, profile_figures
-from gpu_shapes import ModelCost
-from gpu_timing import Timer
 from torch import Tensor
 
+from benchmarks.common.shapes import ModelCost
+from benchmarks.common.timing import Timer
+from benchmarks.gpu.report import Budget, Report, failure_of, profile_figures
 from flashserve.config import EngineConfig, ModelFacts, ResolvedConfig, resolve
 from flashserve.engine.core import build_core
 from flashserve.models.registry import find_architecture

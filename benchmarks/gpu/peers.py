@@ -1,6 +1,6 @@
-"""transformers' continuous batching on the shapes of gpu.py, in a process of its own.
+"""transformers' continuous batching on the shapes of benchmarks.gpu, in a process of its own.
 
-python benchmarks/gpu_peers.py qwen3-8b 256 128 128      # requests, prompt and output tokens; JSON on the last line
+python -m benchmarks.gpu.peers qwen3-8b 256 128 128      # requests, prompt and output tokens; JSON on the last line
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
+
+from benchmarks.common.results import ROOT
+from benchmarks.common.shapes import SHAPES
 
 TIMEOUT_S = 80.0
 
@@ -24,9 +26,9 @@ def measure_transformers(
     if find_spec("transformers") is None:
         return {"missing": "transformers is not installed"}
     numbers = [str(number) for number in (requests, prompt_len, output_len)]
-    command = [sys.executable, str(Path(__file__).resolve()), shape, *numbers]
+    command = [sys.executable, "-m", "benchmarks.gpu.peers", shape, *numbers]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, cwd=ROOT)
     except subprocess.TimeoutExpired:
         return {"missing": f"no result within {timeout_s:.0f} s"}
     if done.returncode != 0:
@@ -39,7 +41,6 @@ def generate(shape: str, requests: int, prompt_len: int, output_len: int, device
     """Generate with random weights on the device: once to warm up, a few tokens, then all of them."""
     import torch
     import transformers
-    from gpu_shapes import SHAPES
     from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
     settings = {key: value for key, value in SHAPES[shape].items() if key not in ("model_type", "architectures")}

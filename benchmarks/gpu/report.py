@@ -1,16 +1,16 @@
-"""What gpu.py found: written to a file after every figure, printed as tables. Imports no torch."""
+"""What was found on a GPU: written to a file after every figure. Imports no torch."""
 
 from __future__ import annotations
 
 import json
-import math
-import re
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common.results import rounded, slug
 
 TRACEBACK_LINES = 6
 
@@ -97,19 +97,7 @@ def first_line(text: str) -> str:
 
 def result_file(folder: Path, device_name: str, date: time.struct_time) -> Path:
     """``<folder>/<gpu>/<date>.json``."""
-    gpu = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
-    return folder / gpu / f"{time.strftime('%Y%m%d-%H%M%S', date)}.json"
-
-
-def rounded(value: Any) -> Any:
-    """Four digits are more than any of these figures has. A number that JSON cannot hold becomes its name."""
-    if isinstance(value, dict):
-        return {str(key): rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.4g}") if math.isfinite(value) else str(value)
-    return value
+    return folder / slug(device_name) / f"{time.strftime('%Y%m%d-%H%M%S', date)}.json"
 
 
 def speed(seconds: float, ceiling: float | None, *, bytes_: float = 0, flops: float = 0) -> dict[str, float]:
@@ -153,25 +141,6 @@ def profile_figures(events: Sequence[dict[str, Any]], steps: int) -> dict[str, A
         "kernels_per_step": len(found) / steps,
         "longest": {name: {"us_per_step": us / steps, "of_all": us / total} for name, us in longest},
     }
-
-
-def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Lines of a text table; the columns are the keys of all rows in the order in which they occur."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_cell(key, row.get(key)) for key in columns] for row in rows]
-    widths = [max(map(len, (key, *column))) for key, column in zip(columns, zip(*cells, strict=True), strict=True)]
-    lines = [columns, *cells]
-    return ["   " + "  ".join(f"{text:>{width}}" for text, width in zip(line, widths, strict=True)) for line in lines]
-
-
-def _cell(key: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        if key.startswith("of_"):
-            return f"{value:.1%}"
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return str(value)
 
 
 @dataclass(frozen=True)
