@@ -34,61 +34,57 @@ def draw_all(path: Path, subtitle: str, grid: Grid, mixed: Mixed | None, points:
 def _slots(mixed: Mixed, subtitle: str, figure: Any, theme: Theme) -> None:
     """Steps to the right, a row for each place in the batch, a bar for each request."""
     panels = {
-        "static": "Static batches: everyone waits for the longest",
+        "static": "Static batches: all places wait for the longest request",
         "offline": "Continuous batching (flashserve): the next request takes a free place at once",
     }
     axes = figure.subplots(2, 1, sharex=True)
     end = max(max(mixed.systems[name]["steps"]["last"]) for name in panels)
     for ax, (name, title) in zip(axes, panels.items(), strict=True):
-        found = mixed.systems[name]
-        steps = found["steps"]
-        rows = zip(steps["first"], steps["last"], steps["slots"], mixed.work.outputs, strict=True)
-        for first, last, slot, own in rows:
-            useful = min(own, last - first) if name == "static" else last - first
-            color = COLOR["served" if name == "offline" else "static"]
-            ax.barh(slot, useful, left=first, height=0.82, color=color, edgecolor=theme.background, linewidth=1.2)
-            if last - first > useful:
-                ax.barh(
-                    slot, last - first - useful, left=first + useful, height=0.82,
-                    color=theme.faint, alpha=0.6, hatch="////", edgecolor=theme.background, linewidth=0,
-                )  # fmt: skip
+        steps = mixed.systems[name]["steps"]
+        _bars(ax, steps, mixed.work.outputs if name == "static" else None, theme)
         total = max(steps["last"])
         ax.axvline(total, color=theme.text, linewidth=1, linestyle="dashed")
         ax.text(total + end * 0.008, mixed.batch - 0.9, f"done after\n{total} steps", fontsize=9, va="top")
-        ax.set_title(f"{title}: {found['busy']:.0%} of the places busy", loc="left", fontsize=10)
-        ax.set_ylabel("place in batch")
+        ax.set_title(f"{title}; {mixed.systems[name]['busy']:.0%} busy", loc="left", fontsize=10)
+        ax.set_ylabel("places in the batch")
         ax.set_yticks(range(mixed.batch), [str(i + 1) for i in range(mixed.batch)], fontsize=7)
         ax.set_xlim(0, end * 1.12)
     axes[1].set_xlabel("steps of the model")
-    figure.legend(
-        handles=[_patch(color=COLOR["static"], label="a request's tokens, static"),
-                 _patch(color=COLOR["served"], label="a request's tokens, flashserve"),
-                 _patch(facecolor=theme.faint, hatch="////", edgecolor=theme.background, label="computed for nobody")],
-        loc="outside lower right", ncols=3, fontsize=8, frameon=False,
-    )  # fmt: skip
+    axes[1].legend(loc="lower right", fontsize=9, frameon=False)
     text = f"{len(mixed.work)} requests of {min(mixed.work.outputs)} to {max(mixed.work.outputs)} tokens"
-    head(figure, f"The same {text}, {mixed.batch} places", subtitle, theme)
+    head(figure, f"The same {text} in {mixed.batch} places", subtitle, theme)
 
 
-def _patch(**arguments: Any) -> Any:
-    from matplotlib.patches import Patch
-
-    return Patch(**arguments)
+def _bars(ax: Any, steps: dict[str, list[int]], outputs: Sequence[int] | None, theme: Theme) -> None:
+    """outputs: the steps of each bar that gave its request a token; None: all."""
+    for i, (first, last, slot) in enumerate(zip(steps["first"], steps["last"], steps["slots"], strict=True)):
+        useful = last - first if outputs is None else min(outputs[i], last - first)
+        style = {"height": 0.82, "edgecolor": theme.background}
+        ax.barh(slot, useful, left=first, color=COLORS[1 if i % 2 else 5], linewidth=1.2, **style)
+        if last - first > useful:
+            waste = {"color": theme.faint, "alpha": 0.6, "hatch": "////", "linewidth": 0}
+            ax.barh(slot, last - first - useful, left=first + useful, **waste, **style)
+    ax.bar(0, 0, color=COLORS[1], label="a request's tokens (neighbours in two shades)")
+    ax.bar(0, 0, color=theme.faint, alpha=0.6, hatch="////", edgecolor=theme.background, label="computed for nobody")
 
 
 def _rates(grid: Grid, subtitle: str, figure: Any, theme: Theme) -> None:
     """Tokens per second by batch, of as many requests as there are in the grid."""
-    axes, requests, output = figure.subplots(), max(grid.requests), max(grid.outputs)
+    axes, requests, output, ends = figure.subplots(), max(grid.requests), max(grid.outputs), {}
     for name, system in SYSTEMS.items():
         rates = [grid.rate(name, requests, 1 if name == NAIVE else batch, output) for batch in grid.batches]
         style = {"linestyle": "dashed"} if name == NAIVE else {"marker": MARKER[name], "markersize": 5}
         axes.plot(grid.batches, rates, color=COLOR[name], linewidth=2.4 if system.ours else 1.6, **style)
-        text = f"{system.title} {rates[-1]:.0f}"
-        axes.annotate(text, (grid.batches[-1], rates[-1]), (8, 0), textcoords="offset points", va="center", fontsize=9)
+        ends[f"{system.title} {rates[-1]:.0f}"] = rates[-1]
+    height, least = 0.0, 1 + 0.012 * len(ends) * (max(ends.values()) / min(ends.values())) ** 0.25
+    for text, rate in sorted(ends.items(), key=lambda item: item[1]):
+        height = max(rate, height * least)  # labels of neighbouring lines must not cover each other
+        axes.text(grid.batches[-1] * 1.12, height, text, va="center", fontsize=9)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlim(grid.batches[0] * 0.9, grid.batches[-1] * 6)
     axes.set_xticks(grid.batches, [str(batch) for batch in grid.batches])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("requests computed at once (batch)")
     axes.set_ylabel("output tokens per second, all users")
     axes.grid(axis="y", alpha=0.6)
@@ -117,7 +113,7 @@ def _speedup(grid: Grid, subtitle: str, figure: Any, theme: Theme) -> None:
         ax.set_title(f"{output} tokens out", fontsize=10)
         ax.set_xlabel("batch")
     panels[0].set_ylabel("requests")
-    head(figure, "How many times faster than one request at a time (transformers)", subtitle, theme)
+    head(figure, "flashserve through Triton: times the throughput of one by one (transformers)", subtitle, theme)
 
 
 def _latency(points: Sequence[Point], subtitle: str, figure: Any, theme: Theme) -> None:

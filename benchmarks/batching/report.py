@@ -103,8 +103,8 @@ def _speedup_lines(grid: Grid) -> list[str]:
                 rows.append([f"{output} out, {requests}", *cells])
         lines += ["", f"{SYSTEMS[name].title}:", "", *markdown(rows)]
     lines += ["", (
-        "Equal lengths pass in waves that cost the same: one wave of a static batch was measured, two of the others, and "
-        "more requests have that rate. One by one was measured once per output length."
+        "Equal lengths pass in waves that cost the same: one wave of a static batch was measured, two of the others, "
+        "and more requests have that rate. One by one was measured once per output length."
     )]  # fmt: skip
     return lines
 
@@ -122,8 +122,8 @@ def _mixed_lines(mixed: Mixed) -> list[str]:
         "",
         f"## {len(mixed.work)} requests of mixed lengths at once, batch {mixed.batch}",
         "",
-        f"{min(lengths)}-{max(lengths)} tokens in, {min(mixed.work.outputs)}-{max(mixed.work.outputs)} out; one by one: "
-        f"the first {NAIVE_REQUESTS} of them.",
+        f"{min(lengths)}-{max(lengths)} tokens in, {min(mixed.work.outputs)}-{max(mixed.work.outputs)} out; "
+        f"one by one: the first {NAIVE_REQUESTS} of them.",
         "",
         *markdown(rows),
     ]
@@ -159,7 +159,7 @@ def _published_lines(found: dict[str, Any]) -> list[str]:
         ["transformers, one by one, here", f"{naive:.1f}", "-"],
     ]
     return ["", "## Beside what others published", "", *markdown(rows), "", (
-        f"{found['prompt']} tokens in, {found['output']} out. TorchWeave's machine and lengths are not known. Flash-Serve "
-        f"claims at least {FLASH_SERVE:g} times Hugging Face; here it is {found['tokens_per_s'] / naive:.1f} times one by "
-        f"one and {found['tokens_per_s'] / static:.1f} times static batches."
+        f"{found['prompt']} tokens in, {found['output']} out. TorchWeave's machine and lengths are not known. "
+        f"Flash-Serve claims at least {FLASH_SERVE:g} times Hugging Face; here it is "
+        f"{found['tokens_per_s'] / naive:.1f} times one by one and {found['tokens_per_s'] / static:.1f} times static."
     )]  # fmt: skip
