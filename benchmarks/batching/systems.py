@@ -11,7 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarks.batching.workload import Outcome, Workload
+from benchmarks.batching.workload import Workload
+from benchmarks.common.protocol import Run
 from benchmarks.common.shapes import ModelCost
 from benchmarks.common.worker import Guard, Worker
 
@@ -64,13 +65,13 @@ class Processes:
     def vocab_size(self) -> int:
         return int(self.config["vocab_size"])
 
-    def run(self, name: str, batch: int, work: Workload) -> Outcome:
+    def run(self, name: str, batch: int, work: Workload) -> Run:
         """Have a system do it. Raises WorkerError with the system's own error."""
         system = SYSTEMS[name]
         worker = self._worker(system.process)
         request = {"op": "run", "mode": system.mode, "batch": batch, "requests": asdict(work)}
         try:
-            outcome = Outcome(**worker.ask(request, RUN_TIMEOUT_S))
+            outcome = Run(**worker.ask(request, RUN_TIMEOUT_S))
         finally:
             self._pause(system.process)
         if outcome.tokens != work.outputs:

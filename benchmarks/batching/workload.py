@@ -1,11 +1,10 @@
-"""What is asked of every system, and what each says of it. Standard library only."""
+"""What is asked of every system. Standard library only."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -27,26 +26,6 @@ class Workload:
 
     def head(self, count: int) -> Workload:
         return Workload(self.prompts[:count], self.outputs[:count], self.arrivals[:count])
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a system did with a workload. Times count in seconds from the beginning, one for each request."""
-
-    seconds: float
-    """To the last token."""
-    tokens: list[int]
-    starts: list[float]
-    """When computing began."""
-    firsts: list[float]
-    """The first token, as soon as the user can have it; the end where a system gives all tokens at once."""
-    ends: list[float]
-    details: dict[str, Any] = field(default_factory=dict)
-    """What only some systems can tell."""
-
-    @property
-    def tokens_per_s(self) -> float:
-        return sum(self.tokens) / self.seconds
 
 
 def equal_lengths(count: int, prompt: int, output: int, vocab_size: int) -> Workload:

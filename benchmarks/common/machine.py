@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.common.results import ROOT
 from benchmarks.common.timing import best_seconds
 
@@ -84,12 +86,11 @@ def describe_machine() -> dict[str, Any]:
         *("asimd", "bf16", "i8mm", "sve", "sve2"),
     )
     flags = (facts.get("flags") or facts.get("Features") or "").split()
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "cpu": facts.get("model name") or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "flags": [flag for flag in interesting if flag in flags],
-        "memory_gib": round(pages / 2**30, 1),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "kernel": platform.release(),
         "python": platform.python_version(),
     }
@@ -97,10 +98,7 @@ def describe_machine() -> dict[str, Any]:
 
 def available_memory() -> int:
     """Bytes that new processes may use."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(psutil.virtual_memory().available)
 
 
 def measure_ceilings(weight_bytes: int, threads: int, cache: Path) -> Ceilings:

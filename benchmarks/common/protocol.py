@@ -34,20 +34,41 @@ class Workload:
     options: dict[str, Any]
     """What tells variants of one engine apart."""
 
+    def flashserve_settings(self) -> dict[str, Any]:
+        """The same in the words of model.json."""
+        return {
+            "dtype": "bfloat16",
+            "enable_prefix_caching": False,
+            "max_model_len": self.max_len,
+            "max_num_seqs": self.max_requests,
+            "num_threads": self.threads,
+        }
+
 
 @dataclass(frozen=True)
 class Run:
-    """One batch of requests. Times count in seconds from the moment all of them were handed over."""
+    """What became of a workload. Times count in seconds from the moment its first request was handed over; lists have
+    an entry for each request, and are empty where an engine's interface, or a comparison, has no use for them."""
 
     seconds: float
+    """To the last token."""
     tokens: list[int]
-    """Output tokens of each request."""
+    """Output tokens."""
     token_ids: list[list[int]] = field(default_factory=list)
-    """What they were; empty where the engine's interface does not tell."""
+    """What they were."""
     starts: list[float] = field(default_factory=list)
-    """When each request was sent; empty where nothing is streamed."""
+    """When a request was sent by its user, or computing it began."""
+    firsts: list[float] = field(default_factory=list)
+    """The first token, as soon as the user can have it; the end where an engine gives all tokens at once."""
+    ends: list[float] = field(default_factory=list)
     responses: list[list[tuple[float, float]]] = field(default_factory=list)
-    """Of each request: when each response came, and how many tokens it held; empty where nothing is streamed."""
+    """When each response came, and how many tokens it held."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What only some engines can tell."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(self.tokens) / self.seconds
 
 
 class PeerEngine(ABC):
@@ -61,7 +82,8 @@ class PeerEngine(ABC):
     def load(self, work: Workload) -> None: ...
 
     @abstractmethod
-    def run(self, prompts: list[list[int]], output_tokens: int) -> Run: ...
+    def run(self, *args: Any, **kwargs: Any) -> Run:
+        """One workload; each comparison has its own arguments."""
 
     def close(self) -> None:  # noqa: B027 (nothing to do where the process's end does it)
         """Ends what the engine started."""

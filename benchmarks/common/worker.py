@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.common.results import ROOT
 
 QUIT_TIMEOUT_S = 30.0
@@ -160,25 +162,13 @@ class Worker:
 
     def cpu_seconds(self) -> float:
         """CPU time that its processes have used so far, children in other sessions included."""
-        parents, used = _processes()
-        family = {self.process.pid}
-        while more := {pid for pid, parent in parents.items() if parent in family} - family:
-            family |= more
-        return sum(used.get(pid, 0.0) for pid in family)
-
-
-def _processes() -> tuple[dict[int, int], dict[int, float]]:
-    """Of every process its parent, and its CPU time in seconds."""
-    tick = os.sysconf("SC_CLK_TCK")
-    parents, used = {}, {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with contextlib.suppress(OSError):  # it has just ended
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            parents[int(entry.name)] = int(fields[1])
-            used[int(entry.name)] = (int(fields[11]) + int(fields[12])) / tick
-    return parents, used
+        total = 0.0
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.process.pid)
+            for each in (process, *process.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                    total += sum(each.cpu_times()[:2])
+        return total
 
 
 def _one_line(text: str) -> str:

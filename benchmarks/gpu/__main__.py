@@ -51,8 +51,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> int:
-    args = parse_arguments()
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING)
     if args.device == "cpu":
         interpret_kernels()

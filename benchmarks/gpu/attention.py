@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,23 +101,19 @@ def measure_attention(
     """The section "attention"."""
     for case in cases:
         budget.require(3, case.name)
-        try:
-            found = _figures(report, case, timer, dtype)
-        except Exception as error:
-            found = failure_of(error)
-        report.put("attention", case.name, found)
+        report.attempt("attention", case.name, partial(_figures, report, case, timer, dtype))
 
 
 def measure_flex(report: Report, budget: Budget, timer: Timer, dtype: torch.dtype, case: AttentionCase) -> None:
     """FlexAttention, compiled, on a whole prompt, for the section "torch-compile"."""
     budget.require(COMPILE_S, "compiling FlexAttention")
-    try:
+
+    def measure() -> dict[str, Any]:
         problem = _make(case, timer.device, dtype)
         found = speed(_flex(problem, timer), report.get("ceilings", "gemm_flop_s"), flops=_flops(case))
-        found["ours_us"] = timer.seconds(problem.ours) * 1e6
-    except Exception as error:
-        found = failure_of(error)
-    report.put("torch-compile", "FlexAttention " + case.name, found)
+        return found | {"ours_us": timer.seconds(problem.ours) * 1e6}
+
+    report.attempt("torch-compile", "FlexAttention " + case.name, measure)
 
 
 def _figures(report: Report, case: AttentionCase, timer: Timer, dtype: torch.dtype) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.common.shapes import ModelCost
 from benchmarks.common.timing import Timer
-from benchmarks.gpu.report import Budget, Report, failure_of, profile_figures
+from benchmarks.gpu.report import Budget, Report, profile_figures
 from flashserve.config import EngineConfig, ModelFacts, ResolvedConfig, resolve
 from flashserve.engine.core import build_core
 from flashserve.models.registry import find_architecture
@@ -207,11 +207,7 @@ class ModelBench:
     def _put(self, figure: str, measure: Callable[..., dict[str, Any]], *args: Any) -> None:
         """Keep a figure, or how it failed. Raises OutOfTime."""
         self.budget.require(10, f"{self.name}: {figure}")
-        try:
-            found = measure(*args)
-        except Exception as error:
-            found = failure_of(error)
-        self.report.put(self.name, figure, found)
+        found = self.report.attempt(self.name, figure, lambda: measure(*args))
         self.report.say(f"   {self.name}: {figure}: {found.get('error') or json.dumps(_short(found))}")
 
     def _load(self) -> dict[str, Any]:

@@ -60,6 +60,17 @@ class Report:
         """A figure of before, or None where it is missing."""
         return self.sections.get(section, {}).get(name)
 
+    def attempt(self, section: str, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Keep and return a figure, or how it failed: that is its own, and no other's. OutOfTime passes."""
+        try:
+            found = measure()
+        except OutOfTime:
+            raise
+        except Exception as error:
+            found = failure_of(error)
+        self.put(section, name, found)
+        return found
+
     def run(self, section: str, function: Callable[[], None]) -> None:
         """Run a section. What goes wrong in it is kept with the other figures and ends nothing else."""
         started = time.monotonic()

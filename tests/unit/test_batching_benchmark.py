@@ -8,7 +8,8 @@ from benchmarks.batching import analysis
 from benchmarks.batching.grid import Grid
 from benchmarks.batching.load import Point
 from benchmarks.batching.systems import NAIVE
-from benchmarks.batching.workload import Outcome, Workload, equal_lengths, mixed_lengths
+from benchmarks.batching.workload import Workload, equal_lengths, mixed_lengths
+from benchmarks.common.protocol import Run
 
 
 def test_static_batches_waste_what_the_longest_row_has_more_than_the_others():
@@ -44,7 +45,7 @@ def test_paged_memory_is_compared_with_reservations_for_the_same_requests():
 
 def test_latency_counts_from_the_arrival():
     work = Workload([[1], [1]], [10, 10], [0.0, 1.0])
-    found = analysis.latencies(work, Outcome(4.0, [10, 10], [0.0, 2.0], [0.5, 2.5], [2.0, 4.0]))
+    found = analysis.latencies(work, Run(4.0, [10, 10], starts=[0.0, 2.0], firsts=[0.5, 2.5], ends=[2.0, 4.0]))
     assert found["latency_p50_s"] == pytest.approx(2.5) and found["ttft_p50_ms"] == pytest.approx(1000)
     assert found["normalised_p95_ms"] == pytest.approx(295)
 

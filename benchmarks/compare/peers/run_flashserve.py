@@ -12,14 +12,7 @@ class Flashserve(PeerEngine):
     def load(self, work: Workload) -> None:
         from flashserve import LLM
 
-        self.settings = {
-            "dtype": "bfloat16",
-            "enable_prefix_caching": False,
-            "max_model_len": work.max_len,
-            "max_num_seqs": work.max_requests,
-            "num_threads": work.threads,
-            **work.options,
-        }
+        self.settings = {**work.flashserve_settings(), **work.options}
         self.versions = {"torch": version("torch")}
         self.llm = LLM(work.model, **self.settings)
 

@@ -15,13 +15,7 @@ from benchmarks.compare.peers.streaming import run_users
 class FlashserveServed(PeerEngine):
     def load(self, work: Workload) -> None:
         self.work = work
-        self.settings = {
-            "dtype": "bfloat16",
-            "enable_prefix_caching": False,
-            "max_model_len": work.max_len,
-            "max_num_seqs": work.max_requests,
-            "num_threads": work.threads,
-        }
+        self.settings = work.flashserve_settings()
         self.versions = {name: version(name) for name in ("tritonclient", "nvidia-pytriton")}
         self.server = contextlib.ExitStack()
         self.urls = self.server.enter_context(serving({"m": {"model": work.model, **self.settings}}))
