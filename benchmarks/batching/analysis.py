@@ -75,7 +75,8 @@ def kv_shares(details: dict[str, Any], longest: int, context: int) -> dict[str, 
 
 def slots_of(starts: Sequence[float], ends: Sequence[float]) -> list[int]:
     """A slot for each request, so that no two overlap: the lowest that is free when it starts."""
-    slots, free, taken = [0] * len(starts), list(range(len(starts))), []
+    slots, free = [0] * len(starts), list(range(len(starts)))
+    taken: list[tuple[float, int]] = []
     for i in sorted(range(len(starts)), key=lambda i: (starts[i], i)):
         while taken and taken[0][0] <= starts[i] + 1e-9:
             heapq.heappush(free, heapq.heappop(taken)[1])

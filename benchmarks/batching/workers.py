@@ -10,8 +10,10 @@ import asyncio
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from benchmarks.batching.workload import Workload as Requests
@@ -32,7 +34,7 @@ class Flashserve(PeerEngine):
 
         self.settings = work.flashserve_settings()
         self.versions = {"torch": version("torch")}
-        self.resolved, self.runner = load_runner(work.model, **self.settings)
+        self.resolved, self.runner = load_runner(Path(work.model), **self.settings)
 
     def run(self, mode: str, batch: int, requests: dict[str, Any]) -> Run:
         from benchmarks.batching.watch import Watch
@@ -112,7 +114,11 @@ class Served(PeerEngine):
         self.server.close()
 
 
-ENGINES = {"transformers": TransformersSystem, "flashserve": Flashserve, "served": Served}
+ENGINES: dict[str, Callable[[], PeerEngine]] = {
+    "transformers": TransformersSystem,
+    "flashserve": Flashserve,
+    "served": Served,
+}
 
 if __name__ == "__main__":
     serve(ENGINES[sys.argv[1]]())

@@ -38,12 +38,17 @@ def draw(path: Path, size: tuple[float, float], paint: Callable[[Any, Theme], No
 
     files = []
     for theme in THEMES:
-        colors = {
+        colors: dict[Any, Any] = {
             **dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), theme.background),
             **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), theme.text),
             **dict.fromkeys(("axes.edgecolor", "grid.color", "legend.edgecolor"), theme.faint),
         }
-        others = {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "font.size": 10}
+        others: dict[Any, Any] = {
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.axisbelow": True,
+            "font.size": 10,
+        }
         with matplotlib.rc_context({**colors, **others}):
             figure = pyplot.figure(figsize=size, layout="constrained")
             paint(figure, theme)

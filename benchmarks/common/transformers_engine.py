@@ -77,7 +77,9 @@ class Transformers(PeerEngine):
         longest = max(len(prompt) + output for prompt, output in zip(prompts, outputs, strict=True))
         if self.manager_for != (batch, longest):
             self._start_manager(batch, longest)
-        begun, ids, done = time.perf_counter(), [], {}
+        ids: list[str] = []
+        done: dict[str, Any] = {}
+        begun = time.perf_counter()
         while len(done) < len(prompts):
             if len(ids) < len(prompts) and time.perf_counter() - begun >= arrivals[len(ids)]:
                 i = len(ids)

@@ -152,11 +152,11 @@ def _make(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> _Pro
     for stored in layer[:2]:
         stored.normal_()
     if case.fp8:
-        layer = KVLayer(*(x.to(torch.float8_e4m3fn) for x in layer[:2]), 1.0, 1.0)
+        layer = KVLayer(layer.k.to(torch.float8_e4m3fn), layer.v.to(torch.float8_e4m3fn), 1.0, 1.0)
     tokens = case.rows * case.queries
     heads = case.num_heads + 2 * case.num_kv_heads
     qkv = torch.randn(tokens, heads, case.head_dim, device=device).to(dtype)
-    integers = {"dtype": torch.int32, "device": device}
+    integers: dict[str, Any] = {"dtype": torch.int32, "device": device}
     batch = AttentionBatch(
         query_start_loc=torch.arange(case.rows + 1, **integers) * case.queries,
         seq_lens=torch.full((case.rows,), case.context, **integers),

@@ -202,13 +202,18 @@ def _rope_case(make: _Maker) -> Case:
         return make.normal(T, heads + 2 * kv_heads, D), torch.cat((angles.cos(), angles.sin()), -1)
 
     def run(function: Callable[..., Any], qkv: Tensor, cos_sin: Tensor) -> Inputs:
-        cache = KVLayer(*(qkv.new_empty((T // 16, 16, kv_heads, D)) for _ in range(2)))
+        k, v = (qkv.new_empty((T // 16, 16, kv_heads, D)) for _ in range(2))
+        cache = KVLayer(k, v)
         function(qkv, heads, cos_sin, cache, slots)
         return qkv, cache.k, cache.v
 
     num_bytes = T * D * ((2 * heads + 5 * kv_heads) * make.dtype.itemsize + 4)
     ours, torchs = partial(run, rope_cache.rope_and_cache), partial(run, rotary.rope_and_cache)
     return Case("rope_and_cache", inputs, ours, torchs, num_bytes)
+
+
+def _as_inputs(*tensors: Tensor) -> Inputs:
+    return tensors
 
 
 def _sample_cases(make: _Maker) -> list[Case]:
@@ -226,7 +231,7 @@ def _sample_cases(make: _Maker) -> list[Case]:
     }
     ours, torchs = gpu_sampling.sample_rows, sampling.sample_rows
     return [
-        Case(f"sample {name}", lambda params=params: (logits, *params, seeds, positions), ours, torchs, logits.nbytes,
+        Case(f"sample {name}", partial(_as_inputs, logits, *params, seeds, positions), ours, torchs, logits.nbytes,
              same_tokens)
         for name, params in kinds.items()
     ]  # fmt: skip

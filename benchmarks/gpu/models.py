@@ -36,7 +36,7 @@ GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 class RandomWeights:
     """Implements layers' WeightSource: norms of 1, everything else normal with a deviation of 0.02."""
 
-    quantization = None
+    quantization: str | None = None
 
     def __init__(self, dtype: torch.dtype, device: torch.device, ops: Ops) -> None:
         self.dtype, self.device, self.ops = dtype, device, ops

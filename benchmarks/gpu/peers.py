@@ -73,4 +73,5 @@ def generate(shape: str, requests: int, prompt_len: int, output_len: int, device
 
 
 if __name__ == "__main__":
-    print(json.dumps(generate(sys.argv[1], *(int(number) for number in sys.argv[2:5]))))
+    requests, prompt, output = (int(number) for number in sys.argv[2:5])
+    print(json.dumps(generate(sys.argv[1], requests, prompt, output)))
