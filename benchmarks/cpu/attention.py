@@ -7,13 +7,12 @@ step. Beside it stands what a plain read of as much memory achieves. Prefill: wh
 from __future__ import annotations
 
 import argparse
-import itertools
-import random
 
 import torch
 
 from benchmarks.common.arguments import CACHE, CORES
 from benchmarks.common.machine import read_bandwidth
+from benchmarks.common.paged import BLOCK_SIZE, make_batch
 from benchmarks.common.shapes import CPU_SHAPES, SHAPES, causal_flops, head_dim
 from benchmarks.common.timing import Timer
 from flashserve_kernels.attention import AttentionBatch
@@ -26,7 +25,6 @@ DECODES = [(1, 160), (16, 160), (64, 160), (1, 1024), (16, 1024), (64, 1024), (1
 """Rows and context."""
 PREFILLS = [(16, 128), (1, 1000)]
 """Prompts and their tokens."""
-BLOCK_SIZE = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    pool, timer = Pool(args.isa, args.threads), Timer(torch.device("cpu"), args.seconds)
+    pool, cpu = Pool(args.isa, args.threads), torch.device("cpu")
+    timer = Timer(cpu, args.seconds)
     kv_dtype = getattr(torch, args.kv_dtype)
     print(f"{args.isa}, {args.threads} threads, KV {args.kv_dtype}; all layers")
     print(f"plain read: {read_bandwidth(256 << 20, args.threads, CACHE):.0f} GB/s")
@@ -54,25 +53,11 @@ def run(args: argparse.Namespace) -> None:
             cache.memory.random_(48, 64)  # numbers of about 1e-5 to 1, in every dtype
         print(f"\n{name}: {layers} layers, {heads} heads, {kv_heads} KV heads of {dim}")
         for rows, queries, seq_len in cases:
-            ms = 1e3 * _seconds(timer, pool, caches, make_batch(rows, queries, seq_len), heads)
+            ms = 1e3 * _seconds(timer, pool, caches, make_batch(rows, queries, seq_len, cpu), heads)
             read = layers * rows * seq_len * kv_heads * dim * 2 * kv_dtype.itemsize
             flops = layers * rows * causal_flops(queries, seq_len, heads, dim)
             rate = f"{read / ms / 1e6:6.1f} GB/s" if queries == 1 else f"{flops / ms / 1e6:6.0f} GFLOP/s"
             print(f"  {'decode ' if queries == 1 else 'prefill'} {rows:3} x {seq_len:5}: {ms:8.3f} ms  {rate}")
-
-
-def make_batch(rows: int, query_len: int, seq_len: int) -> AttentionBatch:
-    """Rows of one length, with shuffled blocks."""
-    width = -(-seq_len // BLOCK_SIZE)
-    ids = random.Random(0).sample(range(rows * width), rows * width)
-    return AttentionBatch(
-        query_start_loc=torch.tensor([0, *itertools.accumulate([query_len] * rows)], dtype=torch.int32),
-        seq_lens=torch.full((rows,), seq_len, dtype=torch.int32),
-        block_tables=torch.tensor(ids, dtype=torch.int32).view(rows, width),
-        slot_mapping=torch.zeros(rows * query_len, dtype=torch.int64),
-        block_size=BLOCK_SIZE,
-        max_query_len=query_len,
-    )
 
 
 def _seconds(timer: Timer, pool: Pool, caches: list[PackedKVLayer], batch: AttentionBatch, heads: int) -> float:

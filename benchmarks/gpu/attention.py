@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.common.paged import BLOCK_SIZE, make_batch
 from benchmarks.common.shapes import causal_flops
 from benchmarks.common.timing import Timer
 from benchmarks.gpu.kernels import COMPILE_S, compare, relative_error
@@ -19,7 +20,6 @@ from flashserve_kernels import AttentionBatch
 from flashserve_kernels.gpu.attention import paged_attention
 from flashserve_kernels.kv_cache import KVLayer, allocate_kv_cache
 
-BLOCK_SIZE = 16
 CHECKED_ROWS, CHECKED_QUERIES = 3, 16  # float64 scores of all would take hundreds of GB
 
 
@@ -144,8 +144,7 @@ def _flops(case: AttentionCase) -> float:
 
 def _make(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> _Problem:
     torch.manual_seed(0)
-    width = -(-case.context // BLOCK_SIZE)
-    num_blocks = case.rows * width
+    num_blocks = case.rows * -(-case.context // BLOCK_SIZE)
     # Two layers: blocks lie apart, as in the cache of a model.
     layers = allocate_kv_cache(2, num_blocks, BLOCK_SIZE, case.num_kv_heads, case.head_dim, dtype, device)
     layer = layers[0]
@@ -156,15 +155,7 @@ def _make(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> _Pro
     tokens = case.rows * case.queries
     heads = case.num_heads + 2 * case.num_kv_heads
     qkv = torch.randn(tokens, heads, case.head_dim, device=device).to(dtype)
-    integers: dict[str, Any] = {"dtype": torch.int32, "device": device}
-    batch = AttentionBatch(
-        query_start_loc=torch.arange(case.rows + 1, **integers) * case.queries,
-        seq_lens=torch.full((case.rows,), case.context, **integers),
-        block_tables=torch.randperm(num_blocks, device=device).to(torch.int32).view(case.rows, width),
-        slot_mapping=torch.full((tokens,), -1, device=device),
-        block_size=BLOCK_SIZE,
-        max_query_len=case.queries,
-    )
+    batch = make_batch(case.rows, case.queries, case.context, device)
     return _Problem(case, qkv[:, : case.num_heads], layer, batch)
 
 
