@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -50,10 +51,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--load-batch", type=int, default=16, help="batch under load (default: %(default)s)")
     add("--threads", type=int, default=CORES, help="of each system (default: all cores)")
     add("--quick", action="store_true", help="a corner of everything")
-    add("--out", type=Path, default=result_folder("batching"), help="where results go (default: %(default)s)")
+    add("--out", type=Path, help="where results go (default: benchmarks/batching/results; with --quick /tmp)")
     args = parser.parse_args()
     if max(args.batch) > 32 or args.load_batch > 32:
         parser.error("batches of more than 32 are not supported")
+    if args.out is None:
+        args.out = Path(tempfile.gettempdir(), "flashserve-batching") if args.quick else result_folder("batching")
     if args.quick:
         args.requests, args.batch, args.output, args.prompt, args.rounds = [4, 8], [1, 4], [4, 8], 32, 1
     return args

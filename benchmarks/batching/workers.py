@@ -6,8 +6,6 @@ request exactly as many tokens as it asks for.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from typing import Any
 
 from benchmarks.batching.workload import Workload as Requests
 from benchmarks.common.protocol import PeerEngine, Run, Workload, serve
+from benchmarks.common.served_engine import Served
 from benchmarks.common.transformers_engine import Transformers
 
 
@@ -72,46 +71,10 @@ class Flashserve(PeerEngine):
         return Run(max(ends), tokens, starts=starts, firsts=firsts, ends=ends, details=watch.figures())
 
 
-class Served(PeerEngine):
-    """flashserve through Triton: `flashserve serve`, and a client that streams over gRPC on the same cores."""
-
-    def load(self, work: Workload) -> None:
-        from benchmarks.common.serving import serving
-
-        self.settings = work.flashserve_settings()
-        self.versions = {name: version(name) for name in ("tritonclient", "nvidia-pytriton")}
-        self.server = contextlib.ExitStack()
-        self.urls = self.server.enter_context(serving({"m": {"model": work.model, **self.settings}}))
-
+class ServedSystem(Served):
     def run(self, mode: str, batch: int, requests: dict[str, Any]) -> Run:
-        return asyncio.run(self._run(Requests(**requests), batch))
-
-    async def _run(self, work: Requests, batch: int) -> Run:
         """At most ``batch`` requests at once; the others wait in the client, as long as they must."""
-        from flashserve_client import AsyncClient
-
-        starts, firsts, ends, tokens = [0.0] * len(work), [0.0] * len(work), [0.0] * len(work), [0] * len(work)
-        free = asyncio.Semaphore(batch)
-
-        async def one(client: AsyncClient, i: int) -> None:
-            await asyncio.sleep(max(0.0, work.arrivals[i] - (time.perf_counter() - begun)))
-            async with free:
-                starts[i] = time.perf_counter() - begun
-                stream = client.stream(work.prompts[i], max_tokens=work.outputs[i], temperature=0, ignore_eos=True)
-                async for delta in stream:
-                    if delta.completion_tokens:
-                        firsts[i] = firsts[i] or time.perf_counter() - begun
-                        tokens[i] += delta.completion_tokens
-            ends[i] = time.perf_counter() - begun
-
-        async with AsyncClient(self.urls.grpc, model="m") as client:
-            await client.models()  # connects
-            begun = time.perf_counter()
-            await asyncio.gather(*(one(client, i) for i in range(len(work))))
-        return Run(max(ends), tokens, starts=starts, firsts=firsts, ends=ends)
-
-    def close(self) -> None:
-        self.server.close()
+        return self.stream(batch, **requests)
 
 
 ENGINES: dict[str, Callable[[], PeerEngine]] = {

@@ -1,42 +1,14 @@
-"""flashserve through Triton: `flashserve serve`, and a client that streams over gRPC on the same cores."""
+"""flashserve through Triton's gRPC."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import AsyncIterator
-from importlib.metadata import version
-
-from benchmarks.common.protocol import PeerEngine, Run, Workload, serve
-from benchmarks.common.serving import serving
-from benchmarks.compare.peers.streaming import run_users
+from benchmarks.common.protocol import Run, serve
+from benchmarks.common.served_engine import Served
 
 
-class FlashserveServed(PeerEngine):
-    def load(self, work: Workload) -> None:
-        self.work = work
-        self.settings = work.flashserve_settings()
-        self.versions = {name: version(name) for name in ("tritonclient", "nvidia-pytriton")}
-        self.server = contextlib.ExitStack()
-        self.urls = self.server.enter_context(serving({"m": {"model": work.model, **self.settings}}))
-
+class FlashserveServed(Served):
     def run(self, prompts: list[list[int]], output_tokens: int) -> Run:
-        return asyncio.run(self._run(prompts, output_tokens))
-
-    async def _run(self, prompts: list[list[int]], output_tokens: int) -> Run:
-        from flashserve_client import AsyncClient
-
-        async with AsyncClient(self.urls.grpc, model="m") as client:
-            await client.models()  # connects
-
-            async def stream(prompt: list[int], max_tokens: int) -> AsyncIterator[float]:
-                async for delta in client.stream(prompt, max_tokens=max_tokens, temperature=0, ignore_eos=True):
-                    yield delta.completion_tokens
-
-            return await run_users(self.work.options["users"], prompts, output_tokens, stream)
-
-    def close(self) -> None:
-        self.server.close()
+        return self.stream(self.work.options["users"], prompts, [output_tokens] * len(prompts))
 
 
 if __name__ == "__main__":

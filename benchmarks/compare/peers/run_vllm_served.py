@@ -11,7 +11,7 @@ from importlib.metadata import version
 
 from benchmarks.common.protocol import PeerEngine, Run, Workload, serve
 from benchmarks.common.serving import free_ports, server
-from benchmarks.compare.peers.streaming import run_users
+from benchmarks.common.streaming import run_users
 from benchmarks.compare.peers.vllm_environment import set_environment
 
 
@@ -46,7 +46,8 @@ class VllmServed(PeerEngine):
                     await response.read()
 
             # A connection for each user that is open before the first request, as flashserve's is.
-            await asyncio.gather(*(connect() for _ in range(self.work.options["users"])))
+            users = self.work.options["users"]
+            await asyncio.gather(*(connect() for _ in range(users)))
 
             async def stream(prompt: list[int], max_tokens: int) -> AsyncIterator[float]:
                 body = {
@@ -70,7 +71,7 @@ class VllmServed(PeerEngine):
                             yield usage["completion_tokens"] - seen
                             seen = usage["completion_tokens"]
 
-            return await run_users(self.work.options["users"], prompts, output_tokens, stream)
+            return await run_users(users, prompts, [output_tokens] * len(prompts), stream)
 
     def close(self) -> None:
         self.server.close()
