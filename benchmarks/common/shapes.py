@@ -5,67 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-5}
+COLUMNS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings", "rope_theta", "rms_norm_eps", "tie_word_embeddings",
+)  # fmt: skip
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def _shape(family: dict[str, Any], *values: Any, **others: Any) -> dict[str, Any]:
+    return {**family, **dict(zip(COLUMNS, values, strict=True)), **others}
+
+
 SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-8b": {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "rope_theta": 1000000.0,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-    },
-    "llama-3.2-1b": {
-        **LLAMA,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 32.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "tie_word_embeddings": True,
-    },
-    "smollm2-135m": {
-        **LLAMA,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "max_position_embeddings": 8192,
-        "rope_theta": 100000.0,
-        "tie_word_embeddings": True,
-    },
-    "tinyllama-1.1b": {
-        **LLAMA,
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "vocab_size": 32000,
-        "max_position_embeddings": 2048,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-    },
+    "qwen3-8b": _shape(QWEN3, 4096, 12288, 36, 32, 8, 128, 151936, 40960, 1000000.0, 1e-6, False),
+    "llama-3.2-1b": _shape(
+        LLAMA, 2048, 8192, 16, 32, 8, 64, 128256, 131072, 500000.0, 1e-5, True, rope_scaling=LLAMA3_SCALING
+    ),
+    "smollm2-135m": _shape(LLAMA, 576, 1536, 30, 9, 3, 64, 49152, 8192, 100000.0, 1e-5, True),
+    "tinyllama-1.1b": _shape(LLAMA, 2048, 5632, 22, 32, 4, 64, 32000, 2048, 10000.0, 1e-5, False),
 }
 TINY_SHAPE = {
     **SHAPES["smollm2-135m"],
@@ -74,6 +39,7 @@ TINY_SHAPE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 16,
     "vocab_size": 512,
 }
 GPU_SHAPES = ("qwen3-8b", "llama-3.2-1b", "smollm2-135m")
@@ -81,13 +47,13 @@ CPU_SHAPES = ("smollm2-135m", "tinyllama-1.1b")
 """Small enough to be made with random weights and run on a notebook."""
 
 
-def head_dim(config: dict[str, Any]) -> int:
+def head_size(config: dict[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def linear_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of each matrix product of a layer as the engine joins them, and of the head."""
-    hidden, wide, size = config["hidden_size"], config["intermediate_size"], head_dim(config)
+    hidden, wide, size = config["hidden_size"], config["intermediate_size"], head_size(config)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     return {
         "qkv": (hidden, size * (heads + 2 * kv_heads)),
@@ -124,7 +90,7 @@ class ModelCost:
         products = {name: inputs * outputs for name, (inputs, outputs) in linear_shapes(config).items()}
         head, layers = products.pop("head"), config["num_hidden_layers"]
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        return cls(layers * sum(products.values()), head, layers, heads, kv_heads, head_dim(config))
+        return cls(layers * sum(products.values()), head, layers, heads, kv_heads, head_size(config))
 
     @property
     def weight_bytes(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from benchmarks.common.arguments import CACHE, CORES
 from benchmarks.common.machine import read_bandwidth
 from benchmarks.common.paged import BLOCK_SIZE, make_batch
-from benchmarks.common.shapes import CPU_SHAPES, SHAPES, causal_flops, head_dim
+from benchmarks.common.shapes import CPU_SHAPES, SHAPES, causal_flops, head_size
 from benchmarks.common.timing import Timer
 from flashserve_kernels.attention import AttentionBatch
 from flashserve_kernels.cpu.attention import paged_attention
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     cases = [(rows, 1, length) for rows, length in DECODES] + [(rows, length, length) for rows, length in PREFILLS]
     num_blocks = max(rows * -(-seq_len // BLOCK_SIZE) for rows, _, seq_len in cases)
     for name in CPU_SHAPES:
-        shape, dim = SHAPES[name], head_dim(SHAPES[name])
+        shape, dim = SHAPES[name], head_size(SHAPES[name])
         layers, heads, kv_heads = (
             shape[key] for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
         )

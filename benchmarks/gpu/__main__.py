@@ -17,7 +17,6 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     say(f"{report.facts}; budget {args.budget_s:.0f} s; {report.file}")
     chosen = [name for name in SECTIONS if name in args.sections]
     for index, section in enumerate(chosen):
-        report.run(section, section_function(section, args, report, budget, timer))
+        report.run(section, partial(measure, section, args, report, budget, timer))
         show(report, section)
         if not is_usable(device):
             go_on(args, report, chosen[index + 1 :], budget)
@@ -111,73 +110,46 @@ def go_on(args: argparse.Namespace, report: Report, sections: list[str], budget:
         os.execv(sys.executable, command)
 
 
-def section_function(
-    section: str, args: argparse.Namespace, report: Report, budget: Budget, timer: Any
-) -> Callable[[], None]:
-    """What measures a section. Imports happen inside it: one that fails is the section's failure."""
-    own = {"ceilings": measure_ceilings, "kernels": measure_kernels, "attention": measure_attention}
-    others = {"transformers": measure_peer, "torch-compile": measure_compiled}
-    function = {**own, **others}.get(section, partial(measure_model, section))
-    return lambda: function(args, report, budget, timer)
-
-
-def measure_ceilings(args: argparse.Namespace, report: Report, budget: Budget, timer: Any) -> None:
+def measure(section: str, args: argparse.Namespace, report: Report, budget: Budget, timer: Any) -> None:
+    """A section. Imports happen inside it: one that fails is the section's failure."""
     import torch
 
-    from benchmarks.common.timing import copy_bandwidth, gemm_rate
+    dtype = getattr(torch, args.dtype)
+    if section == "ceilings":
+        from benchmarks.common.timing import copy_bandwidth, gemm_rate
 
-    report.put("ceilings", "copy_bytes_s", copy_bandwidth(timer, 1 << 20 if args.tiny else 4 << 30))
-    report.put("ceilings", "gemm_flop_s", gemm_rate(timer, 64 if args.tiny else 8192, getattr(torch, args.dtype)))
+        report.put("ceilings", "copy_bytes_s", copy_bandwidth(timer, 1 << 20 if args.tiny else 4 << 30))
+        report.put("ceilings", "gemm_flop_s", gemm_rate(timer, 64 if args.tiny else 8192, dtype))
+    elif section in GPU_SHAPES:
+        from benchmarks.gpu.models import ModelBench
 
-
-def measure_kernels(args: argparse.Namespace, report: Report, budget: Budget, timer: Any) -> None:
-    import torch
-
-    from benchmarks.gpu import kernels
-
-    sizes = kernels.Sizes.tiny() if args.tiny else kernels.Sizes()
-    with torch.inference_mode():
-        kernels.measure_kernels(report, timer, sizes, getattr(torch, args.dtype))
-
-
-def measure_attention(args: argparse.Namespace, report: Report, budget: Budget, timer: Any) -> None:
-    import torch
-
-    from benchmarks.gpu import attention
-
-    cases = attention.TINY_CASES if args.tiny else attention.CASES
-    with torch.inference_mode():
-        attention.measure_attention(report, budget, timer, getattr(torch, args.dtype), cases)
+        ModelBench(report, budget, timer, section, TINY_SHAPE if args.tiny else SHAPES[section], tiny=args.tiny).run()
+    elif args.tiny and section in ("transformers", "torch-compile"):
+        report.put(section, "missing", "not in a tiny run")
+    elif section == "transformers":
+        measure_peer(report, budget)
+    else:
+        with torch.inference_mode():
+            measure_ops(section, args.tiny, dtype, report, budget, timer)
 
 
-def measure_compiled(args: argparse.Namespace, report: Report, budget: Budget, timer: Any) -> None:
-    import torch
-
+def measure_ops(section: str, tiny: bool, dtype: Any, report: Report, budget: Budget, timer: Any) -> None:
     from benchmarks.gpu import attention, kernels
 
-    if args.tiny:
-        report.put("torch-compile", "missing", "not in a tiny run")
-        return
-    dtype, prompt = getattr(torch, args.dtype), attention.CASES[1]
-    with torch.inference_mode():
-        attention.measure_flex(report, budget, timer, dtype, prompt)
-        kernels.measure_compiled(report, budget, timer, kernels.Sizes(), dtype)
+    sizes = kernels.Sizes.tiny() if tiny else kernels.Sizes()
+    if section == "kernels":
+        kernels.measure_kernels(report, timer, sizes, dtype)
+    elif section == "attention":
+        attention.measure_attention(report, budget, timer, dtype, attention.TINY_CASES if tiny else attention.CASES)
+    else:
+        attention.measure_flex(report, budget, timer, dtype, attention.CASES[1])
+        kernels.measure_compiled(report, budget, timer, sizes, dtype)
 
 
-def measure_model(shape: str, args: argparse.Namespace, report: Report, budget: Budget, timer: Any) -> None:
-    from benchmarks.gpu.models import ModelBench
-
-    config = TINY_SHAPE if args.tiny else SHAPES[shape]
-    ModelBench(report, budget, timer, shape, config, tiny=args.tiny).run()
-
-
-def measure_peer(args: argparse.Namespace, report: Report, budget: Budget, timer: Any) -> None:
+def measure_peer(report: Report, budget: Budget) -> None:
     from benchmarks.gpu.peers import TIMEOUT_S, measure_transformers
 
     for shape in GPU_SHAPES:
-        if args.tiny:
-            report.put("transformers", shape, {"missing": "not in a tiny run"})
-            continue
         budget.require(20, f"transformers on {shape}")
         found = measure_transformers(shape, *PEER_WORKLOAD, min(TIMEOUT_S, budget.left_s))
         ours = report.get(shape, "throughput {} x {}/{}".format(*PEER_WORKLOAD))

@@ -103,28 +103,22 @@ class TimedRunner:
         """The runner is used again."""
 
 
-class LateCompiles(logging.Handler):
-    """Counts the warnings of the watch over late compilation."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if "late compilation" in record.getMessage():
-            self.messages.append(record.getMessage()[:300])
-
-
 @contextmanager
 def late_compiles() -> Iterator[list[str]]:
-    """The messages that arrive inside."""
-    handler = LateCompiles()
+    """The warnings of the watch over late compilation that come inside."""
+    messages: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if "late compilation" in record.getMessage():
+            messages.append(record.getMessage()[:300])
+        return True
+
     logger = logging.getLogger("flashserve_kernels.gpu.launch")
-    logger.addHandler(handler)
+    logger.addFilter(keep)
     try:
-        yield handler.messages
+        yield messages
     finally:
-        logger.removeHandler(handler)
+        logger.removeFilter(keep)
 
 
 def resolve_shape(config: dict[str, Any], device: str, max_num_seqs: int, **settings: Any) -> ResolvedConfig:
