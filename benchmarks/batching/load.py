@@ -59,7 +59,8 @@ def measure_mixed(processes: Processes, names: Sequence[str], mixed: Mixed) -> N
             found |= {"wasted": rows.wasted, "busy": rows.busy, "kv": kv_shares(details, mixed.longest, context)}
             first, last = details["first_steps"], details["last_steps"]
             found["steps"] = {"first": first, "last": last, "slots": slots_of(first, last)}
-            found |= {"kv_lost_tokens": (details["kv_allocated"] - details["kv_used"]) / details["running"]}
+            found["kv_lost_tokens"] = (details["kv_allocated"] - details["kv_used"]) / details["running"]
+            found["block_size"] = details["block_size"]
         mixed.systems[name] = found
         print(
             f"  {len(work)} mixed requests: {SYSTEMS[name].title:34} {outcome.tokens_per_s:7.1f} tokens/s", flush=True

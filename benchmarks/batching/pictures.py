@@ -57,15 +57,17 @@ def _slots(mixed: Mixed, subtitle: str, figure: Any, theme: Theme) -> None:
 
 def _bars(ax: Any, steps: dict[str, list[int]], outputs: Sequence[int] | None, theme: Theme) -> None:
     """outputs: the steps of each bar that gave its request a token; None: all."""
+    before = [0] * len(steps["slots"])
+    style = {"height": 0.82, "edgecolor": theme.background}
     for i, (first, last, slot) in enumerate(zip(steps["first"], steps["last"], steps["slots"], strict=True)):
         useful = last - first if outputs is None else min(outputs[i], last - first)
-        style = {"height": 0.82, "edgecolor": theme.background}
-        ax.barh(slot, useful, left=first, color=COLORS[1 if i % 2 else 5], linewidth=1.2, **style)
+        before[slot] += 1
+        ax.barh(slot, useful, left=first, color=COLORS[(5, 1)[before[slot] % 2]], linewidth=1.2, **style)
         if last - first > useful:
-            waste = {"color": theme.faint, "alpha": 0.6, "hatch": "////", "linewidth": 0}
+            waste = {"color": theme.faint, "alpha": 0.8, "hatch": "////", "linewidth": 0}
             ax.barh(slot, last - first - useful, left=first + useful, **waste, **style)
-    ax.bar(0, 0, color=COLORS[1], label="a request's tokens (neighbours in two shades)")
-    ax.bar(0, 0, color=theme.faint, alpha=0.6, hatch="////", edgecolor=theme.background, label="computed for nobody")
+    ax.bar(0, 0, color=COLORS[1], label="a request's tokens; the next request's in a lighter shade")
+    ax.bar(0, 0, color=theme.faint, alpha=0.8, hatch="////", edgecolor=theme.background, label="computed for nobody")
 
 
 def _rates(grid: Grid, subtitle: str, figure: Any, theme: Theme) -> None:

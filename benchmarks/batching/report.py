@@ -130,7 +130,7 @@ def _mixed_lines(mixed: Mixed) -> list[str]:
     if "kv" in (ours := mixed.systems.get("offline", {})):
         rows = [["KV memory that is set aside for running requests", "used"]]
         rows += [[name, f"{share:.1%}"] for name, share in ours["kv"].items()]
-        lost = f"{ours['kv_lost_tokens']:.1f} tokens per request are lost to pages"
+        lost = f"{ours['kv_lost_tokens']:.1f} tokens per request are lost to blocks of {ours['block_size']}"
         lines += ["", *markdown(rows), "", f"Averages over steps; {lost}; {PAPER}."]
     return lines
 

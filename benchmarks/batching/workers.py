@@ -80,7 +80,7 @@ class ServedSystem(Served):
 ENGINES: dict[str, Callable[[], PeerEngine]] = {
     "transformers": TransformersSystem,
     "flashserve": Flashserve,
-    "served": Served,
+    "served": ServedSystem,
 }
 
 if __name__ == "__main__":
