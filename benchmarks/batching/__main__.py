@@ -1,14 +1,14 @@
 """Continuous batching against one request at a time and static batches, on this machine's CPU.
 
     python -m benchmarks.batching                       # about 20 minutes on two cores
-    python -m benchmarks.batching --quick               # does it work? 2 minutes; its figures mean little
+    python -m benchmarks.batching --quick               # does it work? 4 minutes; its figures mean little
     python -m benchmarks.batching --parts grid mixed
 
 Five systems with the same weights, prompts and lengths: transformers one by one, in static batches with left padding
 and with its own continuous batching, flashserve's engine alone, and flashserve through Triton with a client on the same
 cores. Parts: the grid of requests, batch and output length; requests of mixed lengths at once, with what is wasted of
 steps and of KV memory; mixed lengths arriving over time, with throughput against latency; and TinyLlama's shape beside
-figures that others published. Needs 8 GB of memory (12 with "published"). Writes Markdown, JSON and pictures.
+figures that others published. Writes Markdown, JSON and pictures.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.batching.load import Mixed, measure_load, measure_mixed
 from benchmarks.batching.pictures import draw_all
 from benchmarks.batching.published import measure_published
 from benchmarks.batching.report import Findings, as_json, as_markdown
-from benchmarks.batching.systems import SYSTEMS, Processes, warm_up
+from benchmarks.batching.systems import MAX_BATCH, SYSTEMS, Processes, warm_up
 from benchmarks.batching.workload import mixed_lengths
 from benchmarks.common.arguments import CACHE, CORES, new_parser, numbers
 from benchmarks.common.machine import describe_machine, measure_ceilings
@@ -34,6 +34,7 @@ from benchmarks.common.shapes import CPU_SHAPES, SHAPES, ModelCost
 from benchmarks.common.worker import WorkerError
 
 PARTS = ("grid", "mixed", "load", "published")
+QUICK = {"requests": [4, 8], "batch": [1, 4], "output": [4, 8], "prompt": 32, "rounds": 1, "load_batch": 4}
 MAX_LEN = 448  # 256 + 128 of the mixed requests, and some room
 CONTEXT = 2048  # what a server would set aside for each request that it cannot see the end of
 
@@ -44,21 +45,24 @@ def parse_arguments() -> argparse.Namespace:
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     add("--shape", choices=CPU_SHAPES, default="smollm2-135m", help="of all parts but published (default: %(default)s)")
     add("--requests", type=numbers, default=[8, 32, 64, 128], help="of the grid (default: 8,32,64,128)")
-    add("--batch", type=numbers, default=[1, 4, 8, 16, 32], help="of the grid, at most 32 (default: 1,4,8,16,32)")
+    add("--batch", type=numbers, default=[1, 4, 8, 16, 32], help="of the grid, at most 32 each (default: 1,4,8,16,32)")
     add("--output", type=numbers, default=[16, 32, 64], help="output tokens of the grid (default: 16,32,64)")
     add("--prompt", type=int, default=128, help="prompt tokens of the grid (default: %(default)s)")
     add("--rounds", type=int, default=2, help="of the grid (default: %(default)s)")
     add("--load-batch", type=int, default=16, help="batch under load (default: %(default)s)")
     add("--threads", type=int, default=CORES, help="of each system (default: all cores)")
-    add("--quick", action="store_true", help="a corner of everything")
+    add("--quick", action="store_true", help="a corner of everything, in which options that are given still hold")
     add("--out", type=Path, help="where results go (default: benchmarks/batching/results; with --quick /tmp)")
     args = parser.parse_args()
-    if max(args.batch) > 32 or args.load_batch > 32:
-        parser.error("batches of more than 32 are not supported")
+    if max(*args.batch, args.load_batch) > MAX_BATCH:
+        parser.error(f"a batch has at most {MAX_BATCH} requests")
+    if args.prompt + max(args.output) >= MAX_LEN:
+        parser.error(f"prompt and output together must stay below {MAX_LEN} tokens")
+    if args.quick:  # what is given all the same wins
+        parser.set_defaults(**QUICK)
+        args = parser.parse_args()
     if args.out is None:
         args.out = Path(tempfile.gettempdir(), "flashserve-batching") if args.quick else result_folder("batching")
-    if args.quick:
-        args.requests, args.batch, args.output, args.prompt, args.rounds = [4, 8], [1, 4], [4, 8], 32, 1
     return args
 
 
@@ -106,7 +110,7 @@ def _measure(args: argparse.Namespace, found: Findings) -> None:
                 found.mixed = Mixed(work, batch, CONTEXT)
                 measure_mixed(processes, names, found.mixed)
             if "load" in args.parts:
-                measure_load(processes, names, 4 if args.quick else args.load_batch, args.quick, found.points)
+                measure_load(processes, names, args.load_batch, args.quick, found.points)
     if "published" in args.parts:
         print("published: TinyLlama-1.1B's shape", flush=True)
         with Processes(make_random_model("tinyllama-1.1b"), 256, args.threads, CACHE / "logs") as processes:
