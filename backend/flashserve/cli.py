@@ -10,7 +10,7 @@ from importlib import import_module
 from flashserve import __version__
 
 # Each has add_commands(subparsers), which sets `run` to a function from the parsed arguments to an exit code.
-COMMAND_MODULES = ("flashserve.launcher.commands", "flashserve_client.cli")
+COMMAND_MODULES = ("flashserve.launcher.commands", "flashserve_client.cli", "loadtest.command")
 
 EXAMPLES = """\
 examples:

@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 from flashserve import model_json
 from flashserve.errors import ConfigError
+from flashserve.paths import native, portable
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class EngineConfig:
     """auto (the model's), int8 (on a CPU with the native kernels), fp8 (E4M3, on a GPU): half the memory."""
     disable_log_stats: bool = False
     """No metrics of this model in Triton's /metrics (vLLM's name)."""
+    enable_log_requests: bool = False
+    """A line of log for each request that ends: its id, why it ended, its tokens and times; no text."""
     pin_threads: bool = False
     """Bind each of a CPU engine's threads to a core of its own; for machines that serve nothing else."""
     override_generation_config: dict[str, Any] | None = None
@@ -94,8 +97,8 @@ class EngineConfig:
             raise ConfigError('model.json needs "model": a folder or a Hugging Face id')
         config = cls(**accepted, no_effect=no_effect)
         config._check_ranges()
-        if base is not None and (base / config.model).is_dir():
-            config = replace(config, model=str((base / config.model).resolve()))
+        if base is not None and (folder := base / native(config.model)).is_dir():
+            config = replace(config, model=portable(folder.resolve()))
         return config
 
     def _check_ranges(self) -> None:

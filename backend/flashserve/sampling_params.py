@@ -98,6 +98,7 @@ TABLE: tuple[Parameter, ...] = (
     Parameter("timeout", "int", 0, INT64_MAX, of_request=True),
     Parameter("id", "str", max_length=MAX_NAME_LENGTH, of_request=True),
     Parameter("cache_salt", "str", max_length=MAX_NAME_LENGTH, of_request=True),
+    Parameter("traceparent", "str", max_length=MAX_NAME_LENGTH, of_request=True),
 )
 PARAMETERS: dict[str, Parameter] = {parameter.name: parameter for parameter in TABLE}
 
@@ -165,6 +166,8 @@ class RequestOptions:
     """From arrival to deadline: the shorter one of ``timeout_ms`` and Triton's ``timeout``."""
     request_id: str = ""
     cache_salt: str = ""
+    traceparent: str = ""
+    """W3C's header of that name: the trace that the request belongs to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +232,7 @@ def _options(values: dict[str, Any]) -> RequestOptions:
         timeout_s=min(timeouts, default=None),
         request_id=values.get("id", ""),
         cache_salt=values.get("cache_salt", ""),
+        traceparent=values.get("traceparent", ""),
     )
 
 

@@ -1,9 +1,10 @@
-"""Tritonserver's stub processes, one per instance of a model, read from /proc."""
+"""Tritonserver's stub processes, one per instance of a model, read from /proc; and where their engines leave traces."""
 
 from __future__ import annotations
 
 import os
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +70,11 @@ def has_predecessor() -> bool:
     stubs = list_stubs(os.getppid())
     own = next((stub for stub in stubs if stub.pid == os.getpid()), None)
     return own is not None and any(own.replaces(other) for other in stubs)
+
+
+def trace_file(engine: int, folder: str | None = None) -> Path:
+    """Where the engine with this process id writes its trace; ``folder`` is its TMPDIR, default one's own."""
+    return Path(folder or tempfile.gettempdir(), f"flashserve-trace-{engine}.json")
 
 
 def _children(pid: int) -> list[int]:

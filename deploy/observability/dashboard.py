@@ -61,8 +61,7 @@ HIT_RATE = f"{rate('vllm:prefix_cache_hits_total')} / {rate('vllm:prefix_cache_q
 ROWS: dict[str, tuple[Panel, ...]] = {
     "Now": (
         Panel("Requests that end", (Query(f"sum({rate('vllm:request_success_total')})", ""),), "reqps", kind="stat"),
-        Panel("Tokens generated", (Query(f"sum({rate('vllm:generation_tokens_total')})", ""),), "short", kind="stat",
-              help="Per second."),
+        Panel("Tokens generated per second", (Query(f"sum({rate('vllm:generation_tokens_total')})", ""),), kind="stat"),
         Panel("Run and wait", (
             Query(f"sum(vllm:num_requests_running{SELECT})", "run"),
             Query(f"sum(vllm:num_requests_waiting{SELECT})", "wait"),
@@ -96,10 +95,9 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         )),
         Panel("KV blocks in use", (Query(f"vllm:kv_cache_usage_perc{SELECT}"),), "percentunit", highest=1,
               help="Share of the blocks that requests hold. Cached blocks that nobody holds do not count."),
-        Panel("Tokens per second", (
-            Query(rate("vllm:prompt_tokens_total"), "{{model_name}} prompts"),
-            Query(rate("vllm:generation_tokens_total"), "{{model_name}} generated"),
-        )),
+        Panel("Tokens generated per second", (Query(rate("vllm:generation_tokens_total")),)),
+        Panel("Prompt tokens per second", (Query(rate("vllm:prompt_tokens_total")),),
+              help="Of requests that got their first token, those found in the prefix cache included."),
         Panel("Prompt tokens found in the prefix cache", (Query(HIT_RATE),), "percentunit", highest=1),
         Panel("Steps per second", (
             Query(rate("flashserve:engine_steps_total"), "{{model_name}} all"),

@@ -41,21 +41,6 @@ def test_a_quota_below_one_core_still_gives_one_thread(monkeypatch):
     assert available_cores() == 1
 
 
-@pytest.mark.parametrize("files, total, free", [
-    ({"memory.max": "1000000\n", "memory.current": "400000\n"}, 1_000_000, 600_000),
-    ({"memory/memory.limit_in_bytes": "2000000", "memory/memory.usage_in_bytes": "2500000"}, 2_000_000, 0),
-])  # fmt: skip
-def test_a_containers_memory_limit(files, total, free, tmp_path):
-    write(tmp_path, files)
-    assert device._memory(tmp_path) == (total, free)
-
-
-def test_without_a_memory_limit_the_machine_counts(tmp_path):
-    write(tmp_path, {"memory.max": "max\n", "memory.current": "5\n"})
-    total, free = device._memory(tmp_path)
-    assert 0 < free <= total
-
-
 def write(folder, files) -> None:
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -64,9 +64,14 @@ class Server:
         env: Mapping[str, str] | None = None,
         python_path: Sequence[Path | str] = (),
         ready_timeout_s: float = READY_TIMEOUT_S,
+        ready_pattern: str = "^ready in ",
+        parent: Path | None = None,
     ) -> None:
+        """``parent``: where its own folder is made, default the system's temporary one."""
         self.test_id = uuid.uuid4().hex
-        self.folder = Path(tempfile.mkdtemp(prefix="fs-test-"))
+        if parent is not None:
+            parent.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix="fs-test-", dir=parent))
         self.repository = self.folder / "repository"
         self.repository.mkdir()
         for name, model_json in models.items():
@@ -80,6 +85,7 @@ class Server:
         self._env = dict(env or {})
         self._python_path = [*SOURCES, *map(str, python_path)]
         self._ready_timeout_s = ready_timeout_s
+        self._ready_pattern = ready_pattern
         self._log_path = self.folder / "server.log"
         self.launcher: subprocess.Popen[bytes] | None = None
 
@@ -123,7 +129,7 @@ class Server:
 
     def wait_ready(self) -> None:
         """Wait for the launcher's "ready in"; fails at once with the log's end if the launcher ended."""
-        self.wait_for_log(r"^ready in ", self._ready_timeout_s)
+        self.wait_for_log(self._ready_pattern, self._ready_timeout_s)
 
     def wait_for_log(self, pattern: str, timeout_s: float) -> re.Match[str]:
         """Wait until a line matches; AssertionError with the log's end if none does in time."""

@@ -25,8 +25,11 @@ FOLDER = ROOT / "deploy" / "observability"
 DASHBOARD = json.loads((FOLDER / "grafana" / "flashserve.json").read_text())
 ALERTS = yaml.safe_load((FOLDER / "alerts.yml").read_text())
 RULES = [rule for group in ALERTS["groups"] for rule in group["rules"]]
-PANELS = {panel["title"]: [target["expr"] for target in panel["targets"]] for panel in DASHBOARD["panels"] if
-          "targets" in panel}  # fmt: skip
+PANELS = {
+    f"{panel['id']}: {panel['title']}": [target["expr"] for target in panel["targets"]]
+    for panel in DASHBOARD["panels"]
+    if "targets" in panel
+}
 METRIC = re.compile(r"\b(?:vllm|flashserve):\w+")
 needs_prometheus = pytest.mark.skipif(
     not (shutil.which("prometheus") and shutil.which("promtool")), reason="no prometheus (apt install prometheus)"

@@ -10,6 +10,7 @@ from typing import Any
 
 from flashserve.config import ResolvedConfig
 from flashserve.engine.pacing import PrefillPacing
+from flashserve.engine.timeline import Timeline
 from flashserve.protocol import Abort, GenerateRequest, StepOutputs, StubMessage
 from flashserve.runner.base import Runner
 from flashserve.scheduling.block_manager import BlockManager
@@ -34,10 +35,12 @@ class EngineCore:
         runner: Runner,
         clock: Callable[[], float] = time.monotonic,
         pacing: PrefillPacing | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         """pacing: for engines whose users wait for single tokens; a runner that runs ahead cannot be measured."""
         self.scheduler = scheduler
         self.pacing = pacing
+        self.timeline = timeline
         self._runner = runner
         self._clock = clock
         self._in_flight: deque[tuple[SchedulerOutput, Any]] = deque()
@@ -68,9 +71,15 @@ class EngineCore:
         while len(self._in_flight) > ahead:
             oldest, handle = self._in_flight.popleft()
             self._guarded(oldest, lambda: self._finish(oldest, handle))  # noqa: B023 - called at once
+        ended = self._clock()
         if self.pacing is not None and plan is not None and not ahead:
-            self.pacing.observe(plan, self._clock() - started)
-        return StepOutputs(self.scheduler.take_outputs(), self.scheduler.stats())
+            self.pacing.observe(plan, ended - started)
+        outputs = StepOutputs(self.scheduler.take_outputs(), self.scheduler.stats())
+        if self.timeline is not None:
+            self.timeline.add_ends(outputs.outputs)
+            if plan is not None:
+                self.timeline.add_step(plan, started, ended, outputs.stats)
+        return outputs
 
     def close(self) -> None:
         """Free the device. Idempotent."""

@@ -23,9 +23,11 @@ from flashserve.config import EngineConfig, ResolvedConfig
 from flashserve.engine.core import EngineBroken, EngineCore
 from flashserve.engine.loading import load_engine
 from flashserve.engine.pacing import PrefillPacing
+from flashserve.engine.timeline import Timeline
 from flashserve.errors import INTERNAL, FlashserveError
 from flashserve.ipc.channel import Channel, ChannelClosed
 from flashserve.protocol import EngineFailed, EngineLimits, EngineReady, ErrorInfo, StubMessage
+from flashserve.stub_processes import trace_file
 
 log = logging.getLogger("flashserve.engine")
 
@@ -76,6 +78,8 @@ def _run(config: EngineConfig, channel: Channel[StubMessage]) -> int:
     log.info("ready after %.1f s: %s", time.monotonic() - started, resolved.summary())
     if resolved.device.computes_on_cpu:
         core.pacing = PrefillPacing(resolved.max_num_batched_tokens)
+    core.timeline = timeline = Timeline()
+    signal.signal(signal.SIGUSR2, lambda *_: timeline.write(trace_file(os.getpid())))  # flashserve trace
     channel.send(EngineReady(engine_limits(resolved)))
     gc.collect()
     gc.freeze()  # the model's objects never become garbage: later collections need not visit them

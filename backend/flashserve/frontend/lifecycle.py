@@ -7,12 +7,12 @@ import logging
 import signal
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from flashserve.config import EngineConfig
 from flashserve.errors import FlashserveError
-from flashserve.frontend import model_parameters, tensor_spec
+from flashserve.frontend import inherited, model_parameters, tensor_spec
+from flashserve.paths import native
 
 log = logging.getLogger("flashserve")
 
@@ -34,6 +34,7 @@ class TritonPythonModel:
         """Start the engine and block until it is ready: a model that Triton calls ready can answer."""
         import triton_python_backend_utils as pb_utils
 
+        inherited.close_sockets()
         from flashserve.frontend.service import ModelService
 
         name = args["model_name"]
@@ -46,7 +47,7 @@ class TritonPythonModel:
         faulthandler.register(signal.SIGUSR1)  # kill -USR1: every thread's stack goes to the log, also of a hung stub
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         try:
-            config = EngineConfig.from_file(Path(args["model_repository"]) / args["model_version"] / "model.json")
+            config = EngineConfig.from_file(native(args["model_repository"]) / args["model_version"] / "model.json")
             engine = args["model_instance_name"].removeprefix(f"{name}_")
             parameters = model_parameters.read(args["model_config"], config.disable_log_stats)
             self._service = ModelService(

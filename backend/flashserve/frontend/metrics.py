@@ -306,7 +306,7 @@ class MetricsExportThread:
                     latest_counters = now + COUNTER_PERIOD_S
             except Exception:
                 log.exception("metrics could not be exported")
-            self._hurry.wait(GAUGE_PERIOD_S)
+            self._hurry.wait(max(0.0, next_gauges - time.monotonic()))
             self._hurry.clear()
 
     def _declare_when_alone(self) -> None:

@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,6 +17,7 @@ from flashserve.coercion import bool_of, shorten
 from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError, InvalidArgument
 from flashserve.frontend.tensor_spec import INPUT_BY_NAME, INPUTS
+from flashserve.paths import native
 from flashserve.protocol import EngineLimits, SamplingParams
 from flashserve.sampling_params import (
     PARAMETERS,
@@ -83,13 +83,14 @@ class ParserContext:
     def load(cls, config: EngineConfig, limits: EngineLimits) -> ParserContext:
         """Read the model's tokenizer, chat template and sampling defaults. Raises ConfigError."""
         tokenizer = Tokenizer.load(limits.tokenizer_file, [limits.model_path])
-        folder = Path(limits.model_path) if config.generation_config == "auto" else None
+        folder = native(limits.model_path) if config.generation_config == "auto" else None
         defaults = load_generation_defaults(folder, config.override_generation_config)
         try:
             parse_sampling_params({}, defaults.parameters)
         except InvalidArgument as error:
             raise ConfigError(
-                f'generation_config.json: {error.message} ("generation_config": "vllm" ignores it)'
+                f"the model's generation_config.json, or override_generation_config in model.json: {error.message} "
+                '("generation_config": "vllm" ignores the file)'
             ) from error
         assert tokenizer.longest_token  # computed now (30 ms for 150k tokens), not for the first request
         chat_template = ChatTemplate(tokenizer.config.get("chat_template"), tokenizer.special_tokens)
@@ -133,6 +134,8 @@ class ParsedRequest:
     request_id: str
     """The client's own; may be empty."""
     cache_salt: str
+    traceparent: str = ""
+    """The client's trace, as W3C writes it."""
 
     @property
     def needs_every_token(self) -> bool:
@@ -191,6 +194,7 @@ def parse(request: RawRequest, context: ParserContext) -> ParsedRequest | Parsed
         ),
         request_id=options.request_id,
         cache_salt=options.cache_salt,
+        traceparent=options.traceparent,
     )
 
 

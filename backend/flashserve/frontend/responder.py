@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flashserve.errors import BY_CODE, INTERNAL, Cancelled, FlashserveError, InternalError, Unavailable
@@ -27,14 +27,17 @@ log = logging.getLogger(__name__)
 RESPONSE_COMPLETE_FINAL = 1  # pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 SendToEngine = Callable[[GenerateRequest | Abort], None]
+EndObserver = Callable[[Generation, str, FlashserveError | None], None]
 
 
 class Responder:
     """Knows every open request. Implements the supervisor's EngineListener."""
 
-    def __init__(self, builder: ResponseBuilder, metrics: Metrics) -> None:
+    def __init__(self, builder: ResponseBuilder, metrics: Metrics, observers: Sequence[EndObserver] = ()) -> None:
+        """``observers`` are told of each opened request's end, its reason or its error's code, by its sender thread."""
         self._builder = builder
         self._metrics = metrics
+        self._observers = observers
         self._open: dict[int, Generation] = {}
         self._senders = Senders()
         self._answers = itertools.count()
@@ -235,12 +238,21 @@ class Responder:
     def _close_with_data(self, generation: Generation, reason: FinishReason) -> None:
         self._close(generation)
         record_end(self._metrics, generation, reason)
+        self._observe_end(generation, reason)
         self._send_delta(generation, reason)
 
     def _close_with_error(self, generation: Generation, error: FlashserveError) -> None:
         self._close(generation)
         self._count(error)
+        self._observe_end(generation, error.code, error)
         generation.sender.send(self._builder.error(error), flags=RESPONSE_COMPLETE_FINAL)
+
+    def _observe_end(self, generation: Generation, reason: str, error: FlashserveError | None = None) -> None:
+        for observer in self._observers:
+            try:
+                observer(generation, reason, error)
+            except Exception:
+                log.exception("the end of request %s was not observed", generation.name)  # its answer goes out
 
     def _count(self, error: FlashserveError) -> None:
         if isinstance(error, Cancelled):

@@ -14,10 +14,12 @@ from flashserve.frontend.drain import DrainWatcher
 from flashserve.frontend.generation import Generation
 from flashserve.frontend.metrics import Metrics, MetricsExportThread, TritonExporter, engine_infos
 from flashserve.frontend.model_parameters import ModelParameters
+from flashserve.frontend.request_log import log_end
 from flashserve.frontend.request_parser import ParsedRequest, ParserContext, parse, read_raw
 from flashserve.frontend.responder import Responder
 from flashserve.frontend.responses import ResponseBuilder
 from flashserve.frontend.server_watch import ServerWatch
+from flashserve.frontend.tracing import start_tracing
 from flashserve.ipc.supervisor import EngineSupervisor
 from flashserve.protocol import GenerateRequest
 from flashserve.stub_processes import has_predecessor
@@ -48,7 +50,10 @@ class ModelService:
         self._server_watch = ServerWatch()
         self._builder = ResponseBuilder(pb_utils, parameters.plain_errors)
         metrics = Metrics()
-        self._responder = Responder(self._builder, metrics)
+        self._tracing = start_tracing(name)
+        observers = [log_end] if config.enable_log_requests else []
+        observers += [self._tracing.record] if self._tracing is not None else []
+        self._responder = Responder(self._builder, metrics, observers)
         self._supervisor = EngineSupervisor(config, self._responder)
         limits = self._supervisor.start()
         try:
@@ -121,12 +126,9 @@ class ModelService:
 
     def stop(self) -> None:
         """End everything, in an order that lets the last responses out."""
-        for part in (
-            self._drain,
-            self._cancellation,
-            self._responder,
-            self._supervisor,
-            self._metrics_thread,
-            self._server_watch,
-        ):
+        for part in (self._drain, self._cancellation, self._responder, self._supervisor):
             part.stop()
+        self._metrics_thread.stop()
+        self._server_watch.stop()
+        if self._tracing is not None:
+            self._tracing.stop()

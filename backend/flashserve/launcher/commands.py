@@ -1,4 +1,4 @@
-"""The launcher's subcommands: serve, models, doctor."""
+"""The launcher's subcommands: serve, models, doctor, trace."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ that backend's, and refused where there is none; the other way is to write backe
 
 
 def add_commands(subparsers: Any) -> None:
-    """Register serve, models and doctor."""
+    """Register serve, models, doctor and trace."""
     _add_serve(subparsers)
     _add_models(subparsers)
     _add_doctor(subparsers)
+    _add_trace(subparsers)
 
 
 def _add_serve(subparsers: Any) -> None:
@@ -58,6 +59,9 @@ def _add_serve(subparsers: Any) -> None:
         "--serve-vllm-models", action="store_true", help='serve models with backend: "vllm" as they are; see below'
     )
     parser.add_argument("--backend-module", metavar="MODULE", help="module with another TritonPythonModel")
+    parser.add_argument(
+        "--log-format", choices=("text", "json"), default="text", help="json: an object in each line (default: text)"
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="show all of tritonserver's log")
     parser.set_defaults(run=run_serve)
 
@@ -75,6 +79,18 @@ def _add_doctor(subparsers: Any) -> None:
     parser.add_argument("--model-repository", metavar="DIR", help="default: the source checkout's")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run_doctor)
+
+
+def _add_trace(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "trace",
+        help="save what an engine has just done",
+        description="Save the last 10,000 steps and requests of an engine of this machine, which it always remembers, "
+        "for ui.perfetto.dev or chrome://tracing. Its requests pause for about 0.1 s.",
+    )
+    parser.add_argument("--model", metavar="NAME", help="default: the only one")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="default: MODEL-trace.json")
+    parser.set_defaults(run=run_trace)
 
 
 def _port(text: str) -> int:
@@ -101,7 +117,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
         backend_module=arguments.backend_module or workspace.DEFAULT_BACKEND_MODULE,
         triton_arguments=arguments.rest,
     )
-    console = Console()
+    console = Console(as_json=arguments.log_format == "json")
     try:
         return serve.serve(options, console)
     except LauncherError as error:
@@ -146,3 +162,22 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     checks = examine(arguments.model_repository)
     print(as_json(checks) if arguments.json else as_table(checks, color=sys.stdout.isatty()))
     return 1 if any(check.status == "fail" for check in checks) else 0
+
+
+def run_trace(arguments: argparse.Namespace) -> int:
+    """``flashserve trace``."""
+    from flashserve.launcher import trace
+    from flashserve.launcher.console import Console
+
+    try:
+        engines = trace.choose(trace.find_engines(), arguments.model)
+        for number, engine in enumerate(engines):
+            target = arguments.output or Path(f"{engine.model}-trace.json")
+            if number:  # further instances of the model
+                target = target.with_stem(f"{target.stem}-{number}")
+            trace.save_trace(engine, target)
+            print(f"{target}: open it in ui.perfetto.dev or chrome://tracing")
+    except LauncherError as error:
+        Console().fail(str(error), error.advice)
+        return 1
+    return 0

@@ -16,6 +16,7 @@ from flashserve.launcher import discover, loadable, ports, repository
 from flashserve.launcher.errors import LauncherError
 from flashserve.launcher.loadable import VllmServer
 from flashserve.launcher.repository import RepositoryModel
+from flashserve.memory import free_memory
 
 INSTALL = f"{sys.executable} -m pip install 'flashserve[server]' (in a source checkout: pip install -e '.[server]')"
 PACKAGES = ("transformers", "tokenizers", "safetensors", "huggingface_hub", "jinja2", "msgspec", "psutil")
@@ -147,7 +148,7 @@ def _machine() -> Iterable[Check]:
         yield Check("/dev/shm", "ok", f"{_size(size)} free")
     else:
         yield Check("/dev/shm", "fail", f"{_size(size)} free", "in a container: docker run --shm-size=1g …")
-    memory = _available_memory()
+    _, memory = free_memory()
     low = memory < MEMORY_MIN
     fix = "a model needs its weights' size and some more" if low else ""
     yield Check("memory", "warn" if low else "ok", f"{_size(memory)} available", fix)
@@ -194,13 +195,6 @@ def _free_shared_memory() -> int:
     except OSError:
         return 0
     return stats.f_bavail * stats.f_frsize
-
-
-def _available_memory() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def _size(count: int) -> str:

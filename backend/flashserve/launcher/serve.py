@@ -75,7 +75,7 @@ def serve(options: ServeOptions, console: Console | None = None) -> int:
         line = process.command(install, space, repositories, endpoints, arguments)
         env = process.environment(install, space, endpoints)
         console.say(f"flashserve {__version__}: starting {install}")
-        server = ServerProcess(line, env, console.say, options.verbose)
+        server = ServerProcess(line, env, console.show_log, options.verbose)
         guard.leader(server.pid)
         control = TritonControl(endpoints.http_address)
         ready = _wait_until_ready(server, control, signals, console)

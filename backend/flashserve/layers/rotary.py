@@ -5,6 +5,7 @@ Formulas are those of transformers' ``modeling_rope_utils`` (the models were tra
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,16 @@ from torch import Tensor
 from flashserve.errors import ConfigError
 from flashserve_kernels import Ops
 
+log = logging.getLogger(__name__)
+
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+KNOWN_PARAMETERS = frozenset(
+    (
+        *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"),
+        *("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate", "attention_factor"),
+        *("mscale", "mscale_all_dim"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -34,15 +44,19 @@ class RopeSettings:
 def read_rope_settings(config: Mapping[str, Any]) -> RopeSettings:
     """From ``rope_theta`` and ``rope_scaling``, or ``rope_parameters``, which newer checkpoints have instead.
 
+    Where there are both, ``rope_scaling`` comes first, as in transformers: people add it to make a context longer.
     Raises ConfigError for a rope type that is not implemented.
     """
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     if rope_type not in ROPE_TYPES:
         raise ConfigError(f"rope type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
     partial = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise ConfigError(f"partial_rotary_factor={partial} is not supported; only 1.0 is")
+    unknown = sorted(parameters.keys() - KNOWN_PARAMETERS)
+    if unknown:
+        log.warning("config.json's rope settings hold %s, which is not known and has no effect", ", ".join(unknown))
     if rope_type != "default" and "factor" not in parameters:
         raise ConfigError(f"rope type {rope_type!r} needs a factor in config.json")
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import logging
 import math
 import mmap
 import struct
@@ -24,6 +25,8 @@ from torch import Tensor
 from flashserve.errors import ConfigError
 from flashserve.models.progress import LoadingProgress
 from flashserve_kernels import Ops
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -72,6 +75,17 @@ class Checkpoint:
             raise ConfigError(f"weights of type {largest} are not supported; supported: {', '.join(DTYPE_NAMES)}")
         return DTYPE_NAMES[largest]
 
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers, read in parts."""
+        first, second = self.entries[one], self.entries[other]
+        if (first.dtype, first.shape) != (second.dtype, second.shape):
+            return False
+        with first.file.open("rb") as left, second.file.open("rb") as right:
+            left.seek(first.begin)
+            right.seek(second.begin)
+            sizes = [min(_COPY_BYTES, first.num_bytes - at) for at in range(0, first.num_bytes, _COPY_BYTES)]
+            return all(left.read(size) == right.read(size) for size in sizes)
+
     def sample(self, name: str, size: int) -> bytes:
         """Some bytes from the middle of a tensor."""
         entry = self.entries[name]
@@ -90,22 +104,24 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The index's files if there is an index, else model.safetensors, else all safetensors files of the folder.
+    """The files of the index if they are there, else model.safetensors, else all safetensors files of the folder.
 
     Some repositories hold the same weights a second time under other names (consolidated.safetensors).
     """
-    index = folder / "model.safetensors.index.json"
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ConfigError(f"{index.name} is not a weight index: {error}") from error
         missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
+        if not missing:
+            return [folder / name for name in names]
+        if not whole.is_file():
             raise ConfigError(f"{index.name} names files that are missing: {', '.join(missing)}")
-        return [folder / name for name in names]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
+        log.warning("%s is stale, it names %s: %s is used", index.name, ", ".join(missing), whole.name)
+    if whole.is_file():
+        return [whole]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))

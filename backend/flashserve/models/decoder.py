@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -70,7 +70,7 @@ class DecoderSpec:
             norm_eps=config.get("rms_norm_eps", 1e-6),
             rope=rope,
             context_len=scaled_context_len(config, rope),
-            tied_head=config.get("tie_word_embeddings", False),
+            tied_head=config.get("tie_word_embeddings", Decoder.tied_by_default),
             qkv_bias=qkv_bias,
             o_bias=o_bias,
             mlp_bias=mlp_bias,
@@ -82,6 +82,9 @@ class DecoderSpec:
 class Decoder:
     """Pre-norm decoder: RMSNorm, rotary grouped-query attention, RMSNorm, gated feed-forward; twelve names of
     checkpoint tensors per layer. Implements CausalLM together with a subclass's ``read_spec``."""
+
+    embedding_names: ClassVar[tuple[str, ...]] = ("model.embed_tokens.weight",)
+    tied_by_default: ClassVar[bool] = False
 
     def __init__(self, config: dict[str, Any], weights: WeightSource, context_len: int) -> None:
         spec = self.read_spec(config)

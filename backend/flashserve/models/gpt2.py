@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -23,6 +23,9 @@ _ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")
 
 class GPT2LMHeadModel:
     """Implements CausalLM."""
+
+    embedding_names: ClassVar[tuple[str, ...]] = ("transformer.wte.weight", "wte.weight")
+    tied_by_default: ClassVar[bool] = True
 
     def __init__(self, config: dict[str, Any], weights: WeightSource, context_len: int) -> None:
         hidden, eps = config["n_embd"], config.get("layer_norm_epsilon", 1e-5)
@@ -106,4 +109,4 @@ class GPT2Layer:
 
 
 def _is_tied(config: dict[str, Any]) -> bool:
-    return config.get("tie_word_embeddings", True)
+    return bool(config.get("tie_word_embeddings", GPT2LMHeadModel.tied_by_default))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -39,6 +39,11 @@ class ModelShape:
 
 class CausalLM(Protocol):
     """A model. Building it loads its weights; ``context_len`` is the number of positions it must be ready for."""
+
+    embedding_names: ClassVar[tuple[str, ...]]
+    """Names under which checkpoints hold the token embedding."""
+    tied_by_default: ClassVar[bool]
+    """Whether the head is that table where config.json says nothing of it."""
 
     def __init__(self, config: dict[str, Any], weights: WeightSource, context_len: int) -> None: ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,15 @@ from flashserve.models.mistral import MistralForCausalLM
 from flashserve.models.model_input import CausalLM
 from flashserve.models.qwen2 import Qwen2ForCausalLM
 from flashserve.models.qwen3 import Qwen3ForCausalLM
-from flashserve.models.source import find_tokenizer_file, resolve_folder
+from flashserve.models.source import find_tokenizer_file, read_tokenizers_end, resolve_folder
 
+log = logging.getLogger(__name__)
+
+HEAD = "lm_head.weight"
+SIZES = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+    *("num_key_value_heads", "max_position_embeddings", "n_embd", "n_layer", "n_head", "n_positions", "n_inner"),
+}
 _SAMPLE_BYTES = 1024
 
 ARCHITECTURES: dict[str, type[CausalLM]] = {
@@ -35,16 +43,18 @@ def read_model_facts(config: EngineConfig, device_kind: str) -> ModelFacts:
     Raises ConfigError where the model is missing, unsupported or incomplete.
     """
     folder = resolve_folder(config.model, config.revision)
-    model_config = read_json(folder / "config.json")
+    model_config, checkpoint = open_model(folder)
     architecture, model_class = find_architecture(model_config)
     try:
         shape = model_class.read_shape(model_config)
         ignored = model_class.ignored_weights(model_config)
     except KeyError as error:
         raise ConfigError(f"config.json of {folder.name} lacks {error.args[0]}") from error
-    checkpoint = Checkpoint(folder)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(f"config.json of {folder.name} holds a value that makes no sense: {error}") from error
     checkpoint_dtype = _stated_dtype(model_config) or checkpoint.dtype
     dtype = resolve_dtype(config.dtype, checkpoint_dtype, device_kind)
+    tokenizer_file = find_tokenizer_file(folder, config)
     return ModelFacts(
         path=str(folder),
         architecture=architecture,
@@ -55,9 +65,38 @@ def read_model_facts(config: EngineConfig, device_kind: str) -> ModelFacts:
         head_dim=shape.head_dim,
         checkpoint_dtype=checkpoint_dtype,
         weight_bytes=checkpoint.num_elements(ignored) * DTYPE_BYTES[dtype],
-        eos_token_ids=_eos_token_ids(folder, model_config),
-        tokenizer_file=find_tokenizer_file(folder, config),
+        eos_token_ids=_eos_token_ids(folder, model_config, shape.vocab_size, tokenizer_file),
+        tokenizer_file=tokenizer_file,
     )
+
+
+def open_model(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
+    """config.json as it is meant, and the weights: what is null is not there, and a head of its own is not tied.
+
+    transformers unties, too: some tuned models store a head that differs, under a config that says "tied".
+    Raises ConfigError.
+    """
+    config: dict[str, Any] = _without_nulls(read_json(folder / "config.json"))
+    for name in SIZES & config.keys():
+        if type(config[name]) is not int or config[name] < 1:
+            raise ConfigError(f"{name} in config.json must be a positive integer, not {config[name]!r}")
+    _, model_class = find_architecture(config)
+    checkpoint = Checkpoint(folder)
+    tied = config.get("tie_word_embeddings", model_class.tied_by_default)
+    if tied and HEAD in checkpoint.entries:
+        stored = [name for name in model_class.embedding_names if name in checkpoint.entries]
+        if stored and not checkpoint.same(stored[0], HEAD):
+            log.warning(
+                "config.json says that %s is tied to %s, but both are stored and differ: not tied", HEAD, stored[0]
+            )
+            config["tie_word_embeddings"] = False
+    return config, checkpoint
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
 
 
 def find_architecture(model_config: dict[str, Any]) -> tuple[str, type[CausalLM]]:
@@ -65,7 +104,7 @@ def find_architecture(model_config: dict[str, Any]) -> tuple[str, type[CausalLM]
     names = model_config.get("architectures") or []
     for name in names:
         if name in ARCHITECTURES:
-            if "quantization_config" in model_config:
+            if model_config.get("quantization_config"):
                 raise ConfigError("quantised checkpoints are not supported; use the model's unquantised weights")
             return name, ARCHITECTURES[name]
     found = ", ".join(map(str, names)) or "none"
@@ -110,12 +149,20 @@ def _stated_dtype(model_config: dict[str, Any]) -> str | None:
     return stated if stated in DTYPE_BYTES else None
 
 
-def _eos_token_ids(folder: Path, model_config: dict[str, Any]) -> tuple[int, ...]:
-    """Of generation_config.json, which instruction-tuned models extend, else of config.json."""
+def _eos_token_ids(folder: Path, model_config: dict[str, Any], vocab_size: int, tokenizer_file: str) -> tuple[int, ...]:
+    """Of generation_config.json, which instruction-tuned models extend, else of config.json; and, as in vLLM, the
+    tokenizer's."""
     file = folder / "generation_config.json"
     value = read_json(file).get("eos_token_id") if file.is_file() else None
+    origin = file.name
     if value is None:
-        value = model_config.get("eos_token_id")
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+        value, origin = model_config.get("eos_token_id", []), "config.json"
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(one) is int for one in ids):
+        raise ConfigError(f"eos_token_id in {origin} must be an integer or a list of them, not {value!r}")
+    of_tokenizer = read_tokenizers_end(tokenizer_file, folder)
+    ids = [*ids, *([] if of_tokenizer is None else [of_tokenizer])]
+    beyond = [one for one in ids if not 0 <= one < vocab_size]
+    if beyond:  # the sampler would write beyond the logits to rule them out
+        log.warning("%s: end token %s is not in the vocabulary of %d and left out", origin, beyond, vocab_size)
+    return tuple(dict.fromkeys(one for one in ids if 0 <= one < vocab_size))

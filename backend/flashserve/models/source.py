@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -52,6 +53,27 @@ def find_tokenizer_file(model_folder: Path, config: EngineConfig) -> str:
     if not sources:
         raise ConfigError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json)")
     return str(_converted(folder, sources))
+
+
+def read_tokenizers_end(tokenizer_file: str, model_folder: Path) -> int | None:
+    """The id of ``eos_token`` in tokenizer_config.json, or None: tuned models name the end of a turn there, under a
+    config.json that still says what the base model's was. Raises ConfigError for a file that is not JSON."""
+    folders = dict.fromkeys((Path(tokenizer_file).parent, model_folder))
+    file = next((path for folder in folders if (path := folder / "tokenizer_config.json").is_file()), None)
+    if file is None:
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        token = config.get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"cannot read {file.name}: {error}") from error
+    if not isinstance(token, str):
+        return None
+    import tokenizers  # loads a tokenizer in 0.05 to 0.5 s, so only where it is needed
+
+    found: int | None = tokenizers.Tokenizer.from_file(tokenizer_file).token_to_id(token)
+    return found
 
 
 def _converted(folder: Path, sources: list[Path]) -> Path:

@@ -14,6 +14,7 @@ import torch
 
 from flashserve.config import DeviceFacts
 from flashserve.errors import ConfigError
+from flashserve.memory import free_memory
 
 
 def read_device_facts(device: str) -> DeviceFacts:
@@ -22,7 +23,7 @@ def read_device_facts(device: str) -> DeviceFacts:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = available_cores()
     if device == "cpu":
-        total, free = _memory()
+        total, free = free_memory()
         return DeviceFacts("cpu", f"CPU with {threads} cores", total, free, threads, computes_on_cpu=True)
     kind, _, index = device.partition(":")
     if kind != "cuda" or (index and not index.isdecimal()):
@@ -88,20 +89,6 @@ def _cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
         return None if limit[0] == "max" else int(limit[0]) / int(limit[1])
     quota, period = _words(root / "cpu/cpu.cfs_quota_us"), _words(root / "cpu/cpu.cfs_period_us")
     return int(quota[0]) / int(period[0]) if quota and period and int(quota[0]) > 0 else None
-
-
-def _memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
-    """(total, free) bytes of the machine, or of the container's limit where that is less."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
-    total, free = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    for limit_file, usage_file in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        limit, usage = _words(root / limit_file), _words(root / usage_file)
-        if limit and usage and limit[0] != "max" and int(limit[0]) < total:
-            return int(limit[0]), min(free, max(0, int(limit[0]) - int(usage[0])))
-    return total, free
 
 
 def _words(file: Path) -> list[str]:

@@ -13,9 +13,9 @@ import torch
 
 from flashserve.config import DeviceFacts, ResolvedConfig
 from flashserve.errors import ConfigError
-from flashserve.models.checkpoint import Checkpoint, CheckpointWeights
+from flashserve.models.checkpoint import CheckpointWeights
 from flashserve.models.model_input import CausalLM
-from flashserve.models.registry import find_architecture, read_json
+from flashserve.models.registry import find_architecture, open_model
 from flashserve.protocol import SamplingParams
 from flashserve.runner.device import measure_gpu_memory, torch_device
 from flashserve.runner.device_queue import CpuQueue, CudaQueue, DeviceQueue, Download
@@ -257,9 +257,8 @@ def decode_batch_sizes(max_num_seqs: int) -> list[int]:
 @torch.inference_mode()
 def load_model(resolved: ResolvedConfig, dtype: torch.dtype, device: torch.device, ops: Ops) -> CausalLM:
     """Build the model with its weights. Raises ConfigError for missing, unexpected or mis-shaped tensors."""
-    folder = Path(resolved.model.path)
-    weights = CheckpointWeights(Checkpoint(folder), dtype, device, ops, resolved.config.quantization)
-    model_config = read_json(folder / "config.json")
+    model_config, checkpoint = open_model(Path(resolved.model.path))
+    weights = CheckpointWeights(checkpoint, dtype, device, ops, resolved.config.quantization)
     _, model_class = find_architecture(model_config)
     model = model_class(model_config, weights, resolved.max_model_len)
     weights.finish(model_class.ignored_weights(model_config))

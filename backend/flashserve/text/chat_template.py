@@ -62,7 +62,7 @@ class ChatRequest:
                 raise InvalidArgument(f"{field}.chat_template_kwargs must not hold {key}")
         return cls(
             messages=[_message(m, f"{field}.messages[{i}]") for i, m in enumerate(messages)],
-            tools=tools,
+            tools=tools or None,  # many templates ask only whether there is a list
             kwargs=kwargs,
             add_generation_prompt=generation_prompt,
             continue_final_message=proceed,
@@ -83,11 +83,14 @@ def _message(message: Any, field: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise InvalidArgument(f"{field} must be an object, not {type_name(message)}")
     message = {key: value for key, value in message.items() if value is not None}
+    may_lack_content = "tool_calls" in message
+    if message.get("tool_calls") == []:  # no call; templates that take one at most would count it
+        del message["tool_calls"]
     if not isinstance(message.get("role"), str) or not message["role"]:
         raise InvalidArgument(f"{field}.role must be a non-empty string")
     content = message.get("content")
     if content is None:
-        if "tool_calls" not in message:
+        if not may_lack_content:
             raise InvalidArgument(f"{field}.content must be a string or a list of text parts")
     elif isinstance(content, list):
         for index, part in enumerate(content):

@@ -7,6 +7,7 @@ transformers' AutoTokenizer would load torch into the stub process: 359 MB with 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -14,10 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import AddedToken
 
 from flashserve.errors import ConfigError, InvalidArgument
+from flashserve.paths import native, portable
 from flashserve.text.detokenizer import DetokenizerFactory, special_token_ids
 
+log = logging.getLogger(__name__)
+
+TOKEN_KEYS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")  # of an AddedToken
 # Text that will be cut or only counted may be longer than the context; this much takes about a second to tokenize.
 MAX_OVERLONG_BYTES = 4 * 2**20
 
@@ -42,12 +48,14 @@ class Tokenizer:
 
         Raises ConfigError.
         """
-        path = Path(tokenizer_file)
+        path = native(tokenizer_file)
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            tokenizer = tokenizers.Tokenizer.from_file(portable(path))
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"cannot load {path.name}: {error}") from error
-        return cls(tokenizer, load_tokenizer_config([path.parent, *map(Path, folders)]))
+        config = load_tokenizer_config([path.parent, *map(native, folders)])
+        _add_configured_tokens(tokenizer, config.get("added_tokens_decoder"))
+        return cls(tokenizer, config)
 
     @cached_property
     def longest_token(self) -> int:
@@ -93,6 +101,29 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence. Ids must be in [0, 2^32)."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+
+def _add_configured_tokens(tokenizer: tokenizers.Tokenizer, added: Any) -> None:
+    """Tokens that only ``tokenizer_config.json`` lists: some tuned models add theirs there alone.
+
+    As in transformers, ``tokenizer.json`` comes first. Raises ConfigError for a list of another form.
+    """
+    try:
+        entries = sorted((int(index), dict(token)) for index, token in (added or {}).items())
+        tokens = [
+            (index, AddedToken(**{key: token[key] for key in TOKEN_KEYS if key in token})) for index, token in entries
+        ]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"added_tokens_decoder of tokenizer_config.json is not a table of tokens: {error}") from error
+    for index, token in tokens:
+        if tokenizer.token_to_id(token.content) is not None:
+            continue
+        if tokenizer.id_to_token(index) is not None or tokenizer.get_vocab_size() != index:
+            log.warning(
+                "tokenizer_config.json adds %r as %d, which is not the next free id: left out", token.content, index
+            )
+        else:
+            tokenizer.add_special_tokens([token]) if token.special else tokenizer.add_tokens([token])
 
 
 def utf8(text: str, field: str) -> bytes:

@@ -1,0 +1,36 @@
+"""Small inputs in the spirit of filed reports, one test for each.
+
+Each file is a kind: what it says must hold everywhere, and its tests are the places where it once did not.
+
+| kind | file |
+|---|---|
+| weights and configs mean what transformers makes of them | test_weights_and_configs.py |
+| a tokenizer is what transformers makes of its folder | test_tokenizer_files.py |
+| an empty list or a null is as good as nothing | test_empty_values.py |
+| nobody waits for ever | test_waiting.py |
+| any path that the system takes is served | test_paths.py |
+| a process holds what is its own | test_processes.py |
+| memory that the system gives back on demand is free | test_free_memory.py |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Edit = Callable[..., None]
+
+
+@pytest.fixture
+def edit() -> Edit:
+    """``edit(file, key=value, …)`` changes keys of a JSON file; None as a value is written as null."""
+
+    def change(file: Path, **values: Any) -> None:
+        content = json.loads(file.read_text()) if file.is_file() else {}
+        file.write_text(json.dumps({**content, **values}))
+
+    return change
