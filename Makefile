@@ -6,11 +6,11 @@ PYTHON ?=
 ARGS   ?=
 WORKERS ?= 2
 EXTRAS_SERVE := server
-EXTRAS_DEV   := server,kernels,dev
+EXTRAS_DEV   := server,kernels,loadtest,dev
 EXTRAS_PEERS := server,peers
 
 .DEFAULT_GOAL := help
-.PHONY: help serve doctor install test lint format vllm-suite clean
+.PHONY: help serve doctor install test lint format loadtest chaos vllm-suite clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,12 @@ lint: $(VENV)/.dev  ## ruff and mypy
 format: $(VENV)/.dev  ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+chaos: $(VENV)/.dev  ## good, leaving and hostile clients among kills and stops (make chaos ARGS="--minutes 30 --seed 7")
+	@exec $(BIN)/python tests/chaos/run.py $(ARGS)
+
+loadtest: $(VENV)/.dev  ## two minutes of load on the demo model, and a report (starts a server if none runs)
+	@exec $(BIN)/python -m loadtest.demonstration $(ARGS)
 
 vllm-suite: $(VENV)/.peers  ## tests of Triton's vLLM backend, served here: make vllm-suite CHECKOUT=/path/of/vllm_backend
 	@exec $(BIN)/python tests/peers/vllm_backend/run.py "$(CHECKOUT)" $(ARGS)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-ORDER = ("server", "kernels", "gpu", "model", "cases", "unit")
+ORDER = ("server", "chaos", "kernels", "gpu", "model", "cases", "unit")
 
 
 @pytest.hookimpl(trylast=True)

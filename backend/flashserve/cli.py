@@ -16,7 +16,7 @@ from flashserve.launcher.errors import LauncherError
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 # Each has add_commands(subparsers), which sets `run` to a function from the parsed arguments to an exit code.
-COMMAND_MODULES = ("flashserve.launcher.commands", "flashserve_client.cli")
+COMMAND_MODULES = ("flashserve.launcher.commands", "flashserve_client.cli", "loadtest.command")
 
 EXAMPLES = """\
 examples:

@@ -21,20 +21,35 @@ ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "tensor_parallel_size": (1,),
     "pipeline_parallel_size": (1,),
     "data_parallel_size": (1,),
+    "data_parallel_hybrid_lb": (False,),
+    "decode_context_parallel_size": (1,),
+    "prefill_context_parallel_size": (1,),
     "enable_expert_parallel": (False,),
+    "enable_eplb": (False,),
+    "enable_dbo": (False,),
     "trust_remote_code": (False,),
     "enable_lora": (False,),
+    "enable_prompt_adapter": (False,),
     "enable_prompt_embeds": (False,),
+    "enable_mm_embeds": (False,),
     "enable_sleep_mode": (False,),
     "enable_chunked_prefill": (True,),
     "disable_sliding_window": (False,),
     "skip_tokenizer_init": (False,),
     "tokenizer_mode": ("auto",),
     "load_format": ("auto", "safetensors"),
+    "model_loader_extra_config": ({},),
+    "model_impl": ("auto", "vllm"),
+    "config_format": ("auto", "hf"),
+    "worker_cls": ("auto",),
+    "worker_extension_cls": ("",),
+    "scheduler_cls": ("vllm.v1.core.sched.scheduler.Scheduler", "vllm.core.scheduler.Scheduler"),
     "task": ("auto", "generate"),
     "runner": ("auto", "generate"),
     "convert": ("auto", "none"),
     "logits_processors": ([],),
+    "logits_processor_pattern": (),
+    "io_processor_plugin": (),
     "hf_overrides": ({},),
     "hf_config_path": (),
     "rope_scaling": ({},),
@@ -43,6 +58,13 @@ ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "speculative_model": (),
     "num_speculative_tokens": (0,),
     "kv_transfer_config": ({},),
+    "kv_events_config": ({},),
+    "pooler_config": ({},),
+    "override_pooler_config": ({},),
+    "override_neuron_config": ({},),
+    "additional_config": ({},),
+    "override_attention_dtype": (),
+    "quantization_param_path": (),
     "cpu_offload_gb": (0,),
     "num_scheduler_steps": (1,),
     "num_lookahead_slots": (0,),
@@ -65,6 +87,15 @@ NO_EFFECT = frozenset(
         *("tokenizer_pool_size", "tokenizer_pool_type", "limit_mm_per_prompt", "mm_processor_kwargs"),
         *("disable_mm_preprocessor_cache", "max_loras", "max_lora_rank", "max_cpu_loras", "lora_dtype"),
         *("lora_extra_vocab_size", "fully_sharded_loras", "long_lora_scaling_factors", "collect_detailed_traces"),
+        *("enable_lora_bias", "max_prompt_adapters", "max_prompt_adapter_token", "tokenizer_pool_extra_config"),
+        *("cudagraph_capture_sizes", "max_cudagraph_capture_size", "disable_cascade_attn", "logprobs_mode"),
+        *("disable_hybrid_kv_cache_manager", "kv_sharing_fast_prefill", "mamba_cache_dtype", "mamba_ssm_cache_dtype"),
+        *("disable_chunked_mm_input", "mm_processor_cache_gb", "mm_processor_cache_type", "mm_encoder_tp_mode"),
+        *("interleave_mm_strings", "media_io_kwargs", "skip_mm_profiling", "video_pruning_rate"),
+        *("allowed_local_media_path", "allowed_media_domains", "ignore_patterns", "safetensors_load_strategy"),
+        *("pt_load_map_location", "data_parallel_backend", "aggregate_engine_logging"),
+        *("guided_decoding_disable_fallback", "guided_decoding_disable_any_whitespace"),
+        *("guided_decoding_disable_additional_properties", "reasoning_parser", "show_hidden_metrics_for_version"),
     )
 )
 
@@ -97,15 +128,19 @@ def settings(values: Mapping[str, Any], types: Mapping[str, Any]) -> tuple[dict[
     accepted: dict[str, Any] = {}
     no_effect = []
     for key, value in values.items():
+        if value is None:
+            continue
         if key in types:
-            if value is not None:
-                accepted[key] = _coerced(key, value, types[key])
+            accepted[key] = _coerced(key, value, types[key])
         elif key in ONLY_VALUE:
-            _check_only(key, value)
-        elif key not in NO_EFFECT:
-            raise _unknown(key, (*types, *ONLY_VALUE, *NO_EFFECT))
-        elif value is not None:
+            _check_only(key, value, ONLY_VALUE[key])
+        elif key in NO_EFFECT:
             no_effect.append(key)
+        else:
+            raise _unknown(key, (*types, *ONLY_VALUE, *NO_EFFECT))
+    if "tokenizer_revision" in no_effect:  # the tokenizer comes with the model, or is another's newest
+        used = "main" if "tokenizer" in accepted else accepted.get("revision", "main")
+        _check_only("tokenizer_revision", values["tokenizer_revision"], (used,))
     return accepted, tuple(no_effect)
 
 
@@ -123,9 +158,8 @@ def _members(annotation: Any) -> Iterable[type]:
     return [getattr(member, "__origin__", member) for member in members]
 
 
-def _check_only(key: str, value: Any) -> None:
-    allowed = ONLY_VALUE[key]
-    if value is None or any(same(plain(value), item) or same(value, item) for item in allowed):
+def _check_only(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if any(same(plain(value), item) or same(value, item) for item in allowed):
         return
     only = f"; only {' or '.join(map(repr, allowed))} is" if allowed else ""
     raise ConfigError(f"{key}={shorten(value)} is not supported{only}")

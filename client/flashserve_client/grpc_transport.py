@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-import grpc  # type: ignore[import-untyped]
+import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from .errors import ConnectionFailed, FlashserveError, InternalError, NotFound, Timeout, error_from_message
@@ -70,7 +70,7 @@ class GrpcTransport:
 
     def start_call(self, request: InferRequest) -> Any:
         """Sends a request and returns the running call."""
-        return self._stream_infer(_infer_message(request), metadata=self._metadata)
+        return self._stream_infer(infer_message(request), metadata=self._metadata)
 
     async def server_live(self) -> bool:
         reply = await self._unary(self._stub.ServerLive, service_pb2.ServerLiveRequest())
@@ -176,7 +176,7 @@ def _first_string(raw: bytes) -> str:
     return raw[4:end].decode("utf-8", "replace")
 
 
-def _infer_message(request: InferRequest) -> Any:
+def infer_message(request: InferRequest) -> Any:
     message = service_pb2.ModelInferRequest(model_name=request.model, id=request.request_id)
     for name, text in request.strings.items():
         content = text.encode()

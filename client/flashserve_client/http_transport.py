@@ -104,7 +104,7 @@ class JsonReader:
             return None
         self._sent = True
         transport = self._transport
-        path, body = _path(self._request, "generate"), _body(self._request)
+        path, body = request_path(self._request, "generate"), request_body(self._request)
         try:
             response = await transport.client.post(path, content=body)
         except httpx.HTTPError as error:
@@ -147,7 +147,7 @@ class SseReader:
 
     async def _open(self) -> AsyncGenerator[ServerSentEvent, None]:
         client = self._transport.client
-        path, body = _path(self._request, "generate_stream"), _body(self._request)
+        path, body = request_path(self._request, "generate_stream"), request_body(self._request)
         request = client.build_request("POST", path, content=body, headers={"Accept": "text/event-stream"})
         self._response = await client.send(request, stream=True)
         if self._response.status_code != 200:
@@ -209,11 +209,11 @@ def _response_error(response: httpx.Response) -> FlashserveError:
         return error_from_message(f"HTTP {response.status_code}: {response.text[:200]} [code={code}]")
 
 
-def _path(request: InferRequest, verb: str) -> str:
+def request_path(request: InferRequest, verb: str) -> str:
     return f"/v2/models/{quote(request.model, safe='')}/{verb}"
 
 
-def _body(request: InferRequest) -> bytes:
+def request_body(request: InferRequest) -> bytes:
     values: dict[str, Any] = {**request.strings, **dict.fromkeys(request.flags, True), "id": request.request_id}
     return json.dumps(values, ensure_ascii=False).encode()
 

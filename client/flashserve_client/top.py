@@ -137,7 +137,7 @@ class Change:
 
     @property
     def not_answered(self) -> float:
-        """Errors and cancellations since the first look."""
+        """Errors and cancellations in between."""
         return self.gained("flashserve:request_errors_total") + self.gained("flashserve:requests_cancelled_total")
 
 
@@ -145,7 +145,7 @@ class Change:
 
 COLUMNS = (
     *("model", "engines", "run", "wait", "KV", "req/s", "prompt tok/s", "out tok/s"),
-    *("first token p50", "p99", "next p50", "p99", "cached", "failed"),
+    *("TTFT p50", "TTFT p99", "ITL p50", "ITL p99", "cached", "failed"),
 )
 
 
@@ -184,17 +184,23 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1000:.{0 if seconds >= 0.01 else 1}f} ms"
 
 
-def table(before: Snapshot, now: Snapshot, title: str) -> RenderableType:
+def table(before: Snapshot, now: Snapshot, title: str, width: int) -> RenderableType:
+    """A line for each model; in a terminal that is too narrow for that, a column."""
     from rich import box
     from rich.table import Table
 
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for index, name in enumerate(COLUMNS):
-        shown.add_column(name, justify="left" if index == 0 else "right")
-    for model in now.models:
-        shown.add_row(*row(Change(model, before, now)))
-    if not now.models:
+    rows = [row(Change(model, before, now)) for model in now.models]
+    if not rows:
         shown.add_row("[yellow]no model that reports metrics is loaded[/yellow]")
+        return shown
+    columns = list(zip(COLUMNS, *rows, strict=True))
+    if sum(2 + max(map(len, column)) for column in columns) > width:
+        rows, columns = [list(column) for column in columns[1:]], list(zip(columns[0], strict=True))
+    for index, column in enumerate(columns):
+        shown.add_column(column[0], justify="left" if index == 0 else "right")
+    for cells in rows:
+        shown.add_row(*cells)
     return shown
 
 
@@ -214,13 +220,13 @@ class Watch:
         while len(self._seen) > 2 and self._seen[1].time_s <= self._seen[-1].time_s - self.window_s:
             self._seen.popleft()
 
-    def show(self) -> RenderableType:
+    def show(self, width: int) -> RenderableType:
         before, now = self._seen[0], self._seen[-1]
         silent_s = time.monotonic() - now.time_s
         state = f"over {now.time_s - before.time_s:.0f} s"
         if silent_s > SILENT_S:
             state = f"[red]no answer for {silent_s:.0f} s[/red]"
-        return table(before, now, f"{self.url}, {time.strftime('%H:%M:%S')}, {state}")
+        return table(before, now, f"{self.url}, {time.strftime('%H:%M:%S')}, {state}", width)
 
 
 def run_top(args: argparse.Namespace) -> int:
@@ -242,14 +248,14 @@ def run_top(args: argparse.Namespace) -> int:
             if args.once or not console.is_terminal:
                 time.sleep(args.interval)
                 watch.look(http)
-                console.print(watch.show())
+                console.print(watch.show(console.width))
                 return 0
-            with rich.live.Live(watch.show(), console=console, screen=True, auto_refresh=False) as live:
+            with rich.live.Live(watch.show(console.width), console=console, screen=True, auto_refresh=False) as live:
                 for _ in itertools.count():
                     time.sleep(args.interval)
                     with contextlib.suppress(httpx.HTTPError):  # the title says for how long
                         watch.look(http)
-                    live.update(watch.show(), refresh=True)
+                    live.update(watch.show(console.width), refresh=True)
     except KeyboardInterrupt:
         return INTERRUPTED
     except (httpx.HTTPError, httpx.InvalidURL) as error:

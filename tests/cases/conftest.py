@@ -17,6 +17,7 @@ Each file is a kind: what it says must hold everywhere, and its tests are the pl
 | a refusal gives the true reason, never a traceback | test_the_true_reason.py, test_no_traceback.py |
 | a flood stays a trickle | test_a_flood_stays_a_trickle.py |
 | a bare environment is served, or told what it lacks | test_a_bare_environment.py |
+| a process holds what is its own | test_processes.py |
 | memory that the system gives back on demand is free | test_free_memory.py |
 """
 

@@ -187,9 +187,9 @@ def test_memory_stays_within_its_share(tmp_path, device):
 
 
 def test_a_tiny_run_of_the_benchmark(tmp_path):
-    file = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
     sections = ["ceilings", "attention", "kernels", "smollm2-135m"]
-    command = [sys.executable, str(file), "--tiny", "--output", str(tmp_path), "--sections", *sections]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--output", str(tmp_path), "--sections", *sections]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
     assert done.returncode == 0, done.stderr
     assert "FAILED" not in done.stdout and "failure" not in done.stdout, done.stdout

@@ -1,10 +1,10 @@
 """The offline API on a tiny model."""
 
 import pytest
-from tests.tiny_models import make_tiny_model
 
 from flashserve import LLM, SamplingParams
 from flashserve.errors import ConfigError, InvalidArgument
+from tests.tiny_models import make_tiny_model
 
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 

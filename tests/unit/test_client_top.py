@@ -71,9 +71,17 @@ def shown(what):
 def test_a_table_has_a_line_for_each_model_and_says_when_there_is_none():
     snapshot = parse(metrics(ready=1, hits=3, asked=4, errors=2), 1.0)
     empty = parse("", 0.0)
-    line = shown(table(empty, snapshot, "here")).splitlines()[-2].split()
+    line = shown(table(empty, snapshot, "here", 200)).splitlines()[-2].split()
     assert (line[0], line[1], line[-2], line[-1]) == ("m", "1", "75%", "2")
-    assert "no model that reports metrics" in shown(table(empty, empty, "here"))
+    assert "no model that reports metrics" in shown(table(empty, empty, "here", 200))
+
+
+def test_a_narrow_terminal_gets_a_column_for_each_model():
+    snapshot = parse(metrics(ready=1, running=3, hits=3, asked=4), 1.0)
+    lines = [line.split() for line in shown(table(parse("", 0.0), snapshot, "here", 80)).splitlines()]
+    assert ["model", "m"] in lines
+    assert ["run", "3"] in lines
+    assert ["cached", "75%"] in lines
 
 
 def test_the_window_forgets_what_is_older(monkeypatch):

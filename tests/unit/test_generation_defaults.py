@@ -77,3 +77,11 @@ def test_model_json_comes_before_the_file_and_also_without_it(tmp_path):
     both = {"temperature": 0.1, "top_k": 20, "max_tokens": 5}
     assert load_generation_defaults(tmp_path, overrides).parameters == both
     assert load_generation_defaults(None, overrides).parameters == {"temperature": 0.1, "max_tokens": 5}
+
+
+@pytest.mark.parametrize("override", [{"repetition_penalty": 1.2}, {"temprature": 0.5}, {"eos_token_id": 5}])
+def test_an_override_that_is_not_honoured_is_refused(override):
+    """Unlike what the model's own file says, which somebody else wrote."""
+    with pytest.raises(ConfigError, match=f"override_generation_config: {next(iter(override))}="):
+        load_generation_defaults(None, override)
+    assert load_generation_defaults(None, {"repetition_penalty": 1.0, "temprature": None}).parameters == {}

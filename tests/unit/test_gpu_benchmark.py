@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py makes of its figures, without a GPU and without torch."""
+"""What benchmarks/gpu makes of its figures, without a GPU and without torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+from benchmarks.common import shapes, tables
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu.report import TARGETS, Budget, OutOfTime, Report, Target
 
-import gpu_report  # noqa: E402
-import gpu_shapes  # noqa: E402
-from gpu_report import TARGETS, Budget, OutOfTime, Report, Target  # noqa: E402
-
-import gpu  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -98,13 +96,13 @@ def test_rates_and_their_share_of_the_ceilings():
 
 def test_flops_of_causal_attention_count_what_each_query_sees():
     pairs = sum(position + 1 for position in range(90, 100))
-    assert gpu_shapes.causal_flops(10, 100, heads=3, head_dim=64) == 4 * 3 * 64 * pairs
+    assert shapes.causal_flops(10, 100, heads=3, head_dim=64) == 4 * 3 * 64 * pairs
     # Whole prompts: half of the square, plus the diagonal.
-    assert gpu_shapes.causal_flops(8192, 8192, 32, 128) == pytest.approx(2 * 32 * 128 * 8192 * 8193)
+    assert shapes.causal_flops(8192, 8192, 32, 128) == pytest.approx(2 * 32 * 128 * 8192 * 8193)
 
 
 def test_what_a_step_of_the_8b_shape_costs():
-    cost = gpu_shapes.ModelCost.of(gpu_shapes.SHAPES["qwen3-8b"])
+    cost = shapes.ModelCost.of(shapes.SHAPES["qwen3-8b"])
     attention = 4096 * 128 * (32 + 16) + 32 * 128 * 4096
     assert cost.linear_params == 36 * (attention + 3 * 4096 * 12288)
     assert cost.head_params == 151936 * 4096
@@ -143,13 +141,13 @@ def test_a_process_whose_device_broke_is_followed_by_another(report, monkeypatch
     gpu.go_on(args, report, ["kernels", "qwen3-8b"], Budget(100))
     gpu.go_on(args, report, [], Budget(100))
     [command] = commands
-    again = gpu.parse_arguments(command[2:])
+    again = gpu.parse_arguments(command[3:])
     assert again.sections == ["kernels", "qwen3-8b"] and again.resume == report.file and again.tiny
     assert again.dtype == "float16" and 99 < again.budget_s <= 100
 
 
 def test_tables():
-    lines = gpu_report.table([{"what": "a", "us": 12345.6, "of_ceiling": 0.857}, {"what": "long name", "gb_s": 0.1234}])
+    lines = tables.keyed([{"what": "a", "us": 12345.6, "of_ceiling": 0.857}, {"what": "long name", "gb_s": 0.1234}])
     assert lines == [
         "        what     us  of_ceiling   gb_s",
         "           a  12346       85.7%      -",
@@ -183,17 +181,18 @@ def test_arguments():
 def test_the_pure_parts_import_neither_torch_nor_the_engine():
     # Nor do the peers' process and its shapes, which come without this project's packages on the path.
     code = (
-        "import sys, gpu, gpu_peers, gpu_report, gpu_shapes; sys.exit(bool({'torch', 'flashserve'} & set(sys.modules)))"
+        "import sys, benchmarks.gpu.__main__, benchmarks.gpu.peers, benchmarks.batching.report\n"
+        "sys.exit(bool({'torch', 'flashserve'} & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_a_tiny_run_on_a_cpu_measures_everything_it_names(tmp_path):
     pytest.importorskip("torch")
     pytest.importorskip("triton")
     sections = ["ceilings", "smollm2-135m", "transformers", "torch-compile"]
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--tiny", "--output", str(tmp_path)]
-    done = subprocess.run([*command, "--sections", *sections], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny", "--output", str(tmp_path)]
+    done = subprocess.run([*command, "--sections", *sections], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     [file] = (tmp_path / "cpu").iterdir()
     found = json.loads(file.read_text())["sections"]

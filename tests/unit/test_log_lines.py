@@ -1,8 +1,10 @@
 """Lines of log as JSON objects: what is kept of each kind."""
 
+import calendar
 import io
 import json
-from datetime import datetime, timezone
+import time
+from datetime import datetime
 
 import pytest
 
@@ -29,10 +31,46 @@ def test_a_line_of_each_kind(line, level, source, message):
     assert datetime.fromisoformat(entry["time"].replace("Z", "+00:00")).tzinfo is not None
 
 
-def test_times_are_utc():
-    local = datetime(2026, 11, 27, 8, 16, 35, 735_000)
-    expected = local.astimezone(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    assert parse("2026-11-27 08:16:35,735 I engine[m] x")["time"] == expected
+@pytest.fixture
+def tokyo(monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_times_are_utc(tokyo):
+    assert parse("2026-11-27 08:16:35,735 I engine[m] x")["time"] == "2026-11-26T23:16:35.735Z"
+    year = datetime.now().year
+    assert parse("I0301 08:16:36.416084 7 a.cc:1] x")["time"] == f"{year}-02-{28 + calendar.isleap(year)}T23:16:36.416Z"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "2026-11-27 08:16:35 I foo bar",
+        "2026-13-99 08:16:35,735 I foo bar",
+        "I1399 08:16:36.416084 4255 a.cc:1] x",
+        "I0230 08:16:36.416084 4255 a.cc:1] x",
+        'I1127 08:16:36.416084 4255 a.cc:1] "not \\x json"',
+    ],
+)
+def test_a_line_that_only_looks_like_one_is_kept_as_it_is(line):
+    """An exception here would end the thread that empties tritonserver's pipe."""
+    entry = json.loads(as_json(line))
+    assert entry["message"] in (line, "not \\x json")
+
+
+def test_a_folders_name_may_have_blanks():
+    entry = parse("2026-11-27 08:16:35,735 I engine[my model] ready after 1 s")
+    assert (entry["source"], entry["message"]) == ("engine[my model]", "ready after 1 s")
+
+
+def test_a_clients_id_stays_what_it_is():
+    for given in ("nan", "1e999", "007", "12", "time=3"):
+        entry = json.loads(as_json(f"2026-11-27 08:16:35,735 I stub[m] request id={given} reason=stop prompt_tokens=3"))
+        assert (entry["id"], entry["prompt_tokens"]) == (given, 3)
 
 
 def test_a_request_becomes_fields_with_numbers_as_numbers():

@@ -393,8 +393,10 @@ def test_a_context_is_made_from_the_models_files(tmp_path):
 def test_impossible_defaults_stop_the_model_from_loading(tmp_path):
     limits = limits_of(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"temperature": -1}')
-    with pytest.raises(ConfigError, match=r"generation_config\.json: temperature must be a number"):
+    with pytest.raises(ConfigError, match=r"generation_config\.json.*: temperature must be a number"):
         ParserContext.load(EngineConfig(model="m"), limits)
+    with pytest.raises(ConfigError, match=r"override_generation_config.*: top_p must be a number"):
+        ParserContext.load(EngineConfig(model="m", override_generation_config={"temperature": 1, "top_p": 7}), limits)
 
 
 # --- anything ------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     _end_with_parent(args.parent)
     for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the stub decides when to end
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # until there is something to trace
     faulthandler.register(signal.SIGUSR1)  # kill -USR1: every thread's stack goes to the log, also of a hung step
     config = msgspec.json.decode(args.config, type=EngineConfig)
     logging.basicConfig(

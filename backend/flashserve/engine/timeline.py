@@ -45,7 +45,7 @@ class Timeline:
         """Write the trace, in one piece: whoever waits for the file finds it whole. A full disk is only logged."""
         try:
             self._write(path)
-        except OSError as error:
+        except Exception as error:  # in a signal's handler: it must not end the engine
             log.error("the trace could not be written: %s", error)
 
     def _write(self, path: Path) -> None:

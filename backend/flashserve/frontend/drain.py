@@ -54,6 +54,8 @@ class DrainWatcher:
         self._stop_engine = stop_engine
         ending = os.environ.get(ENDING_VARIABLE)
         self._ending = Path(ending) if ending else None
+        self.draining = False
+        """The model is being unloaded: what its engine does from now on is no fault."""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="drain", daemon=True)
 
@@ -109,6 +111,7 @@ class DrainWatcher:
         return {200: True, 400: False, 404: False}.get(status)
 
     def _drain(self) -> None:
+        self.draining = True
         count = len(self._responder.open_requests)
         end = time.monotonic() + self._drain_timeout_s
         ending_by = self._ending_by()

@@ -11,7 +11,7 @@ from typing import Any
 
 from flashserve.config import EngineConfig
 from flashserve.errors import FlashserveError
-from flashserve.frontend import model_parameters, tensor_spec
+from flashserve.frontend import inherited, model_parameters, tensor_spec
 from flashserve.paths import native
 
 log = logging.getLogger("flashserve")
@@ -34,6 +34,7 @@ class TritonPythonModel:
         """Start the engine and block until it is ready: a model that Triton calls ready can answer."""
         import triton_python_backend_utils as pb_utils
 
+        inherited.close_sockets()
         from flashserve.frontend.service import ModelService
 
         name = args["model_name"]

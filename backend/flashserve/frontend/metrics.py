@@ -115,7 +115,7 @@ Series = tuple[str, tuple[tuple[str, str], ...]]
 
 
 class Metrics:
-    """Values of one model's metrics. Any thread may write; :meth:`take_changes` is the exporter's."""
+    """Values of one model's metrics. Any thread may write; the ``take_…`` methods are the exporter's."""
 
     def __init__(self) -> None:
         self.hurry = threading.Event()
@@ -303,7 +303,8 @@ class MetricsExportThread:
                         self._exporter.flush_gauges()
                 if self._declared and (credit > 0 or now >= latest_counters):
                     self._exporter.flush_counters()
-                    credit -= time.monotonic() - now
+                    # Those that were due are no debt: after hours of load, credit would stay below zero for hours.
+                    credit = max(0.0, credit) - (time.monotonic() - now)
                     latest_counters = now + COUNTER_PERIOD_S
             except Exception:
                 log.exception("metrics could not be exported")

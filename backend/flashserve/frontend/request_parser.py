@@ -89,7 +89,8 @@ class ParserContext:
             parse_sampling_params({}, defaults.parameters)
         except InvalidArgument as error:
             raise ConfigError(
-                f'generation_config.json: {error.message} ("generation_config": "vllm" ignores it)'
+                f"the model's generation_config.json, or override_generation_config in model.json: {error.message} "
+                '("generation_config": "vllm" ignores the file)'
             ) from error
         assert tokenizer.longest_token  # computed now (30 ms for 150k tokens), not for the first request
         chat_template = ChatTemplate(tokenizer.config.get("chat_template"), tokenizer.special_tokens)
@@ -258,7 +259,7 @@ def _default_max_tokens(source: str, prompt_tokens: int, params: SamplingParams,
         return context.limits.max_model_len
     max_length = context.defaults.max_length
     if max_length is not None and max_length > prompt_tokens:
-        return max_length - prompt_tokens
+        return max(max_length - prompt_tokens, params.min_tokens)
     return max(DEFAULT_MAX_TOKENS, params.min_tokens)
 
 

@@ -105,12 +105,18 @@ class ModelService:
 
     def _check_health(self) -> None:
         """Unload the model if its engine has died. Raises Unavailable then, and until the model is gone."""
-        if self._is_healthy and not self._supervisor.ready:
+        if self._supervisor.ready and self._is_healthy:
+            return
+        if self._is_healthy and not self._drain.draining:
             self._is_healthy = False
             log.error("the engine is not healthy: unloading the model, as ENABLE_VLLM_HEALTH_CHECK asks")
-            self._pb.unload_model(self._name)  # does not wait for the end
-        if not self._is_healthy:  # the vLLM backend's words
-            raise Unavailable("Model is unavailable due to unhealthy vLLM engine", retry_after_ms=1000)
+            try:
+                self._pb.unload_model(self._name)  # does not wait for the end
+            except Exception as error:  # a server whose models are not controlled from outside keeps them
+                log.error("the model cannot be unloaded (%s): it serves again when its new engine is ready", error)
+                self._is_healthy = True
+        # The vLLM backend's words.
+        raise Unavailable("Model is unavailable due to unhealthy vLLM engine", retry_after_ms=1000)
 
     def _generate(self, parsed: ParsedRequest, sender: Any) -> None:
         internal_id = next(self._ids)

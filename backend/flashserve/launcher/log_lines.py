@@ -11,8 +11,12 @@ LEVELS = {"D": "debug", "I": "info", "W": "warning", "E": "error", "F": "critica
 # I1127 08:16:36.416084 4255 server.cc:345] "successfully unloaded 'm' version 1"
 TRITON = re.compile(r"^(?P<level>[IWEF])(?P<time>\d{4} [\d:.]+) (?P<thread>\d+) (?P<source>[^\]]+)\] (?P<message>.*)$")
 # 2026-11-27 08:16:35,735 I engine[m] ready after 1.2 s
-OURS = re.compile(r"^(?P<time>\d{4}-\d\d-\d\d [\d:,]+) (?P<level>[DIWEC]) (?P<source>\S+) (?P<message>.*)$")
+OURS = re.compile(
+    r"^(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) (?P<level>[DIWEC]) (?P<source>\w+\[[^\]]*\]|\S+) (?P<message>.*)$"
+)
 REQUEST = re.compile(r"^request (?P<fields>\w+=\S*(?: \w+=\S*)*)$")  # frontend/request_log.py
+TEXTS = ("id", "reason")
+NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,6})?")
 WARNING = re.compile(r"^\[warn\] ")
 
 
@@ -25,9 +29,13 @@ def parse(line: str) -> dict[str, Any]:
     """What a line says. One of no known form has the time at which it was read, and no source."""
     for pattern, time_of in ((TRITON, _triton_time), (OURS, _our_time)):
         match = pattern.match(line)
-        if match is not None:
-            entry = {"time": time_of(match["time"]), "level": LEVELS[match["level"]], "source": match["source"]}
-            return {**entry, **_message(match["message"])}
+        if match is None:
+            continue
+        try:
+            time = time_of(match["time"])
+        except ValueError:  # the 99th of a month: some library's line that only looks like ours
+            continue
+        return {**_message(match["message"]), "time": time, "level": LEVELS[match["level"]], "source": match["source"]}
     level = "warning" if WARNING.match(line) else "info"
     return {"time": _iso(datetime.now(timezone.utc)), "level": level, "source": "", "message": line}
 
@@ -48,16 +56,14 @@ def _message(text: str) -> dict[str, Any]:
     if request is None:
         return {"message": text}
     fields = dict(field.split("=", 1) for field in request["fields"].split(" "))
-    return {"message": "request", **{name: _number(value) for name, value in fields.items()}}
+    return {**{name: _value(name, value) for name, value in fields.items()}, "message": "request"}
 
 
-def _number(value: str) -> str | int | float:
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    return value
+def _value(name: str, value: str) -> str | int | float:
+    """A number where the field is one; a client's id stays text, whatever it looks like."""
+    if name in TEXTS or not NUMBER.fullmatch(value):
+        return value
+    return float(value) if "." in value else int(value)
 
 
 def _triton_time(text: str) -> str:

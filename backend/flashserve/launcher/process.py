@@ -148,7 +148,10 @@ class ServerProcess:
             self._lines.append(line)
             self._note(line)
             if self._verbose or self._matters(line):
-                self._show(line)
+                try:
+                    self._show(line)
+                except Exception as error:  # without this thread the pipe fills, and everybody who logs waits for ever
+                    self._lines.append(f"flashserve: this line could not be shown: {error!r}")
 
     def _note(self, line: str) -> None:
         if match := LOADING.search(line):

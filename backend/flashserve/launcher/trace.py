@@ -39,9 +39,17 @@ def find_engines() -> list[Engine]:
 
 def _engines_of(stub: int) -> list[int]:
     try:
-        return [child.pid for child in psutil.Process(stub).children() if "flashserve.engine" in child.cmdline()]
-    except psutil.Error:  # it has just ended
+        children = psutil.Process(stub).children()
+        return [child.pid for child in children if "flashserve.engine" in child.cmdline() and _writes_traces(child.pid)]
+    except (psutil.Error, OSError):  # it has just ended
         return []
+
+
+def _writes_traces(pid: int) -> bool:
+    """Whether it handles the signal: one that is still loading has nothing to show, and might not survive it."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(status.split("SigCgt:")[1].split()[0], 16)
+    return bool(caught >> (signal.SIGUSR2 - 1) & 1)
 
 
 def choose(engines: list[Engine], model: str | None) -> list[Engine]:
@@ -60,7 +68,7 @@ def choose(engines: list[Engine], model: str | None) -> list[Engine]:
 def save_trace(engine: Engine, target: Path) -> None:
     """Have it write its trace, and move that to ``target``. Raises LauncherError."""
     try:
-        written = trace_file(engine.pid, psutil.Process(engine.pid).environ().get("TMPDIR"))
+        written = trace_file(engine.pid, psutil.Process(engine.pid).environ().get("TMPDIR", "/tmp"))
         written.unlink(missing_ok=True)
         os.kill(engine.pid, signal.SIGUSR2)
         deadline = time.monotonic() + WRITE_TIMEOUT_S
@@ -71,11 +79,11 @@ def save_trace(engine: Engine, target: Path) -> None:
                     f"is it stuck in a step? `kill -USR1 {engine.pid}` writes its stacks to the log",
                 )
             time.sleep(0.02)
-        try:
-            shutil.move(written, target)
-        finally:
-            written.unlink(missing_ok=True)
-    except (psutil.Error, ProcessLookupError, PermissionError) as error:
+    except (psutil.Error, OSError) as error:
         raise LauncherError(f"the engine of {engine.model} cannot be asked: {error}", "is it yours?") from error
+    try:
+        shutil.move(written, target)
     except OSError as error:
         raise LauncherError(f"cannot write {target}: {error.strerror}", "choose another file with --output") from error
+    finally:
+        written.unlink(missing_ok=True)

@@ -41,6 +41,7 @@ def load_generation_defaults(folder: Path | None, overrides: Mapping[str, Any] |
     if it says ``do_sample: false``. Raises ConfigError for a file that is not a JSON object; the caller checks the
     values together with everything else.
     """
+    _check_overrides(overrides or {})
     path = folder / "generation_config.json" if folder is not None else None
     values = {**(read_json_object(path) if path is not None and path.is_file() else {}), **(overrides or {})}
     for name, neutral in NEUTRAL.items():
@@ -49,5 +50,14 @@ def load_generation_defaults(folder: Path | None, overrides: Mapping[str, Any] |
     parameters = {ours: values[theirs] for theirs, ours in NAMES.items() if values.get(theirs) is not None}
     max_length = values.get("max_length")
     if max_length is not None and (type(max_length) is not int or max_length < 1):
-        raise ConfigError(f"generation_config.json: max_length must be a positive integer, not {max_length!r}")
+        raise ConfigError(f"generation_config: max_length must be a positive integer, not {max_length!r}")
     return GenerationDefaults(parameters, max_length)
+
+
+def _check_overrides(overrides: Mapping[str, Any]) -> None:
+    """What a user writes into model.json is honoured or refused; a file that came with the model is taken as it is."""
+    for name, value in overrides.items():
+        if value is None or name in NAMES or name == "max_length" or (name in NEUTRAL and value == NEUTRAL[name]):
+            continue
+        known = ", ".join((*NAMES, "max_length"))
+        raise ConfigError(f"override_generation_config: {name}={value!r} is not supported; it takes {known}")

@@ -1,0 +1,121 @@
+"""The worker's side of a comparison: requests as JSON lines on stdin, answers as JSON lines on stdout.
+
+It runs in every peer's environment, so it needs the standard library only. What libraries print goes to stderr, which
+is kept as the worker's log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What an engine is told when it loads."""
+
+    model: str
+    """The folder that the engine reads: Hugging Face's layout, or what was made of it."""
+    threads: int
+    max_len: int
+    """Most tokens of one request, prompt and output together."""
+    max_requests: int
+    """Most requests at once."""
+    kv_gib: int
+    """KV cache that holds all of them, in GiB, rounded up."""
+    options: dict[str, Any]
+    """What tells variants of one engine apart."""
+
+    def flashserve_settings(self) -> dict[str, Any]:
+        """The same in the words of model.json."""
+        return {
+            "dtype": "bfloat16",
+            "enable_prefix_caching": False,
+            "max_model_len": self.max_len,
+            "max_num_seqs": self.max_requests,
+            "num_threads": self.threads,
+        }
+
+
+@dataclass(frozen=True)
+class Run:
+    """What became of a workload. Times count in seconds from the moment its first request was handed over; lists have
+    an entry for each request, and are empty where an engine's interface, or a comparison, has no use for them."""
+
+    seconds: float
+    """To the last token."""
+    tokens: list[int]
+    """Output tokens."""
+    token_ids: list[list[int]] = field(default_factory=list)
+    """What they were."""
+    starts: list[float] = field(default_factory=list)
+    """When a request was sent by its user, or computing it began."""
+    firsts: list[float] = field(default_factory=list)
+    """The first token, as soon as the user can have it; the end where an engine gives all tokens at once."""
+    ends: list[float] = field(default_factory=list)
+    responses: list[list[tuple[float, float]]] = field(default_factory=list)
+    """When each response came, and how many tokens it held."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What only some engines can tell."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(self.tokens) / self.seconds
+
+
+class PeerEngine(ABC):
+    """One engine, kept loaded between runs. Whatever it raises is reported in the table."""
+
+    settings: dict[str, Any]
+    """What it was given beside the workload, for the report."""
+    versions: dict[str, str]
+
+    @abstractmethod
+    def load(self, work: Workload) -> None: ...
+
+    @abstractmethod
+    def run(self, *args: Any, **kwargs: Any) -> Run:
+        """One workload; each comparison has its own arguments."""
+
+    def close(self) -> None:  # noqa: B027 (nothing to do where the process's end does it)
+        """Ends what the engine started."""
+
+
+def serve(engine: PeerEngine) -> None:
+    """Answer requests until "quit" or the end of stdin."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        for line in sys.stdin:
+            request = json.loads(line)
+            if request["op"] == "quit":
+                break
+            try:
+                answer = _answer(engine, request)
+            except Exception as error:
+                traceback.print_exc()
+                answer = {"error": f"{type(error).__name__}: {error}"}
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+    finally:
+        with contextlib.suppress(Exception):
+            engine.close()
+
+
+def _answer(engine: PeerEngine, request: dict[str, Any]) -> dict[str, Any]:
+    started = time.perf_counter()
+    if request["op"] == "load":
+        engine.load(Workload(**request["work"]))
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "settings": engine.settings, "versions": engine.versions}
+    run = engine.run(**{name: value for name, value in request.items() if name != "op"})
+    return asdict(run)

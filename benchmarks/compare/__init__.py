@@ -1,0 +1,1 @@
+"""How fast is it beside its peers, on this machine's CPU?"""

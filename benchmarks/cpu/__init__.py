@@ -1,0 +1,1 @@
+"""Where does the time of a step go on a CPU, and what do its ops reach of what the machine can do?"""

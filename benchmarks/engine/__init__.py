@@ -1,0 +1,1 @@
+"""What does everything but the model cost: scheduling, messages, streams through Triton?"""

@@ -1,0 +1,186 @@
+"""What was found on a GPU: written to a file after every figure. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.results import rounded, slug
+
+TRACEBACK_LINES = 6
+
+
+class OutOfTime(Exception):
+    """The budget does not hold what comes next."""
+
+
+class Budget:
+    """Seconds that may be spent."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._end = clock() + seconds
+
+    @property
+    def left_s(self) -> float:
+        return self._end - self._clock()
+
+    def require(self, seconds: float, what: str) -> None:
+        """Raises OutOfTime unless that much is left."""
+        if self.left_s < seconds:
+            raise OutOfTime(f"{what} takes about {seconds:.0f} s and {max(0.0, self.left_s):.0f} s are left")
+
+
+@dataclass
+class Report:
+    """Figures by section. Every ``put`` writes the file anew, so that whatever ends the run loses nothing."""
+
+    file: Path
+    facts: dict[str, Any]
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    say: Callable[[str], None] = print
+
+    def put(self, section: str, name: str, value: Any) -> None:
+        """Keep a figure, or a mapping of some."""
+        self.sections.setdefault(section, {})[name] = value
+        self.write()
+
+    @classmethod
+    def resume(cls, file: Path, say: Callable[[str], None] = print) -> Report:
+        """The report that another process wrote, to go on with it."""
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        return cls(file, facts, facts.pop("sections"), say)
+
+    def get(self, section: str, name: str) -> Any:
+        """A figure of before, or None where it is missing."""
+        return self.sections.get(section, {}).get(name)
+
+    def attempt(self, section: str, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Keep and return a figure, or how it failed: that is its own, and no other's. OutOfTime passes."""
+        try:
+            found = measure()
+        except OutOfTime:
+            raise
+        except Exception as error:
+            found = failure_of(error)
+        self.put(section, name, found)
+        return found
+
+    def run(self, section: str, function: Callable[[], None]) -> None:
+        """Run a section. What goes wrong in it is kept with the other figures and ends nothing else."""
+        started = time.monotonic()
+        self.say(f"== {section}")
+        try:
+            function()
+        except OutOfTime as error:
+            self.put(section, "skipped", str(error))
+            self.say(f"   skipped the rest: {error}")
+        except Exception as error:
+            self.put(section, "failure", failure_of(error))
+            self.say(f"   FAILED: {type(error).__name__}: {first_line(str(error))}")
+        self.put(section, "seconds", round(time.monotonic() - started, 1))
+
+    def write(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**self.facts, "sections": rounded(self.sections)}, indent=1, allow_nan=False)
+        partial = self.file.with_suffix(".partial")
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(self.file)
+
+
+def failure_of(error: BaseException) -> dict[str, Any]:
+    """What a failed measurement leaves in the report."""
+    lines = traceback.format_exception(type(error), error, error.__traceback__)
+    tail = "".join(lines).strip().splitlines()[-TRACEBACK_LINES:]
+    return {"error": f"{type(error).__name__}: {first_line(str(error))}", "traceback": tail}
+
+
+def first_line(text: str) -> str:
+    """Its first line, 200 characters at most."""
+    line = text.strip().splitlines()[0] if text.strip() else ""
+    return line if len(line) <= 200 else line[:197] + "..."
+
+
+def result_file(folder: Path, device_name: str, date: time.struct_time) -> Path:
+    """``<folder>/<gpu>/<date>.json``."""
+    return folder / slug(device_name) / f"{time.strftime('%Y%m%d-%H%M%S', date)}.json"
+
+
+def speed(seconds: float, ceiling: float | None, *, bytes_: float = 0, flops: float = 0) -> dict[str, float]:
+    """Time and rate of a kernel, and the share of a ceiling (bytes or FLOP per second) that the rate is.
+
+    bytes_: what it must move through memory; flops: what it must compute; one of them.
+    """
+    rate = (flops or bytes_) / seconds
+    found = {"us": seconds * 1e6, ("tflop_s" if flops else "gb_s"): rate / (1e12 if flops else 1e9)}
+    if ceiling:
+        found["of_ceiling"] = rate / ceiling
+    return found
+
+
+def busy_share(intervals: Sequence[tuple[float, float]]) -> float:
+    """Share of the time from the first start to the last end that at least one interval (start, end) covers."""
+    ordered = sorted(intervals)
+    if not ordered:
+        return 0.0
+    busy, reached = 0.0, ordered[0][0]
+    for start, end in ordered:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return busy / (reached - ordered[0][0]) if reached > ordered[0][0] else 0.0
+
+
+def profile_figures(events: Sequence[dict[str, Any]], steps: int) -> dict[str, Any]:
+    """Of a chrome trace: the share of the time in which no kernel runs (copies beside the kernels are no work of the
+    device), kernels per step, and those that take longest."""
+    found = [event for event in events if event.get("cat") == "kernel" and "dur" in event]
+    if not found:
+        return {"idle": None, "why": "the profiler saw no kernel"}
+    kernels: dict[str, float] = {}
+    for event in found:
+        name = str(event["name"])[:80]
+        kernels[name] = kernels.get(name, 0.0) + event["dur"]
+    total = sum(kernels.values())
+    longest = sorted(kernels.items(), key=lambda item: -item[1])[:12]
+    return {
+        "idle": 1.0 - busy_share([(event["ts"], event["ts"] + event["dur"]) for event in found]),
+        "kernels_per_step": len(found) / steps,
+        "longest": {name: {"us_per_step": us / steps, "of_all": us / total} for name, us in longest},
+    }
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure to reach on one H200 in bfloat16."""
+
+    text: str
+    section: str
+    name: str
+    key: str
+    goal: float
+    at_least: bool = True
+
+    def line(self, report: Report) -> str:
+        found = report.get(self.section, self.name)
+        value = found.get(self.key) if isinstance(found, dict) else None
+        if not isinstance(value, (int, float)):
+            return f"   not measured            {self.text}"
+        met = value >= self.goal if self.at_least else value <= self.goal
+        sign = "≥" if self.at_least else "≤"
+        return f"   {'met   ' if met else 'MISSED'} {value:9.4g} {sign} {self.goal:<6g} {self.text}"
+
+
+_8B, _MANY = "qwen3-8b", "throughput 256 x 128/1024"
+TARGETS = (
+    Target("batch-1 decode of the 8B shape / copy bandwidth", _8B, "decode 1 x 1024 graphs", "of_copy", 0.82),
+    Target("decode attention, batch 64, 4k / copy bandwidth", "attention", "decode 64 x 4096", "of_ceiling", 0.85),
+    Target("prefill attention, 8k, head size 128, TFLOP/s", "attention", "prefill 8192", "tflop_s", 450),
+    Target("256 x 128/1024 on the 8B shape, output tokens/s", _8B, _MANY, "tokens_s", 15000),
+    Target("GPU idle at batch 256", _8B, "idle 256 x 1024", "idle", 0.05, at_least=False),
+    Target("CPU ms per step at batch 256", _8B, _MANY, "cpu_ms_per_step", 1.0, at_least=False),
+)

@@ -1,0 +1,1 @@
+"""What do shared beginnings of prompts save?"""

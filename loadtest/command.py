@@ -1,0 +1,130 @@
+"""`flashserve bench`: a load test from one command, with a view in the terminal and a report."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from .interface import BAD_OPTIONS, DEFAULT_TARGET, FAILED
+from .search import parse_range
+from .settings import OPTIONS, add_options, settings_from
+from .streams.choose import FORMS
+
+DEFAULT_USERS = 4
+EXAMPLES = """\
+examples:
+  flashserve bench                                          4 users for a minute against the demo model
+  flashserve bench http://gpu-box:8000 --model qwen --users 64 --output-tokens uniform:64-256
+  flashserve bench --rate 10 --p99-ttft 500 --p99-itl 80    open loop; exit code 3 if an objective is missed
+  flashserve bench --rate 2-40@120 --arrivals gamma:0.5     a ramp of bursts
+  flashserve bench --search 1-100 --p99-ttft 500            the highest rate within that
+  flashserve bench 'grpc://localhost:8001*3' http://localhost:9000/v1   two protocols, three to one
+
+exit codes: 0, 1 no load could be made, 2 wrong options, 3 an objective was missed
+"""
+
+
+def add_commands(subparsers: Any) -> None:
+    """Registers bench, which sets `run` to a function from the parsed arguments to an exit code."""
+    bench = subparsers.add_parser(
+        "bench",
+        help="load a running server, and report latencies and throughput",
+        description="Load a running server with streams, and report latencies and throughput.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_argument(
+        "url", nargs="*", metavar="URL",
+        help=f"{FORMS}; several are a mix, by URL*WEIGHT (default: {DEFAULT_TARGET}, or $FLASHSERVE_URL)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--users", type=_count, metavar="N", help=f"closed loop: users that wait for answers (default: {DEFAULT_USERS})"
+    )
+    bench.add_argument(
+        "--processes", type=_count, default=1, metavar="N", help="share the load among N processes (default: 1)"
+    )
+    bench.add_argument(
+        "--search", type=_range, metavar="LOW-HIGH",
+        help="run again and again for the highest rate that meets the objectives, to 5%%; each run lasts --duration",
+    )  # fmt: skip
+    add_options(bench)
+    bench.set_defaults(run=run_bench)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 100_000:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 1 to 100000")
+    return int(text)
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """`flashserve bench`."""
+    urls = args.url or [os.environ.get("FLASHSERVE_URL", DEFAULT_TARGET)]
+    if (args.rate or args.trace) and args.users is not None:
+        return fail("--users is for a closed loop: leave it out, or --rate and --trace", BAD_OPTIONS)
+    searched = _why_not_search(args) if args.search else None
+    if searched:
+        return fail(searched, BAD_OPTIONS)
+    try:
+        settings = settings_from(args, urls)
+        if settings.report is not None:  # now, and not after a run of an hour
+            settings.report.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        return fail(str(error), BAD_OPTIONS)
+    missing = [name for name in ("locust", "matplotlib", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        return fail(f"bench needs {', '.join(missing)}: pip install 'flashserve[loadtest]'", FAILED)
+    from .live import watch_run
+
+    if args.search:
+        from .trials import run_search
+
+        return run_search(args, urls)
+    return watch_run(locust_words(args, urls), settings)
+
+
+def _range(text: str) -> tuple[float, float]:
+    try:
+        return parse_range(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _why_not_search(args: argparse.Namespace) -> str | None:
+    """What is wrong with a search by these options; sets the rate that its first run has."""
+    for name in ("rate", "trace", "users"):
+        if getattr(args, name) is not None:
+            return f"--search and --{name} exclude each other"
+    if args.p99_ttft is None:
+        return "--search needs --p99-ttft: a server that is asked too much shows it there"
+    args.rate = repr(args.search[0])
+    return None
+
+
+def locust_words(args: argparse.Namespace, urls: list[str]) -> list[str]:
+    """Locust's command line for these options."""
+    locustfile = Path(__file__).with_name("locustfile.py")
+    users = args.users or DEFAULT_USERS if not (args.rate or args.trace) else 1
+    words = [sys.executable, "-m", "locust", "-f", str(locustfile), "--headless", "--only-summary"]
+    # All users at once: they begin together, at the run's start.
+    words += ["--users", str(users), "--spawn-rate", str(max(100, users))]
+    if args.processes > 1:
+        words += ["--processes", str(args.processes)]
+    words += [f"--target={url}" for url in urls]
+    for flag in OPTIONS:
+        value = getattr(args, flag[2:].replace("-", "_"))
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            words += [f"{flag}={item}" for item in (value if isinstance(value, list) else [value])]
+    return words
+
+
+def fail(message: str, code: int) -> int:
+    """Prints an error and returns the exit code."""
+    print(f"flashserve: {message}", file=sys.stderr)
+    return code

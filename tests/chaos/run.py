@@ -1,0 +1,158 @@
+#!/usr/bin/env python3
+"""Good requests, people who leave, hostile ones, and faults, all at once; then everything must be as before.
+
+    make chaos                                  two minutes
+    make chaos ARGS="--minutes 30 --seed 7"
+
+A real tritonserver serves the demo model in float32. Each good request's answer is known from asking for it alone;
+whatever else happens it must be that answer, or near a fault a typed error, within its bound. Faults: the engine killed
+or stopped, the stub killed, the model loaded anew. The exit status is 0 if nothing was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "server"), str(HERE.parent), str(HERE.parent / "unit")]
+
+from faults import Breaker, State, leftovers  # noqa: E402
+from harness import ROOT, Server, wait_until  # noqa: E402
+from traffic import Good, Tally, ask, good_requests, leave, offend  # noqa: E402
+
+from flashserve_client import AsyncClient  # noqa: E402
+
+Answers = dict[Good, tuple[str, str]]
+
+MODEL = "demo"
+WEIGHTS = ROOT / "model_repository" / "demo" / "1" / "weights"
+CLIENTS, LEAVERS, OFFENDERS = 8, 2, 2
+FAULT_EVERY_S = 6.0
+SOME_DESCRIPTORS = 8  # of connections that are just being closed
+# Triton 2.51 keeps the regions of shared memory of a stub that was killed, open and mapped, until it ends itself.
+KEPT_REGIONS, KEPT_DESCRIPTORS = 2, 12
+SETTLE_S = 20.0  # connections whose clients have gone
+MEMORY_GROWTH = 0.1
+MEMORY_SLACK = 32 << 20  # of a process that began small
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=2.0, help="how long (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    parser.add_argument(
+        "--bound", type=float, default=60.0, help="seconds for any request's end (default: %(default)s)"
+    )
+    parser.add_argument("--log", type=Path, help="where the server's log is put if something was wrong")
+    args = parser.parse_args()
+    settings = {"model": str(WEIGHTS), "device": "cpu", "dtype": "float32", "kv_cache_memory_bytes": 64 << 20}
+    server = Server({MODEL: settings})
+    with server:
+        problems = asyncio.run(chaos(server, random.Random(args.seed), args.minutes * 60, args.bound))
+        if problems and args.log:
+            args.log.write_text(server.log)
+    print("\n".join(problems) if problems else "nothing was wrong")
+    return 1 if problems else 0
+
+
+async def chaos(server: Server, rng: random.Random, seconds: float, bound_s: float) -> list[str]:
+    """Everything that was wrong, in words."""
+    known = await answers(server, good_requests(rng, 40))
+    before = State.of(server)
+    tally = Tally(bound_s)
+    breaker = Breaker(server, MODEL, rng, lambda: tally.faults.append(time.monotonic()))
+    end = time.monotonic() + seconds
+    await asyncio.gather(
+        *(asking(server, known, random.Random(rng.random()), end, tally, index) for index in range(CLIENTS)),
+        *(leaving(server, known, random.Random(rng.random()), end, tally) for _ in range(LEAVERS)),
+        *(offending(server, random.Random(rng.random()), end, tally) for _ in range(OFFENDERS)),
+        breaking(breaker, end),
+        progress(tally, end),
+    )
+    show(tally, breaker)
+    problems = tally.wrong[:20]
+    if not wait_until(lambda: not leftovers(server, MODEL), 10):
+        problems += leftovers(server, MODEL)
+    again = await answers(server, list(known)[:5])
+    problems += [f"after it all: {good}" for good, answer in again.items() if answer != known[good]]
+    wait_until(lambda: State.of(server).descriptors <= before.descriptors, SETTLE_S, poll_s=0.5)
+    return problems + growth(before, State.of(server), len(breaker.recovery_s.get("kill_stub", ())))
+
+
+async def answers(server: Server, requests: list[Good]) -> Answers:
+    """What each gives when it is alone."""
+    async with client(server, "grpc", 60.0) as one:
+        return {good: await good.send(one, stream=False) for good in requests}
+
+
+def client(server: Server, protocol: str, timeout_s: float) -> AsyncClient:
+    url = f"grpc://{server.grpc}" if protocol == "grpc" else server.http
+    return AsyncClient(url, model=MODEL, timeout_s=timeout_s)
+
+
+async def asking(server: Server, known: Answers, rng: random.Random, end: float, tally: Tally, index: int) -> None:
+    async with client(server, ("grpc", "http")[index % 2], tally.bound_s) as one:
+        while time.monotonic() < end:
+            good = rng.choice(list(known))
+            if not await ask(good, known[good], one, rng.random() < 0.7, tally):
+                await asyncio.sleep(rng.uniform(0.1, 0.5))  # as the error asks for
+
+
+async def leaving(server: Server, known: Answers, rng: random.Random, end: float, tally: Tally) -> None:
+    async with client(server, rng.choice(("grpc", "http")), tally.bound_s) as one:
+        while time.monotonic() < end:
+            await leave(rng.choice(list(known)), one, rng, tally)
+
+
+async def offending(server: Server, rng: random.Random, end: float, tally: Tally) -> None:
+    while time.monotonic() < end:
+        await offend(f"{server.http}/v2/models/{MODEL}", rng, tally)
+        await asyncio.sleep(rng.random() * 0.2)
+
+
+async def breaking(breaker: Breaker, end: float) -> None:
+    while time.monotonic() < end - FAULT_EVERY_S:
+        await asyncio.sleep(breaker.rng.random() * FAULT_EVERY_S)
+        await breaker.break_something()
+
+
+async def progress(tally: Tally, end: float) -> None:
+    while (left := end - time.monotonic()) > 0:
+        await asyncio.sleep(min(left, 15))
+        print(f"{max(0, end - time.monotonic()):5.0f} s left: {dict(tally.counts)}", flush=True)
+
+
+def show(tally: Tally, breaker: Breaker) -> None:
+    for name, count in sorted(tally.counts.items()):
+        print(f"{count:7}  {name}")
+    for name, seconds in sorted(breaker.recovery_s.items()):
+        worst, median = max(seconds), statistics.median(seconds)
+        print(f"{len(seconds):7}  {name}: answers again after {median:.1f} s (median), {worst:.1f} s (worst)")
+
+
+def growth(before: State, after: State, killed_stubs: int) -> list[str]:
+    """What is more than before, and more than what Triton keeps of a stub that was killed."""
+    found = []
+    kept = {"processes": 0, "descriptors": SOME_DESCRIPTORS + killed_stubs * KEPT_DESCRIPTORS,
+            "shared_memory": killed_stubs * KEPT_REGIONS}  # fmt: skip
+    for name, allowed in kept.items():
+        old, new = getattr(before, name), getattr(after, name)
+        print(f"{old:5} {name} before, {new} after")
+        if new > old + allowed:
+            found.append(f"{name}: {old} before, {new} after, {allowed} more are explained")
+    for kind, old in before.memory.items():
+        new = after.memory.get(kind, 0)
+        print(f"{old >> 20:5} MiB of {kind} before, {new >> 20} after")
+        if new > old * (1 + MEMORY_GROWTH) + MEMORY_SLACK:
+            found.append(f"memory of {kind}: {old >> 20} MiB before, {new >> 20} after")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+"""A short seed of the chaos that `make chaos` makes for longer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUN = Path(__file__).with_name("run.py")
+
+
+@pytest.mark.server
+def test_half_a_minute_of_chaos_leaves_every_answer_right_and_nothing_behind() -> None:
+    command = [sys.executable, str(RUN), "--minutes", "0.4", "--seed", "3", "--bound", "15"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert "nothing was wrong" in done.stdout
