@@ -27,8 +27,9 @@ unless told otherwise. Put a proxy before a server that strangers can reach.
 flashserve serves it, with not a file changed and also where the vLLM backend is installed. Without it such a model is
 that backend's, and refused where there is none; the other way is to write backend: "flashserve" into its config.pbtxt.
 
---max-restarts 0: where something else starts a server anew that has ended, such as Kubernetes. Otherwise the models that
-were ready come back as their repositories have them; what a client loaded with a config of its own is to be loaded again.
+--max-restarts 0: where something else starts a server anew that has ended, such as Kubernetes. Otherwise the models
+that were ready come back as their repositories have them; what a client loaded with a config of its own is to be loaded
+again.
 
 -- --load-model=NAME (repeatable): only these models are loaded, and only their files must be in order.
 -- --model-control-mode=explicit alone: no model is loaded until a client asks for it.
