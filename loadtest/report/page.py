@@ -19,8 +19,8 @@ body { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sa
   max-width: 62rem; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
 .soft { color: var(--soft); } .good { color: var(--good); } .bad { color: var(--bad); }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; } .wide { overflow-x: auto; }
-th, td { border-bottom: 1px solid var(--faint); padding: .3rem .8rem .3rem 0; text-align: right; white-space: nowrap; }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; } .wide { overflow-x: auto; }
+th, td { border-bottom: 1px solid var(--faint); padding: .3rem .55rem .3rem 0; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 500; }
 td.words { white-space: normal; text-align: left; }
 .figures { display: flex; flex-wrap: wrap; gap: .8rem; margin-top: 1.2rem; }
