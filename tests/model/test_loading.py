@@ -57,6 +57,7 @@ def test_eos_comes_from_the_generation_config_first(generation, config, expected
     folder = make_tiny_model("llama", tmp_path)
     edit_json(folder / "generation_config.json", eos_token_id=generation)
     edit_json(folder / "config.json", eos_token_id=config)
+    edit_json(folder / "tokenizer_config.json", eos_token=None)  # it would come after
     assert facts(folder).eos_token_ids == expected
     if generation is None:
         (folder / "generation_config.json").unlink()

@@ -7,6 +7,8 @@ import json
 import os
 from pathlib import Path
 
+import msgspec
+
 from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError
 
@@ -70,10 +72,28 @@ def read_tokenizers_end(tokenizer_file: str, model_folder: Path) -> int | None:
         raise ConfigError(f"cannot read {file.name}: {error}") from error
     if not isinstance(token, str):
         return None
-    import tokenizers  # loads a tokenizer in 0.05 to 0.5 s, so only where it is needed
+    try:
+        added = msgspec.json.decode(Path(tokenizer_file).read_bytes(), type=_TokenizerFile).added_tokens
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ConfigError(f"cannot read {tokenizer_file}: {error}") from error
+    index = next((one.id for one in added if one.content == token), None)
+    if index is not None:
+        return index
+    import tokenizers  # an end that is a token like others; takes up to half a second and 100 MB
 
     found: int | None = tokenizers.Tokenizer.from_file(tokenizer_file).token_to_id(token)
     return found
+
+
+class _AddedToken(msgspec.Struct):
+    id: int
+    content: str
+
+
+class _TokenizerFile(msgspec.Struct):
+    """The part of a tokenizer.json that lists special tokens; the vocabulary is passed over."""
+
+    added_tokens: list[_AddedToken] = []
 
 
 def _converted(folder: Path, sources: list[Path]) -> Path:
