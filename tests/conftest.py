@@ -1,7 +1,7 @@
 """How the tests are spread over worker processes, and what the end of their log says.
 
-`make test` runs two workers, and each file in one of them. The tests of a real server share one worker, and with it
-their servers; the other one computes meanwhile.
+`make test` runs three workers, and each file in one of them: on two cores one computes while those of real servers,
+which mostly wait, share the other. The tests of the shared server are one group, and so in one worker.
 """
 
 from __future__ import annotations
@@ -14,12 +14,18 @@ HERE = Path(__file__).parent
 ORDER = ("server", "chaos", "kernels", "gpu", "model", "cases", "unit")
 
 
+def _uses_shared_server(item: pytest.Item) -> bool:
+    """Whether it asks for the server of tests/server, and its module has none of its own."""
+    is_shared = item.path.is_relative_to(HERE / "server") and not hasattr(getattr(item, "module", None), "server")
+    return is_shared and "server" in getattr(item, "fixturenames", ())
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ORDER.index(item.path.relative_to(HERE).parts[0]))
     for item in items:
         path = item.path.relative_to(HERE)
-        group = "server" if path.parts[0] == "server" else str(path)
+        group = "server" if _uses_shared_server(item) else str(path)
         if path.name == "test_sanitizers.py":
             group = item.name  # a minute each
         item.add_marker(pytest.mark.xdist_group(group))
