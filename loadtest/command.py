@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,10 @@ def locust_words(args: argparse.Namespace, urls: list[str]) -> list[str]:
     # All users at once: they begin together, at the run's start.
     words += ["--users", str(users), "--spawn-rate", str(max(100, users))]
     if args.processes > 1:
-        words += ["--processes", str(args.processes)]
+        # Locust's own default, 5557, is for one run on a machine.
+        port = free_port()
+        words += ["--processes", str(args.processes), "--master-bind-host=127.0.0.1"]
+        words += [f"--master-bind-port={port}", f"--master-port={port}"]
     words += [f"--target={url}" for url in urls]
     for flag in OPTIONS:
         value = getattr(args, flag[2:].replace("-", "_"))
@@ -122,6 +126,12 @@ def locust_words(args: argparse.Namespace, urls: list[str]) -> list[str]:
         elif value is not None and value is not False:
             words += [f"{flag}={item}" for item in (value if isinstance(value, list) else [value])]
     return words
+
+
+def free_port() -> int:
+    """One that nobody listens on just now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def fail(message: str, code: int) -> int:
