@@ -1,6 +1,6 @@
 """How the tests are spread over worker processes, and what the end of their log says.
 
-`make test` runs three workers, and each file in one of them: on two cores one computes while those of real servers,
+`make test` runs two workers (WORKERS=3: three), and each file in one of them: one computes while those of real servers,
 which mostly wait, share the other. The tests of the shared server are one group, and so in one worker.
 """
 
