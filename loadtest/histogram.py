@@ -62,14 +62,6 @@ class Histogram:
                 return min(max(upper_bound(index - 0.5), self.least), self.greatest)
         return self.greatest
 
-    def cumulative(self) -> list[tuple[float, int]]:
-        """(upper bound, how many values are at most that), ascending."""
-        seen, points = 0, []
-        for index in sorted(self.buckets):
-            seen += self.buckets[index]
-            points.append((upper_bound(index), seen))
-        return points
-
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers, which JSON and msgpack carry."""
         if not self.count:

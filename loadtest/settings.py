@@ -18,7 +18,6 @@ from .traces import Trace, read_trace
 from .workload import Prefixes, Trouble, Workload
 
 DEFAULT_DURATION_S = 60.0
-GROUP_TITLE = "load"
 
 
 def _checked(parse: Callable[[str], Any]) -> Callable[[str], str]:

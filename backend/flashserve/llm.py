@@ -91,7 +91,8 @@ class LLM:
 
         A prompt is a text or token ids. ``params`` is one for all or one each: SamplingParams, or a mapping with
         the names of the server's sampling_parameters; what it leaves open comes from the model's
-        generation_config.json, as in the server. Raises InvalidArgument before anything runs.
+        generation_config.json, as in the server; without max_tokens in either, a text may fill the context (the server
+        gives it 16). Raises InvalidArgument before anything runs.
         """
         prompt_list = _as_list(prompts)
         one = params is None or isinstance(params, (SamplingParams, Mapping))

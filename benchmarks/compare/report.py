@@ -14,7 +14,7 @@ from benchmarks.common.shapes import ModelCost
 from benchmarks.common.tables import aligned
 from benchmarks.compare.measure import Cell, Record, Streaming, agreement
 
-OURS, OURS_INT8 = "flashserve", "flashserve-int8"
+OURS = "flashserve"
 
 
 @dataclass(frozen=True)

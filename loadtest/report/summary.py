@@ -9,7 +9,7 @@ from typing import Any
 from ..histogram import Histogram
 from ..outcome import Outcome, error_rate, judge
 from ..scrape import COUNTERS, GAUGES
-from ..statistics import MEASURES, STEADY, Phase
+from ..statistics import MEASURES, Phase
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999}
 TOKEN_MEASURES = ("prompt_tokens", "output_tokens")
@@ -125,7 +125,3 @@ def per_second(outcome: Outcome) -> list[dict[str, Any]]:
             **{f"server_{name}": server.get(name) for name in GAUGES},
         })  # fmt: skip
     return rows
-
-
-def is_steady(row: dict[str, Any]) -> bool:
-    return bool(row["phase"] == STEADY)

@@ -10,6 +10,7 @@ from flashserve.frontend.metrics import (
     BY_NAME,
     OBSERVATIONS_PER_FLUSH,
     SPECS,
+    FlushBudget,
     Metrics,
     MetricsExportThread,
     TritonExporter,
@@ -204,6 +205,14 @@ def test_costly_counters_come_once_in_their_period(exported, export_thread, monk
 
     eventually(hurry_until_four)
     assert all(later - sooner >= 0.2 for sooner, later in itertools.pairwise(flushes))
+
+
+def test_hours_of_costly_counters_delay_later_ones_by_seconds_only():
+    budget, end_of_load = FlushBudget(0.0), 3 * 3600
+    for now in range(end_of_load + 20):
+        assert budget.allows(now), "at the latest once in a second"
+        budget.spend(now, 0.3 if now < end_of_load else 0.001)
+    assert budget.allows(now + 0.05), "again as soon as a request ends"
 
 
 def test_names_are_unique_and_buckets_rise():

@@ -1,12 +1,12 @@
 """The last steps and requests of an engine, as a trace that chrome://tracing and ui.perfetto.dev show.
 
-It is always recorded, so that what has just gone wrong can still be looked at: a step costs 1 µs, 10,000 of them and as
-many requests 4 MB. ``flashserve trace`` (or SIGUSR2 to the engine) writes it.
+It is always recorded, so that what has just gone wrong can still be looked at: a step of 64 rows costs 2-3 µs, 10,000
+steps and as many requests 7.5 MB. ``flashserve trace`` (or SIGUSR2 to the engine) writes it: 11 MB in 0.4 s, during
+which the engine makes no step.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import tempfile
@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from flashserve.protocol import Stats, TokenOutput
 from flashserve.scheduling.output import SchedulerOutput
@@ -50,8 +52,8 @@ class Timeline:
 
     def _write(self, path: Path) -> None:
         descriptor, unfinished = tempfile.mkstemp(prefix=".trace-", dir=path.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump({"displayTimeUnit": "ms", "traceEvents": [*self._events()]}, file)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(msgspec.json.encode({"displayTimeUnit": "ms", "traceEvents": [*self._events()]}))
         os.replace(unfinished, path)
         log.info("wrote the last %d steps and %d requests to %s", len(self._steps), len(self._requests), path)
 

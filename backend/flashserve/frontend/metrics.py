@@ -256,6 +256,25 @@ class TritonExporter:
         return family
 
 
+class FlushBudget:
+    """When counters may be passed on: as long as that takes a small share of the time, else once in a period."""
+
+    def __init__(self, now: float) -> None:
+        self._credit_s = FLUSH_CREDIT_S
+        self._asked = self._due = now
+
+    def allows(self, now: float) -> bool:
+        """Whether a flush may start."""
+        self._credit_s = min(FLUSH_CREDIT_S, self._credit_s + FLUSH_SHARE * (now - self._asked))
+        self._asked = now
+        return self._credit_s > 0 or now >= self._due
+
+    def spend(self, started: float, seconds: float) -> None:
+        """A flush took so long. Those that were due are no debt: hours of load would delay counters for hours."""
+        self._credit_s = max(0.0, self._credit_s) - seconds
+        self._due = started + COUNTER_PERIOD_S
+
+
 class MetricsExportThread:
     """Owns the exporter's thread: gauges and counters soon after they change, under load within a second."""
 
@@ -289,23 +308,19 @@ class MetricsExportThread:
         self._exporter.close()
 
     def _run(self) -> None:
-        next_gauges = latest_counters = 0.0
-        credit, last = FLUSH_CREDIT_S, time.monotonic()
+        next_gauges, budget = 0.0, FlushBudget(time.monotonic())
         # Nobody answers for a dead tritonserver: the call would hold the interpreter's lock for ever.
         while not self._stopping and self._server_lives():
             now = time.monotonic()
-            credit, last = min(FLUSH_CREDIT_S, credit + FLUSH_SHARE * (now - last)), now
             try:
                 if now >= next_gauges:
                     next_gauges = now + (GAUGE_PERIOD_S if self._declared else DECLARE_PERIOD_S)
                     self._declare_when_alone()
                     if self._declared:
                         self._exporter.flush_gauges()
-                if self._declared and (credit > 0 or now >= latest_counters):
+                if self._declared and budget.allows(now):
                     self._exporter.flush_counters()
-                    # Those that were due are no debt: after hours of load, credit would stay below zero for hours.
-                    credit = max(0.0, credit) - (time.monotonic() - now)
-                    latest_counters = now + COUNTER_PERIOD_S
+                    budget.spend(now, time.monotonic() - now)
             except Exception:
                 log.exception("metrics could not be exported")
             self._hurry.wait(max(0.0, next_gauges - time.monotonic()))

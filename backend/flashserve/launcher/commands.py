@@ -106,7 +106,7 @@ def _add_trace(subparsers: Any) -> None:
         "trace",
         help="save what an engine has just done",
         description="Save the last 10,000 steps and requests of an engine of this machine, which it always remembers, "
-        "for ui.perfetto.dev or chrome://tracing. Its requests pause for about 0.1 s.",
+        "for ui.perfetto.dev or chrome://tracing. Its requests pause meanwhile, for half a second at most.",
     )
     parser.add_argument("--model", metavar="NAME", help="default: the only one")
     parser.add_argument("--output", metavar="FILE", type=Path, help="default: MODEL-trace.json")
@@ -203,17 +203,11 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 def run_trace(arguments: argparse.Namespace) -> int:
     """``flashserve trace``."""
     from flashserve.launcher import trace
-    from flashserve.launcher.console import Console
 
-    try:
-        engines = trace.choose(trace.find_engines(), arguments.model)
-        for number, engine in enumerate(engines):
-            target = arguments.output or Path(f"{engine.model}-trace.json")
-            if number:  # further instances of the model
-                target = target.with_stem(f"{target.stem}-{number}")
-            trace.save_trace(engine, target)
-            print(f"{target}: open it in ui.perfetto.dev or chrome://tracing")
-    except LauncherError as error:
-        Console().fail(str(error), error.advice)
-        return 1
+    for number, engine in enumerate(trace.choose(trace.find_engines(), arguments.model)):
+        target = arguments.output or Path(f"{engine.model}-trace.json")
+        if number:  # further instances of the model
+            target = target.with_stem(f"{target.stem}-{number}")
+        trace.save_trace(engine, target)
+        print(f"{target}: open it in ui.perfetto.dev or chrome://tracing")
     return 0

@@ -39,8 +39,11 @@ class Lives:
         signals: Signals,
         console: Console,
         expected: Collection[str],
+        max_restarts: int,
+        answer_timeout_s: float,
     ) -> None:
-        """``start`` starts one that loads the models given; ``expected`` are those known to run in stubs."""
+        """``start`` starts one that loads the models given; ``expected`` are those known to run in stubs. It is started
+        anew so many times, also after ``answer_timeout_s`` without an answer."""
         self.server: ServerProcess | None = None
         self.was_ready = False
         self._start = start
@@ -52,14 +55,9 @@ class Lives:
         self._expected = expected
         self._control = TritonControl(endpoints.http_address)
         self._orphans = Orphans()
-        self._restarts = Restarts(0)
-        self._answer_timeout_s = 0.0
-        self._ready_since: float | None = None
-
-    def limits(self, max_restarts: int, answer_timeout_s: float) -> None:
-        """How often to start anew, and after how long without an answer."""
         self._restarts = Restarts(max_restarts)
         self._answer_timeout_s = answer_timeout_s
+        self._ready_since: float | None = None
 
     def live(self, load: Sequence[str], announce: Callable[[Sequence[str], float], None]) -> int:
         """Until a signal (0), or until starting anew does not help (1)."""

@@ -72,8 +72,8 @@ def serve(options: ServeOptions, console: Console | None = None) -> int:
             line = process.command(install, space, paths, endpoints, arguments.loading(load))
             return ServerProcess(line, env, console.show_log, options.verbose)
 
-        lives = Lives(start, run, guard, endpoints, signals, console, expected)
-        lives.limits(options.max_restarts, options.answer_timeout_s)
+        restarts = (options.max_restarts, options.answer_timeout_s)
+        lives = Lives(start, run, guard, endpoints, signals, console, expected, *restarts)
         return lives.live(arguments.load, lambda names, seconds: _announce(console, endpoints, names, seconds))
     finally:
         end(run, guard, lives.server if lives else None, signals, console, lives is not None and lives.was_ready)

@@ -14,7 +14,7 @@ import psutil
 from flashserve.launcher.errors import LauncherError
 from flashserve.stub_processes import list_stubs, trace_file
 
-WRITE_TIMEOUT_S = 20.0  # a trace takes 0.1 s; a step of a large prompt on a CPU may have to end first
+WRITE_TIMEOUT_S = 20.0  # a trace takes 0.4 s; a step of a large prompt on a CPU may have to end first
 
 
 @dataclass(frozen=True)
