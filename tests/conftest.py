@@ -20,7 +20,7 @@ def _uses_shared_server(item: pytest.Item) -> bool:
     return is_shared and "server" in getattr(item, "fixturenames", ())
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)  # before xdist writes the groups into the names
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ORDER.index(item.path.relative_to(HERE).parts[0]))
     for item in items:
