@@ -11,18 +11,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from flashserve.config import EngineConfig
+from flashserve.runner.device import CpuDevice
 from flashserve.runner.device_queue import STEPS_IN_FLIGHT, DeviceQueue
-from flashserve.runner.model_runner import ModelRunner
 from flashserve_kernels import AttentionBatch, Ops
-from flashserve_kernels.kv_cache import KVLayer, write_kv
-from flashserve_kernels.rotary import rotary_embedding_
-from flashserve_kernels.torch_ops import TorchOps
+from flashserve_kernels.kv_cache import KVLayer
 
 
-class LazyDevice:
+class LazyQueue:
     """Implements DeviceQueue. Work waits in a queue of which a random part is done at each call."""
 
     run_ahead = True
@@ -40,6 +40,9 @@ class LazyDevice:
 
     def upload(self, host: Tensor, device: Tensor) -> None:
         self._queue(lambda: device.copy_(host))
+
+    def to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array.copy())
 
     def run(self, function: Callable[[], Any]) -> Any:
         self._drain(len(self._work))
@@ -76,8 +79,8 @@ class LazyDevice:
 
 
 class _LateDownload:
-    def __init__(self, device: LazyDevice, copy: Tensor) -> None:
-        self._device, self._copy = device, copy
+    def __init__(self, queue: LazyQueue, copy: Tensor) -> None:
+        self._queue, self._copy = queue, copy
         self._arrived = False
 
     def arrive(self, tensor: Tensor) -> None:
@@ -86,26 +89,14 @@ class _LateDownload:
 
     def result(self) -> Tensor:
         while not self._arrived:
-            self._device.work_once()
+            self._queue.work_once()
         return self._copy
 
 
-class CapturableOps(TorchOps):
+class CapturableOps(Ops):
     """The torch ops as a GPU's are: they take lengths from the device's tensors and leave padding alone."""
 
     captures = True
-
-    def rope_and_cache(
-        self, qkv: Tensor, num_heads: int, cos_sin: Tensor, cache: KVLayer, slot_mapping: Tensor
-    ) -> Tensor:
-        num_kv_heads = cache.k.shape[2]
-        rotary_embedding_(qkv[:, : num_heads + num_kv_heads], cos_sin)
-        self.write_kv(qkv[:, num_heads:-num_kv_heads], qkv[:, -num_kv_heads:], cache, slot_mapping)
-        return qkv[:, :num_heads]
-
-    def write_kv(self, k: Tensor, v: Tensor, cache: KVLayer, slot_mapping: Tensor) -> None:
-        stored = slot_mapping >= 0
-        write_kv(k[stored], v[stored], cache, slot_mapping[stored])
 
     def paged_attention(
         self,
@@ -133,16 +124,16 @@ class CapturableOps(TorchOps):
         return out
 
 
-class LazyRunner(ModelRunner):
-    """A model runner on a lazy device."""
+class LazyCpu(CpuDevice):
+    """A CPU whose steps run late."""
 
-    def __init__(self, resolved: Any, seed: int) -> None:
-        self.device = LazyDevice(seed)
-        super().__init__(resolved)
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.queue = LazyQueue(seed)
 
-    def _select_ops(self) -> Ops:
+    def select_ops(self, config: EngineConfig, head_dim: int) -> Ops:
         torch.set_num_threads(1)
-        return CapturableOps(torch.device("cpu"))
+        return CapturableOps(self.torch_device)
 
-    def _make_queue(self) -> DeviceQueue:
-        return self.device
+    def make_queue(self) -> DeviceQueue:
+        return self.queue

@@ -150,9 +150,10 @@ class ModelFacts:
     num_layers: int
     num_kv_heads: int
     head_dim: int
-    checkpoint_dtype: str
+    dtype: str
+    """In which it runs here (:func:`resolve_dtype`)."""
     weight_bytes: int
-    """Size of the weights in the dtype in force."""
+    """Size of the weights in that dtype."""
     eos_token_ids: tuple[int, ...]
     tokenizer_file: str
 
@@ -182,7 +183,8 @@ class ResolvedConfig:
     config: EngineConfig
     model: ModelFacts
     device: DeviceFacts
-    dtype: str
+    block_bytes: int
+    """Of one KV block over all layers."""
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -191,8 +193,16 @@ class ResolvedConfig:
     """What resolution changed against the defaults, in words, for the log."""
 
     @property
+    def dtype(self) -> str:
+        return self.model.dtype
+
+    @property
     def block_size(self) -> int:
         return self.config.block_size
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
 
     @property
     def stream_interval(self) -> int:
@@ -200,65 +210,40 @@ class ResolvedConfig:
 
     def summary(self) -> str:
         """One line for the log."""
-        kv_mib = (
-            self.num_blocks * kv_block_bytes(self.model, self.block_size, kv_dtype(self.config, self.dtype)) / 2**20
-        )
         line = (
             f"{self.model.architecture} on {self.device.name} ({self.dtype}), context {self.max_model_len}, "
             f"{self.max_num_seqs} requests at once, {self.max_num_batched_tokens} tokens per step, "
-            f"{self.num_blocks} KV blocks of {self.block_size} tokens ({kv_mib:.0f} MiB)"
+            f"{self.num_blocks} KV blocks of {self.block_size} tokens ({self.kv_cache_bytes / 2**20:.0f} MiB)"
         )
         return "; ".join((line, *self.notes))
 
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
 DEFAULT_SEQS = {"cpu": 128, "cuda": 256}
 DEFAULT_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
 CPU_KV_SHARE = 0.15  # of the free memory: a server's machine has other users, and pages cost nothing until touched
 
 
-INT8_SCALE_BYTES = 4  # of each token's key and value of a head
-
-
-def kv_dtype(config: EngineConfig, dtype: str) -> str:
-    """What the KV cache holds: the model's dtype unless the configuration says otherwise."""
-    return dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
-
-
-def kv_block_bytes(model: ModelFacts, block_size: int, dtype: str) -> int:
-    """Bytes of one KV block over all layers: keys and values."""
-    vector = model.head_dim * DTYPE_BYTES[dtype] + (INT8_SCALE_BYTES if dtype == "int8" else 0)
-    return 2 * model.num_layers * model.num_kv_heads * block_size * vector
-
-
-def resolve_dtype(config_dtype: str, checkpoint_dtype: str, device_kind: str, supports_bfloat16: bool = True) -> str:
+def resolve_dtype(config: EngineConfig, checkpoint_dtype: str, device: DeviceFacts) -> str:
     """float16 checkpoints run in bfloat16 on a CPU, where float16 matrix products are slow or missing; bfloat16 ones
     in float16 on a GPU without bfloat16 (before Ampere). Raises ConfigError for bfloat16 asked of such a GPU."""
-    if config_dtype == "bfloat16" and not supports_bfloat16:
+    if config.dtype == "bfloat16" and not device.supports_bfloat16:
         raise ConfigError("this GPU has no bfloat16; use dtype float16 or auto")
-    if config_dtype != "auto":
-        return config_dtype
-    if checkpoint_dtype == "bfloat16" and not supports_bfloat16:
+    if config.dtype != "auto":
+        return config.dtype
+    if checkpoint_dtype == "bfloat16" and not device.supports_bfloat16:
         return "float16"
-    if device_kind == "cpu" and checkpoint_dtype == "float16":
+    if device.kind == "cpu" and checkpoint_dtype == "float16":
         return "bfloat16"
     return checkpoint_dtype
 
 
-def resolve(config: EngineConfig, model: ModelFacts, device: DeviceFacts) -> ResolvedConfig:
-    """Fill in every open setting, in this order: dtype, context, batch, blocks; each may depend on the former.
+def resolve(config: EngineConfig, model: ModelFacts, device: DeviceFacts, block_bytes: int) -> ResolvedConfig:
+    """Fill in every open setting, in this order: context, batch, blocks; each may depend on the former.
 
-    Raises ConfigError when the settings contradict each other or the memory.
+    block_bytes: what the ops say that a KV block takes. Raises ConfigError when the settings contradict each other or
+    the memory.
     """
     notes: list[str] = []
-    for name, value, kind in (
-        ("quantization", config.quantization == "int8", "cpu"),
-        ("kv_cache_dtype", config.kv_cache_dtype == "int8", "cpu"),
-        ("kv_cache_dtype", config.kv_cache_dtype == "fp8", "cuda"),
-    ):
-        if value and device.kind != kind:
-            raise ConfigError(f"{name}={getattr(config, name)!r} works on a {kind} device only, this is {device.name}")
-    dtype = resolve_dtype(config.dtype, model.checkpoint_dtype, device.kind, device.supports_bfloat16)
     if config.max_model_len is not None and config.max_model_len > model.context_len:
         raise ConfigError(f"max_model_len={config.max_model_len} exceeds the model's context of {model.context_len}")
     max_model_len = config.max_model_len or model.context_len
@@ -269,7 +254,7 @@ def resolve(config: EngineConfig, model: ModelFacts, device: DeviceFacts) -> Res
             f"max_num_batched_tokens={budget} must be at least max_num_seqs={max_num_seqs}: "
             "each running request needs one token per step"
         )
-    num_blocks = _num_blocks(config, model, device, dtype, max_num_seqs * max_model_len)
+    num_blocks = _num_blocks(config, device, block_bytes, max_num_seqs * max_model_len)
     capacity = num_blocks * config.block_size
     if capacity < max_model_len:
         if config.max_model_len is not None or capacity < config.block_size * 2:
@@ -281,10 +266,12 @@ def resolve(config: EngineConfig, model: ModelFacts, device: DeviceFacts) -> Res
         max_model_len = capacity
     if config.no_effect:
         notes.append(f"no effect here: {', '.join(config.no_effect)}")
-    return ResolvedConfig(config, model, device, dtype, max_model_len, max_num_seqs, budget, num_blocks, tuple(notes))
+    return ResolvedConfig(
+        config, model, device, block_bytes, max_model_len, max_num_seqs, budget, num_blocks, tuple(notes)
+    )
 
 
-def _num_blocks(config: EngineConfig, model: ModelFacts, device: DeviceFacts, dtype: str, useful_tokens: int) -> int:
+def _num_blocks(config: EngineConfig, device: DeviceFacts, block_bytes: int, useful_tokens: int) -> int:
     """KV blocks: as configured, else what fits, and never more than all requests at full length can use."""
     if config.num_gpu_blocks_override is not None:
         return config.num_gpu_blocks_override
@@ -295,10 +282,9 @@ def _num_blocks(config: EngineConfig, model: ModelFacts, device: DeviceFacts, dt
         else:
             allowed = int(device.total_bytes * config.gpu_memory_utilization)
             budget = min(allowed - device.used_bytes, device.free_bytes)
-    block = kv_block_bytes(model, config.block_size, kv_dtype(config, dtype))
-    if budget < block * 2:
+    if budget < block_bytes * 2:
         raise ConfigError(
             f"no memory for the KV cache: {max(0, budget) / 2**20:.0f} MiB are left, one block takes "
-            f"{block / 2**20:.1f} MiB; raise kv_cache_memory_bytes or gpu_memory_utilization"
+            f"{block_bytes / 2**20:.1f} MiB; raise kv_cache_memory_bytes or gpu_memory_utilization"
         )
-    return min(budget // block, -(-useful_tokens // config.block_size))
+    return min(budget // block_bytes, -(-useful_tokens // config.block_size))

@@ -6,22 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flashserve.config import EngineConfig, ResolvedConfig, resolve
-from flashserve.models.registry import read_model_facts
-from flashserve.runner.device import read_device_facts
+from flashserve.config import EngineConfig
+from flashserve.models.registry import open_model
+from flashserve.runner.device import CpuDevice
+from flashserve.runner.loading import load_runner
 from flashserve.runner.model_runner import ModelRunner
 from flashserve.scheduling.output import SchedulerOutput, StepOutput
 
 
-def load_runner(model: Path, **settings: Any) -> tuple[ResolvedConfig, ModelRunner]:
+def load_on_cpu(model: Path, **settings: Any) -> ModelRunner:
     """A model on this CPU, ready to step. settings: those of model.json."""
     config = EngineConfig.from_mapping({"model": str(model), **settings}, Path.cwd())
-    resolved = resolve(config, read_model_facts(config, "cpu"), read_device_facts("cpu"))
-    runner = ModelRunner(resolved)
-    runner.load_weights()
-    runner.prepare(resolved)
-    runner.warm_up()
-    return resolved, runner
+    return load_runner(open_model(config), config, CpuDevice())
 
 
 class WatchedRunner:

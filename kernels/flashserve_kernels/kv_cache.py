@@ -7,10 +7,26 @@ The layout is private to the kernels of a device. Others know block ids and a la
 from __future__ import annotations
 
 import mmap
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KVCacheSpec:
+    """What a paged KV cache is made for, whatever its layout."""
+
+    num_layers: int
+    block_size: int
+    """Tokens."""
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    """Of the keys and values that are written."""
+    cache_dtype: torch.dtype
+    """What is stored: the same, or 8 bits (int8 on a CPU, float8_e4m3fn on a GPU)."""
 
 
 class KVLayer(NamedTuple):
@@ -23,15 +39,13 @@ class KVLayer(NamedTuple):
     v_scale: float = 1.0
 
 
-def allocate_kv_cache(
-    num_layers: int,
-    num_blocks: int,
-    block_size: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> list[KVLayer]:
+def block_bytes(spec: KVCacheSpec) -> int:
+    """Bytes of a block over all layers."""
+    values = spec.num_layers * 2 * spec.block_size * spec.num_kv_heads * spec.head_dim
+    return values * spec.cache_dtype.itemsize
+
+
+def allocate_kv_cache(spec: KVCacheSpec, num_blocks: int, device: torch.device) -> list[KVLayer]:
     """One zeroed allocation, seen as a pair of views per layer.
 
     GPU: all layers of a block are contiguous, so that one copy moves a block. CPU: each layer's keys and values
@@ -39,12 +53,12 @@ def allocate_kv_cache(
     blocks cost nothing before their first use. Zeroed, because attention multiplies what lies beyond a sequence's
     end by 0, and 0 * NaN is NaN.
     """
-    block_shape = (block_size, num_kv_heads, head_dim)
+    block_shape = (spec.block_size, spec.num_kv_heads, spec.head_dim)
     if device.type == "cpu":
-        shape = (num_layers, 2, num_blocks, *block_shape)
-        cache = _untouched_zeros(shape, dtype)
+        shape = (spec.num_layers, 2, num_blocks, *block_shape)
+        cache = _untouched_zeros(shape, spec.cache_dtype)
     else:
-        cache = torch.zeros((num_blocks, num_layers, 2, *block_shape), dtype=dtype, device=device)
+        cache = torch.zeros((num_blocks, spec.num_layers, 2, *block_shape), dtype=spec.cache_dtype, device=device)
         cache = cache.permute(1, 2, 0, 3, 4, 5)
     return [KVLayer(layer[0], layer[1]) for layer in cache.unbind(0)]
 
@@ -61,11 +75,14 @@ def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def write_kv(k: Tensor, v: Tensor, cache: KVLayer, slot_mapping: Tensor) -> None:
     """Store each token's key and value in its slot.
 
-    k, v: [T, num_kv_heads, head_dim], any strides; slot_mapping: [T] int64, all slots different.
+    k, v: [T, num_kv_heads, head_dim], any strides; slot_mapping: [T] int64, all different but for -1: not stored.
     """
-    for new, stored in ((k, cache.k), (v, cache.v)):
-        block_size = stored.shape[1]
-        if stored.stride(0) == block_size * stored.stride(1):
-            stored.flatten(0, 1).index_copy_(0, slot_mapping, new)
+    stored = slot_mapping >= 0
+    if not bool(stored.all()):
+        k, v, slot_mapping = k[stored], v[stored], slot_mapping[stored]
+    for new, into in ((k, cache.k), (v, cache.v)):
+        block_size = into.shape[1]
+        if into.stride(0) == block_size * into.stride(1):
+            into.flatten(0, 1).index_copy_(0, slot_mapping, new)
         else:
-            stored[slot_mapping // block_size, slot_mapping % block_size] = new
+            into[slot_mapping // block_size, slot_mapping % block_size] = new

@@ -1,24 +1,26 @@
-"""The interface of all device ops: what a model and a runner may call, whatever the device.
+"""The ops: whatever a model and a runner may ask of a device, and what each means, in torch.
 
-Three implementations: :class:`~flashserve_kernels.torch_ops.TorchOps` defines what each op means and runs anywhere,
-``gpu.ops.TritonOps`` is Triton-lang, ``cpu.ops.NativeOps`` is C++. :func:`~flashserve_kernels.select.select_ops`
-chooses one when a model loads, and layers keep it.
+:class:`Ops` runs anywhere and is the reference of the others: ``gpu.ops.TritonOps`` overrides it in Triton-lang,
+``cpu.ops.NativeOps`` in C++. :func:`~flashserve_kernels.select.select_ops` chooses one when a model loads, and layers
+keep it.
 
 Shapes: T tokens of a step, R sequences, N rows of logits, D size of a head, V vocabulary. Tensors lie on the ops'
-device, dtypes are the model's (bfloat16, float16, float32) unless said otherwise. No op looks at data on the host, so
-a step of them can be captured once and replayed.
+device, dtypes are the model's (bfloat16, float16, float32) unless said otherwise. Methods whose names end in an
+underscore change their first argument.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashserve_kernels import activation, attention, embedding, kv_cache, linear, norm, rotary, sampling
 from flashserve_kernels.attention import AttentionBatch
-from flashserve_kernels.cpu.program import Program
+from flashserve_kernels.kv_cache import KVCacheSpec
+from flashserve_kernels.recording import StepProgram
 
 LinearWeight = Any
 """A weight as the implementation reads it fastest; opaque."""
@@ -26,99 +28,108 @@ CacheLayer = Any
 """Keys and values of one layer; opaque."""
 
 
-class Ops(Protocol):
-    """Device ops. Methods whose names end in an underscore change their first argument."""
+class Ops:
+    """Device ops in torch. Attention and sampling read numbers on the host here, so steps cannot be captured."""
 
-    name: str
+    name = "torch"
     """For logs: what runs, such as ``native (avx512bf16)``."""
-    captures: bool
-    """Whether the device can capture a step of these ops (CUDA graphs)."""
+    captures = False
+    """Whether the device can capture a step of these ops (CUDA graphs): then no op looks at data on the host."""
+    records = False
+    """Whether :meth:`new_program` gives something to record steps into."""
+    weight_formats: tuple[str, ...] = ()
+    """Values of ``quantization`` that :meth:`pack_linear` takes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def new_program(self, capacity: tuple[int, int, int]) -> StepProgram:
+        """Something to record a step into, with room for that many tokens, sequences and rows of logits."""
+        raise NotImplementedError(f"steps of {self.name} ops cannot be recorded")
 
     # --- weights -------------------------------------------------------------------------------------------------
 
     def packs(self, dtype: torch.dtype) -> bool:
         """Whether :meth:`pack_linear` makes a copy of a weight, so that the caller should drop the original."""
-        ...
+        return linear.packing_pays(dtype, self.device)
 
     def pack_linear(self, weight: Tensor, *, gated: bool = False, quantization: str | None = None) -> LinearWeight:
-        """weight: [outputs, inputs]. gated: for :meth:`linear_silu_and_mul`. quantization: None or "int8" (weights per
-        output, activations per row at run time). Raises ValueError for what the implementation lacks."""
-        ...
+        """weight: [outputs, inputs]. gated: for :meth:`linear_silu_and_mul`. quantization: None or one of
+        ``weight_formats``; "int8" means weights per output, activations per row at run time. Raises ValueError for
+        what the implementation lacks."""
+        if quantization is not None:
+            raise ValueError(f"quantization {quantization!r} needs the native kernels of a CPU")
+        return linear.pack_linear(weight)
 
     def linear(self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tensor:
         """``x @ W.T + bias``: [T, inputs] → [T, outputs]."""
-        ...
+        return linear.linear(x, weight, bias)
 
     def linear_silu_and_mul(self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tensor:
         """SwiGLU (Shazeer, 2020): ``silu(gate) * up`` of a linear whose outputs are all gates, then all ups:
         [T, inputs] → [T, outputs / 2]."""
-        ...
+        return activation.silu_and_mul(self.linear(x, weight, bias))
 
     def logits(self, hidden: Tensor, weight: LinearWeight) -> Tensor:
         """The language-model head: [N, hidden] → [N, V], in the dtype that :meth:`sample` likes best."""
-        ...
+        return self.linear(hidden, weight)
 
     # --- rows ----------------------------------------------------------------------------------------------------
 
     def embedding(self, table: Tensor, ids: Tensor) -> Tensor:
         """Rows of a table of any dtype: [V, D], ids [T] int64 → [T, D]."""
-        ...
+        return embedding.embedding(table, ids)
 
     def add_embedding_(self, x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
         """``x += table[ids]``; returns x."""
-        ...
+        return embedding.add_embedding_(x, table, ids)
 
     def gather_tokens(self, token_ids: Tensor, last_tokens: Tensor, slots: Tensor) -> Tensor:
         """A step's input tokens: ``token_ids`` [T] int64, where negative ``last_tokens[slots]``. last_tokens: [slots]
         int64, slots: [T] int64. Returns [T] int64."""
-        ...
+        return embedding.gather_tokens(token_ids, last_tokens, slots)
 
     def scatter_tokens_(self, last_tokens: Tensor, slots: Tensor, tokens: Tensor) -> None:
         """``last_tokens[slots] = tokens``. slots: [N] int64, all different or with equal tokens; tokens: [N] int64."""
-        ...
+        last_tokens.index_copy_(0, slots, tokens)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
         """``x / sqrt(mean(x²) + eps) * weight`` (Zhang and Sennrich, 2019) over the last dimension; x: any strides,
         out may be x."""
-        ...
+        return norm.rms_norm(x, weight, eps, out)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """(rms_norm(x + residual), x + residual). Both inputs may be overwritten; the sum may be float32."""
-        ...
+        return norm.add_rms_norm(x, residual, weight, eps)
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """``(x - mean) / sqrt(var + eps) * weight + bias`` (Ba et al., 2016)."""
-        ...
+        return norm.layer_norm(x, weight, bias, eps)
 
     def add_layer_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`add_rms_norm`."""
-        ...
+        return norm.add_layer_norm(x, residual, weight, bias, eps)
 
     def gelu_tanh(self, x: Tensor) -> Tensor:
         """GELU's tanh form (Hendrycks and Gimpel, 2016)."""
-        ...
+        return activation.gelu_tanh(x)
 
     # --- attention -----------------------------------------------------------------------------------------------
 
-    def allocate_kv_cache(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        cache_dtype: torch.dtype,
-    ) -> Sequence[CacheLayer]:
-        """The paged KV cache, zeroed. The layout is private; others know block ids. A token's slot is
-        ``block id * block_size + offset``.
+    def kv_block_bytes(self, spec: KVCacheSpec) -> int:
+        """What :meth:`allocate_kv_cache` takes for each block, over all layers. Raises ValueError for a block size,
+        head or dtype that the implementation lacks."""
+        if spec.cache_dtype != spec.dtype:
+            raise ValueError(f"torch's own ops store keys and values in {spec.dtype} only, not in {spec.cache_dtype}")
+        return kv_cache.block_bytes(spec)
 
-        dtype: of the keys; cache_dtype: the same, or 8 bits: int8 on a CPU, float8_e4m3fn on a GPU. Raises ValueError
-        for what the implementation lacks.
-        """
-        ...
+    def allocate_kv_cache(self, spec: KVCacheSpec, num_blocks: int) -> Sequence[CacheLayer]:
+        """The paged KV cache, zeroed, one entry per layer. The layout is private; others know block ids. A token's
+        slot is ``block id * block_size + offset``. Raises ValueError as :meth:`kv_block_bytes` does."""
+        self.kv_block_bytes(spec)
+        return kv_cache.allocate_kv_cache(spec, num_blocks, self.device)
 
     def rope_and_cache(
         self, qkv: Tensor, num_heads: int, cos_sin: Tensor, cache: CacheLayer, slot_mapping: Tensor
@@ -128,11 +139,11 @@ class Ops(Protocol):
         qkv: [T, heads + 2 KV heads, D]: queries, keys, values; cos_sin: [T, D] float32: cosines, then sines;
         slot_mapping: [T] int64, -1: not stored. Returns the queries, a view [T, heads, D].
         """
-        ...
+        return rotary.rope_and_cache(qkv, num_heads, cos_sin, cache, slot_mapping)
 
     def write_kv(self, k: Tensor, v: Tensor, cache: CacheLayer, slot_mapping: Tensor) -> None:
-        """Store keys and values, [T, KV heads, D], any strides."""
-        ...
+        """Store keys and values, [T, KV heads, D], any strides; slot_mapping: [T] int64, -1: not stored."""
+        kv_cache.write_kv(k, v, cache, slot_mapping)
 
     def paged_attention(
         self,
@@ -148,9 +159,13 @@ class Ops(Protocol):
         q: [T, heads, D], any strides. window: tokens that a query sees, itself included. softcap: ``c · tanh(s / c)``.
         Returns [T, heads * D].
         """
-        ...
+        return attention.paged_attention(q, cache, batch, scale, window, softcap)
 
     # --- sampling ------------------------------------------------------------------------------------------------
+
+    def mask_tokens_(self, logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
+        """Rule out single tokens: ``logits[rows[i], tokens[i]] = -inf``. rows, tokens: int64, of one length."""
+        sampling.mask_tokens_(logits, rows, tokens)
 
     def sample(
         self,
@@ -167,13 +182,4 @@ class Ops(Protocol):
         logits: [N, V], may be overwritten; temperature: [N] float32, 0 is greedy; min_p: [N] float32, 0 is off; top_k:
         [N] int64, 0 is off; top_p: [N] float32, 1 is off; seeds, positions: [N] int64. Returns [N] int64.
         """
-        ...
-
-
-@runtime_checkable
-class RecordingOps(Ops, Protocol):
-    """Ops whose steps are recorded into programs, the CPU's counterpart of CUDA graphs."""
-
-    def new_program(self, capacity: tuple[int, int, int]) -> Program:
-        """Something to record a step into, with room for that many tokens, sequences and rows of logits."""
-        ...
+        return sampling.sample_rows(logits, temperature, min_p, top_k, top_p, seeds, positions)

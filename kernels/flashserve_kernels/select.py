@@ -8,7 +8,6 @@ import os
 import torch
 
 from flashserve_kernels.ops import Ops
-from flashserve_kernels.torch_ops import TorchOps
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ def select_ops(device: torch.device, num_threads: int, head_dim: int, cpus: list
     if wanted not in ("", "torch", "triton", "native"):
         raise ValueError(f"{OVERRIDE} must be torch, triton, native or native:ISA, not {wanted!r}")
     if wanted == "torch":
-        return TorchOps(device)
+        return Ops(device)
     if wanted == "triton" or (not wanted and device.type != "cpu"):
         from flashserve_kernels.gpu.ops import TritonOps
 
@@ -56,4 +55,4 @@ def _native_ops(
     if must:
         raise NativeUnavailable(str(reason))
     log.warning("running on torch's own ops, at a third of the speed or less: %s", reason)
-    return TorchOps(device)
+    return Ops(device)

@@ -5,9 +5,8 @@ import logging
 import pytest
 
 from flashserve import LLM
-from flashserve.config import EngineConfig
-from flashserve.models.registry import read_model_facts
 from flashserve.text.tokenizer import Tokenizer
+from model_facts import facts_of
 from tiny_models import make_tiny_model, write_byte_level_tokenizer
 
 
@@ -60,7 +59,7 @@ def test_the_tokenizers_end_token_ends_a_text(tmp_path, edit):
         word = llm.tokenizer._tokenizer.id_to_token(fifth)
     assert fifth not in before.token_ids[:4]
     edit(folder / "tokenizer_config.json", eos_token=word)
-    assert read_model_facts(EngineConfig(model=str(folder)), "cpu").eos_token_ids == (0, fifth)
+    assert facts_of(folder).eos_token_ids == (0, fifth)
     with LLM(folder, **settings) as llm:
         (result,) = llm.generate([[7, 99, 250]], ask)
     assert (result.finish_reason, len(result.token_ids)) == ("stop", 5)
@@ -70,4 +69,4 @@ def test_the_tokenizers_end_token_ends_a_text(tmp_path, edit):
 def test_an_end_token_that_names_nothing_new_changes_nothing(tmp_path, edit, eos):
     folder = make_tiny_model("llama", tmp_path)
     edit(folder / "tokenizer_config.json", eos_token=eos)
-    assert read_model_facts(EngineConfig(model=str(folder)), "cpu").eos_token_ids == (0,)
+    assert facts_of(folder).eos_token_ids == (0,)

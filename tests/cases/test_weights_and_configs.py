@@ -8,9 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flashserve import LLM
-from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError
-from flashserve.models.registry import read_model_facts
+from model_facts import facts_of
 from tiny_models import make_tiny_model
 
 PROMPT = [7, 99, 250, 31, 8, 400]
@@ -32,10 +31,6 @@ def transformers_own(folder, count=12):
     ].tolist()
 
 
-def facts(folder):
-    return read_model_facts(EngineConfig(model=str(folder)), "cpu")
-
-
 @pytest.mark.parametrize(
     ("family", "embedding"), [("qwen2", "model.embed_tokens.weight"), ("gpt2", "transformer.wte.weight")]
 )
@@ -53,12 +48,12 @@ def test_a_stored_head_that_differs_from_the_embedding_is_the_head(tmp_path, fam
 
 def test_a_stored_head_that_equals_it_stays_tied(tmp_path):
     folder = make_tiny_model("qwen2", tmp_path)
-    tied, elements = ours(folder), facts(folder).weight_bytes
+    tied, elements = ours(folder), facts_of(folder).weight_bytes
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     assert ours(folder) == tied
-    assert facts(folder).weight_bytes == elements
+    assert facts_of(folder).weight_bytes == elements
 
 
 def test_rope_scaling_comes_before_rope_parameters(tmp_path, edit, caplog):
@@ -66,7 +61,7 @@ def test_rope_scaling_comes_before_rope_parameters(tmp_path, edit, caplog):
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 192, "attn_factor": 1.0}
     edit(folder / "config.json", rope_scaling=scaling, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
     with caplog.at_level(logging.WARNING):
-        assert facts(folder).context_len == 768
+        assert facts_of(folder).context_len == 768
         assert ours(folder) == transformers_own(folder)
     assert "attn_factor" in caplog.text, "a key that nobody reads is said"
 
@@ -93,10 +88,10 @@ def test_no_quantisation_is_none(tmp_path, edit):
     folder = make_tiny_model("llama", tmp_path)
     for nothing in (None, {}):
         edit(folder / "config.json", quantization_config=nothing)
-        assert facts(folder).architecture == "LlamaForCausalLM"
+        assert facts_of(folder).architecture == "LlamaForCausalLM"
     edit(folder / "config.json", quantization_config={"quant_method": "awq"})
     with pytest.raises(ConfigError, match="quantised checkpoints are not supported"):
-        facts(folder)
+        facts_of(folder)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +102,7 @@ def test_a_key_that_makes_no_sense_is_named_or_its_file_is(tmp_path, edit, key, 
     folder = make_tiny_model("llama", tmp_path)
     edit(folder / "config.json", **{key: value})
     with pytest.raises(ConfigError, match=r"config\.json"):
-        facts(folder)
+        facts_of(folder)
 
 
 def test_whole_weights_beside_a_stale_index_are_served(tmp_path, caplog):
@@ -129,7 +124,7 @@ def test_ids_of_configs_are_judged_at_load(tmp_path, edit, file, caplog):
     (folder / "generation_config.json").unlink(missing_ok=True)
     edit(folder / file, eos_token_id=[0, 600, -1])
     with caplog.at_level(logging.WARNING):
-        assert facts(folder).eos_token_ids == (0,)
+        assert facts_of(folder).eos_token_ids == (0,)
     assert "600" in caplog.text
     with LLM(folder, device="cpu", dtype="float32", kv_cache_memory_bytes=8 << 20, num_threads=1) as llm:
         for _ in range(3):
@@ -137,4 +132,4 @@ def test_ids_of_configs_are_judged_at_load(tmp_path, edit, file, caplog):
             assert len(result.token_ids) >= 4
     edit(folder / file, eos_token_id="</s>")
     with pytest.raises(ConfigError, match="eos_token_id"):
-        facts(folder)
+        facts_of(folder)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashserve_kernels.kv_cache import KVLayer, allocate_kv_cache, write_kv
+from flashserve_kernels.kv_cache import KVCacheSpec, KVLayer, allocate_kv_cache, block_bytes, write_kv
 from flashserve_kernels.rotary import rope_and_cache, rotary_embedding_
 
 LAYERS, BLOCKS, BLOCK_SIZE, HEADS, DIM = 3, 7, 4, 2, 8
 
 
 def contiguous_layers(dtype: torch.dtype = torch.float32) -> list[KVLayer]:
-    return allocate_kv_cache(LAYERS, BLOCKS, BLOCK_SIZE, HEADS, DIM, dtype, torch.device("cpu"))
+    spec = KVCacheSpec(LAYERS, BLOCK_SIZE, HEADS, DIM, dtype, dtype)
+    return allocate_kv_cache(spec, BLOCKS, torch.device("cpu"))
 
 
 def interleaved_layers() -> list[KVLayer]:
@@ -40,9 +41,10 @@ def test_allocation_takes_no_memory_before_it_is_used():
             return int(stream.read().split()[1]) * 4096
 
     before = resident_bytes()
-    layers = allocate_kv_cache(8, 4096, 16, 8, 64, torch.bfloat16, torch.device("cpu"))
+    spec = KVCacheSpec(8, 16, 8, 64, torch.bfloat16, torch.bfloat16)
+    layers = allocate_kv_cache(spec, 4096, torch.device("cpu"))
     total = sum(view.nbytes for layer in layers for view in layer[:2])
-    assert total == 1 << 30
+    assert total == 4096 * block_bytes(spec) == 1 << 30
     assert resident_bytes() - before < 32 << 20
     layers[3].k[5].fill_(1)
     assert resident_bytes() - before < 32 << 20

@@ -10,32 +10,30 @@ from typing import Any
 import pytest
 import torch
 
-from flashserve.config import EngineConfig, ResolvedConfig, resolve
-from flashserve.models.registry import read_model_facts
+from flashserve.config import EngineConfig
+from flashserve.models.registry import open_model
 from flashserve.protocol import SamplingParams
-from flashserve.runner.device import read_device_facts
+from flashserve.runner.device import CpuDevice, Device
+from flashserve.runner.loading import load_runner
 from flashserve.runner.model_runner import ModelRunner
 from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput
 
 GREEDY = SamplingParams(temperature=0)
 
 
-def resolve_folder(folder: Path, **settings: Any) -> ResolvedConfig:
+def load_folder(folder: Path, device: Device | None = None, **settings: Any) -> ModelRunner:
     # One thread: tiny tensors gain nothing from two, and wait for each other where other processes are busy.
     defaults = {"model": str(folder), "device": "cpu", "kv_cache_memory_bytes": 64 << 20, "num_threads": 1}
     config = EngineConfig(**{**defaults, **settings})
-    return resolve(config, read_model_facts(config, "cpu"), read_device_facts("cpu"))
+    return load_runner(open_model(config), config, device or CpuDevice())
 
 
 class Driver:
     """Stands in for the scheduler: random requests advance in each step, by random amounts, in shuffled blocks."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
-        self.resolved = resolve_folder(folder, **settings)
-        self.runner = ModelRunner(self.resolved)
-        self.runner.load_weights()
-        self.runner.prepare(self.resolved)
-        self.runner.warm_up()
+        self.runner = load_folder(folder, **settings)
+        self.resolved = self.runner.resolved
         self.steps = 0
         self.mixed_steps = 0
 
@@ -123,9 +121,9 @@ def drive() -> Iterator[Callable[..., Driver]]:
 
 
 @pytest.fixture
-def resolve_model() -> Callable[..., ResolvedConfig]:
-    """``resolve_model(folder, **model.json)``: what an engine of a tiny model would use."""
-    return resolve_folder
+def load_model() -> Callable[..., ModelRunner]:
+    """``load_model(folder, device, **model.json)``: a tiny model, ready for its first step."""
+    return load_folder
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,11 @@ import os
 import pytest
 
 from flashserve.errors import ConfigError
-from flashserve.runner import device
-from flashserve.runner.device import available_cores, read_device_facts
+from flashserve.runner.device import cpu, open_device
 
 
 def test_facts_of_the_cpu():
-    facts = read_device_facts("cpu")
+    facts = open_device("cpu").read_facts()
     assert facts.kind == "cpu"
     assert 0 < facts.free_bytes <= facts.total_bytes
     assert 1 <= facts.num_threads <= len(os.sched_getaffinity(0))
@@ -21,7 +20,7 @@ def test_facts_of_the_cpu():
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "tpu", "cuda:99", ""])
 def test_devices_that_are_not_there(name):
     with pytest.raises(ConfigError, match="device"):
-        read_device_facts(name)
+        open_device(name)
 
 
 @pytest.mark.parametrize("files, expected", [
@@ -33,12 +32,12 @@ def test_devices_that_are_not_there(name):
 ])  # fmt: skip
 def test_a_containers_cpu_quota(files, expected, tmp_path, monkeypatch):
     write(tmp_path, files)
-    assert device._cpu_quota(tmp_path) == expected
+    assert cpu._cpu_quota(tmp_path) == expected
 
 
 def test_a_quota_below_one_core_still_gives_one_thread(monkeypatch):
-    monkeypatch.setattr(device, "_cpu_quota", lambda: 0.3)
-    assert available_cores() == 1
+    monkeypatch.setattr(cpu, "_cpu_quota", lambda: 0.3)
+    assert cpu.available_cores() == 1
 
 
 def write(folder, files) -> None:

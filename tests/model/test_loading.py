@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError
 from flashserve.models.qwen2 import read_windows
-from flashserve.models.registry import fingerprint, read_model_facts
+from flashserve.models.files import SafetensorsFolder
+from flashserve.models.registry import open_model
+from model_facts import facts_of
 from tiny_models import FAMILIES, make_tiny_model
 
 PROMPT_LENGTHS = (12, 40)
@@ -31,23 +33,19 @@ def edit_weights(folder: Path, change) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def facts(folder: Path, **settings):
-    return read_model_facts(EngineConfig(model=str(folder), **settings), "cpu")
-
-
 # --- what is read ---------------------------------------------------------------------------------------------
 
 
 def test_facts_of_a_model(tmp_path):
     folder = make_tiny_model("llama", tmp_path, dtype="bfloat16")
-    found = facts(folder)
+    found = facts_of(folder)
     assert found.architecture == "LlamaForCausalLM"
     assert (found.context_len, found.vocab_size, found.num_layers) == (2048, 512, 2)
-    assert (found.num_kv_heads, found.head_dim, found.checkpoint_dtype) == (2, 16, "bfloat16")
+    assert (found.num_kv_heads, found.head_dim, found.dtype) == (2, 16, "bfloat16")
     assert found.weight_bytes == sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
     assert found.eos_token_ids == (0,)
     assert found.tokenizer_file == str(folder / "tokenizer.json")
-    assert facts(folder, dtype="float32").weight_bytes == 2 * found.weight_bytes
+    assert facts_of(folder, dtype="float32").weight_bytes == 2 * found.weight_bytes
 
 
 @pytest.mark.parametrize("generation, config, expected", [
@@ -58,19 +56,19 @@ def test_eos_comes_from_the_generation_config_first(generation, config, expected
     edit_json(folder / "generation_config.json", eos_token_id=generation)
     edit_json(folder / "config.json", eos_token_id=config)
     edit_json(folder / "tokenizer_config.json", eos_token=None)  # it would come after
-    assert facts(folder).eos_token_ids == expected
+    assert facts_of(folder).eos_token_ids == expected
     if generation is None:
         (folder / "generation_config.json").unlink()
-        assert facts(folder).eos_token_ids == expected
+        assert facts_of(folder).eos_token_ids == expected
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_dtype_under_its_old_and_new_name(key, tmp_path):
     folder = make_tiny_model("llama", tmp_path)
     edit_json(folder / "config.json", dtype=None)
-    assert facts(folder).checkpoint_dtype == "float32"  # from the tensors
-    edit_json(folder / "config.json", **{key: "float16"})
-    assert facts(folder).checkpoint_dtype == "float16"
+    assert facts_of(folder).dtype == "float32"  # from the tensors
+    edit_json(folder / "config.json", **{key: "bfloat16"})
+    assert facts_of(folder).dtype == "bfloat16"
 
 
 def test_old_style_rope_settings_mean_the_same(tmp_path, drive, greedy_reference, random_prompts):
@@ -81,7 +79,7 @@ def test_old_style_rope_settings_mean_the_same(tmp_path, drive, greedy_reference
     expected = greedy_reference(folder, prompts, 8)
     scaling = {"type": "linear", "factor": 2.0}
     edit_json(folder / "config.json", rope_parameters=None, rope_theta=5000.0, rope_scaling=scaling)
-    assert facts(folder).context_len == 2 * 2048
+    assert facts_of(folder).context_len == 2 * 2048
     assert drive(folder).generate(prompts, 8) == expected
 
 
@@ -156,7 +154,7 @@ def test_float16_checkpoints_run_in_bfloat16_on_a_cpu(tied, tmp_path, drive, ran
 
 def refusal(folder: Path, drive=None, **settings) -> str:
     with pytest.raises(ConfigError) as caught:
-        facts(folder, **settings)
+        facts_of(folder, **settings)
         drive(folder, **settings)
     return caught.value.message
 
@@ -260,7 +258,7 @@ def test_index_that_names_missing_files(tmp_path):
 @pytest.mark.parametrize("model", ["/nowhere/at/all", "./not-here", "~/not-here-either"])
 def test_folders_that_do_not_exist(model):
     with pytest.raises(ConfigError, match="does not exist"):
-        read_model_facts(EngineConfig(model=model), "cpu")
+        open_model(EngineConfig(model=model))
 
 
 def test_hub_ids_say_what_to_do_without_a_network(monkeypatch, tmp_path):
@@ -268,7 +266,7 @@ def test_hub_ids_say_what_to_do_without_a_network(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match="neither a folder nor in the local cache"):
-        read_model_facts(EngineConfig(model="someone/some-model"), "cpu")
+        open_model(EngineConfig(model="someone/some-model"))
 
 
 def test_a_folder_without_config(tmp_path):
@@ -283,12 +281,12 @@ def test_fingerprint_tells_models_dtypes_and_layouts_apart(tmp_path):
     same = make_tiny_model("llama", tmp_path / "b")
     tuned = make_tiny_model("llama", tmp_path / "c", seed=1)
     other_config = make_tiny_model("llama", tmp_path / "d", rope_theta=20000.0)
-    base = fingerprint(str(first), "float32", "block16")
-    assert fingerprint(str(same), "float32", "block16") == base
+    base = SafetensorsFolder(first).fingerprint("float32", "block16")
+    assert SafetensorsFolder(same).fingerprint("float32", "block16") == base
     others = [
-        fingerprint(str(tuned), "float32", "block16"),
-        fingerprint(str(other_config), "float32", "block16"),
-        fingerprint(str(first), "bfloat16", "block16"),
-        fingerprint(str(first), "float32", "block32"),
+        SafetensorsFolder(tuned).fingerprint("float32", "block16"),
+        SafetensorsFolder(other_config).fingerprint("float32", "block16"),
+        SafetensorsFolder(first).fingerprint("bfloat16", "block16"),
+        SafetensorsFolder(first).fingerprint("float32", "block32"),
     ]
     assert len({base, *others}) == 5

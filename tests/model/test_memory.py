@@ -26,10 +26,10 @@ SIZES = {
 PROBE = """
 import json, sys
 from pathlib import Path
-from flashserve.config import EngineConfig, resolve
-from flashserve.models.registry import read_model_facts
-from flashserve.runner.device import read_device_facts
-from flashserve.runner.model_runner import ModelRunner
+from flashserve.config import EngineConfig
+from flashserve.models.registry import open_model
+from flashserve.runner.device import CpuDevice
+from flashserve.runner.loading import load_runner
 
 def resident(name):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -37,21 +37,14 @@ def resident(name):
 
 def load(folder):
     config = EngineConfig(folder, dtype="bfloat16", kv_cache_memory_bytes=1 << 20, max_model_len=32, num_threads=1)
-    facts = read_model_facts(config, "cpu")
-    resolved = resolve(config, facts, read_device_facts("cpu"))
-    runner = ModelRunner(resolved)
-    runner.load_weights()
-    runner.prepare(resolved)
-    return facts, runner
+    return load_runner(open_model(config), config, CpuDevice())
 
-tiny, first = load(sys.argv[1])
-first.warm_up()
+first = load(sys.argv[1])
 Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
 before = resident("VmRSS")
-facts, runner = load(sys.argv[2])
+runner = load(sys.argv[2])
 after_load, peak = resident("VmRSS"), resident("VmHWM")
-runner.warm_up()
-print(json.dumps({"weights": facts.weight_bytes, "peak": peak - before, "after": after_load - before}))
+print(json.dumps({"weights": runner.resolved.model.weight_bytes, "peak": peak - before, "after": after_load - before}))
 """
 
 

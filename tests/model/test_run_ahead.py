@@ -9,7 +9,7 @@ import pytest
 from flashserve.engine.core import EngineCore, build_core
 from flashserve.protocol import Abort, GenerateRequest, SamplingParams
 from flashserve.runner.model_runner import decode_batch_sizes
-from lazy_device import LazyRunner
+from lazy_device import LazyCpu, LazyQueue
 from tiny_models import make_tiny_model
 
 LENGTHS = (3, 20, 45, 33, 7, 60, 16, 31)
@@ -24,11 +24,9 @@ def folder(tmp_path_factory):
 class Engine:
     """The real scheduler and core over a lazy device."""
 
-    def __init__(self, resolved, seed: int) -> None:
-        self.runner = LazyRunner(resolved, seed)
-        self.runner.load_weights()
-        self.runner.prepare(resolved)
-        self.core: EngineCore = build_core(resolved, self.runner, "test")
+    def __init__(self, runner, queue: LazyQueue) -> None:
+        self.queue = queue
+        self.core: EngineCore = build_core(runner.resolved, runner, "test")
         self.tokens: dict[int, list[int]] = {}
         self.ended: dict[int, str] = {}
 
@@ -56,10 +54,11 @@ def expected(folder, greedy_reference, random_prompts):
 
 
 @pytest.fixture
-def start(folder, resolve_model):
+def start(folder, load_model):
     def start(seed: int, **settings) -> Engine:
         defaults = {"max_num_seqs": 6, "max_num_batched_tokens": 32, "max_model_len": 128}
-        return Engine(resolve_model(folder, **{**defaults, **settings}), seed)
+        device = LazyCpu(seed)
+        return Engine(load_model(folder, device, **{**defaults, **settings}), device.queue)
 
     return start
 
@@ -74,8 +73,8 @@ def test_tokens_are_those_of_transformers_however_late_the_device_is(seed, start
     engine.finish()
     assert [engine.tokens[index] for index in range(len(prompts))] == expected
     # Two steps wait at once (an upload, two replays and a download each), and most steps are replayed.
-    assert engine.runner.device.most_waiting >= 6
-    assert engine.runner.device.replays > NUM_TOKENS
+    assert engine.queue.most_waiting >= 6
+    assert engine.queue.replays > NUM_TOKENS
 
 
 def test_preemption_while_a_step_is_under_way(start, expected, random_prompts):

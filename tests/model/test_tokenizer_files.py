@@ -7,9 +7,8 @@ import json
 import pytest
 from tokenizers import Tokenizer
 
-from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError
-from flashserve.models.registry import read_model_facts
+from model_facts import facts_of
 from tiny_models import make_tiny_model
 
 TEXT = "def hello(name):\n    return 'höllo ' + name  # 😀"
@@ -30,7 +29,7 @@ def gpt2_folder(tmp_path, monkeypatch):
 
 
 def tokenizer_file(folder, **settings) -> str:
-    return read_model_facts(EngineConfig(model=str(folder), **settings), "cpu").tokenizer_file
+    return facts_of(folder, **settings).tokenizer_file
 
 
 def test_vocab_and_merges_are_converted_once(gpt2_folder, tmp_path, monkeypatch):

@@ -5,14 +5,15 @@ from dataclasses import replace
 
 import pytest
 
-from flashserve.config import DeviceFacts, EngineConfig, ModelFacts, kv_block_bytes, resolve, resolve_dtype
+from flashserve.config import DeviceFacts, EngineConfig, ModelFacts, resolve, resolve_dtype
 from flashserve.errors import ConfigError
 
 MODEL = ModelFacts(
     path="/m", architecture="LlamaForCausalLM", context_len=1000, vocab_size=100, num_layers=2, num_kv_heads=2,
-    head_dim=8, checkpoint_dtype="bfloat16", weight_bytes=10_000, eos_token_ids=(1,), tokenizer_file="/m/t.json",
+    head_dim=8, dtype="bfloat16", weight_bytes=10_000, eos_token_ids=(1,), tokenizer_file="/m/t.json",
 )  # fmt: skip
 CPU = DeviceFacts(kind="cpu", name="cpu", total_bytes=1 << 30, free_bytes=1 << 29, num_threads=2)
+BLOCK = 2 * 2 * 2 * 8 * 16 * 2  # bytes: layers, keys and values, heads, their numbers, tokens, bfloat16
 GPU = DeviceFacts(kind="cuda", name="gpu", total_bytes=1 << 30, free_bytes=(1 << 30) - (1 << 20), num_threads=2)
 
 
@@ -78,77 +79,57 @@ def test_a_missing_file_says_what_is_needed(tmp_path):
 
 
 def test_float16_runs_in_bfloat16_on_a_cpu_only():
-    assert resolve_dtype("auto", "float16", "cpu") == "bfloat16"
-    assert resolve_dtype("auto", "float16", "cuda") == "float16"
-    assert resolve_dtype("float16", "float32", "cpu") == "float16"
+    assert resolve_dtype(config(), "float16", CPU) == "bfloat16"
+    assert resolve_dtype(config(), "float16", GPU) == "float16"
+    assert resolve_dtype(config(dtype="float16"), "float32", CPU) == "float16"
 
 
 def test_defaults_depend_on_the_device():
-    assert resolve(config(), MODEL, CPU).max_num_seqs == 128
-    assert resolve(config(), MODEL, GPU).max_num_seqs == 256
-    assert resolve(config(), MODEL, GPU).max_num_batched_tokens == 8192
+    assert resolve(config(), MODEL, CPU, BLOCK).max_num_seqs == 128
+    assert resolve(config(), MODEL, GPU, BLOCK).max_num_seqs == 256
+    assert resolve(config(), MODEL, GPU, BLOCK).max_num_batched_tokens == 8192
 
 
 def test_blocks_never_exceed_what_all_requests_can_use():
-    resolved = resolve(config(max_num_seqs=2, max_model_len=100), MODEL, CPU)
+    resolved = resolve(config(max_num_seqs=2, max_model_len=100), MODEL, CPU, BLOCK)
     assert resolved.num_blocks == -(-2 * 100 // 16)
 
 
 def test_blocks_fit_the_memory_given():
-    block = kv_block_bytes(MODEL, 16, "bfloat16")
-    assert block == 2 * 2 * 2 * 8 * 16 * 2
-    resolved = resolve(config(kv_cache_memory_bytes=block * 70), MODEL, CPU)
+    resolved = resolve(config(kv_cache_memory_bytes=BLOCK * 70), MODEL, CPU, BLOCK)
     assert resolved.num_blocks == 70
+    assert resolved.kv_cache_bytes == 70 * BLOCK
 
 
 def test_weights_count_towards_the_gpu_share():
     gpu = replace(GPU, used_bytes=GPU.total_bytes // 2)
     with pytest.raises(ConfigError, match="no memory for the KV cache"):
-        resolve(config(gpu_memory_utilization=0.5), MODEL, gpu)
+        resolve(config(gpu_memory_utilization=0.5), MODEL, gpu, BLOCK)
 
 
 def test_other_engines_on_a_gpu_leave_what_is_free_and_do_not_count_towards_the_share():
-    block = kv_block_bytes(MODEL, 16, "bfloat16")
-    gpu = replace(GPU, free_bytes=50 * block, used_bytes=0)
-    resolved = resolve(config(gpu_memory_utilization=0.5, max_num_seqs=64), MODEL, gpu)
+    gpu = replace(GPU, free_bytes=50 * BLOCK, used_bytes=0)
+    resolved = resolve(config(gpu_memory_utilization=0.5, max_num_seqs=64), MODEL, gpu, BLOCK)
     assert resolved.num_blocks == 50
 
 
 def test_a_gpu_without_bfloat16_runs_in_float16():
     old = replace(GPU, supports_bfloat16=False)
-    assert resolve(config(), replace(MODEL, checkpoint_dtype="bfloat16"), old).dtype == "float16"
+    assert resolve(config(), replace(MODEL, dtype="bfloat16"), old).dtype == "float16"
     with pytest.raises(ConfigError, match="no bfloat16; use dtype float16"):
         resolve(config(dtype="bfloat16"), MODEL, old)
 
 
-@pytest.mark.parametrize("settings, device", [
-    ({"quantization": "int8"}, GPU), ({"kv_cache_dtype": "int8"}, GPU), ({"kv_cache_dtype": "fp8"}, CPU),
-])  # fmt: skip
-def test_eight_bits_are_refused_where_no_kernel_has_them(settings, device):
-    with pytest.raises(ConfigError, match=next(iter(settings))):
-        resolve(config(**settings), MODEL, device)
-
-
-def test_an_8_bit_cache_has_more_blocks():
-    memory = 1000 * kv_block_bytes(MODEL, 16, "bfloat16")
-    settings = {"kv_cache_memory_bytes": memory, "max_num_seqs": 512, "max_num_batched_tokens": 512}
-    plain, small = (
-        resolve(config(**settings, kv_cache_dtype=dtype), MODEL, CPU).num_blocks for dtype in ("auto", "int8")
-    )
-    # A head's 8 numbers: 16 bytes, or 8 and a scale of 4.
-    assert (plain, small) == (1000, 1333)
-
-
 def test_the_context_is_cut_to_the_cache_only_if_nobody_asked_for_it():
-    resolved = resolve(config(num_gpu_blocks_override=10), MODEL, CPU)
+    resolved = resolve(config(num_gpu_blocks_override=10), MODEL, CPU, BLOCK)
     assert resolved.max_model_len == 160
     assert "context cut from 1000 to 160" in resolved.summary()
     with pytest.raises(ConfigError, match="needs 63 KV blocks, there are 10"):
-        resolve(config(num_gpu_blocks_override=10, max_model_len=1000), MODEL, CPU)
+        resolve(config(num_gpu_blocks_override=10, max_model_len=1000), MODEL, CPU, BLOCK)
 
 
 def test_contradictions_are_refused():
     with pytest.raises(ConfigError, match="exceeds the model's context"):
-        resolve(config(max_model_len=2000), MODEL, CPU)
+        resolve(config(max_model_len=2000), MODEL, CPU, BLOCK)
     with pytest.raises(ConfigError, match="must be at least max_num_seqs"):
-        resolve(config(max_num_seqs=64, max_num_batched_tokens=32), MODEL, CPU)
+        resolve(config(max_num_seqs=64, max_num_batched_tokens=32), MODEL, CPU, BLOCK)

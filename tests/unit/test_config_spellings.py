@@ -11,9 +11,10 @@ from flashserve.model_json import NO_EFFECT, ONLY_VALUE
 
 MODEL = ModelFacts(
     path="/m", architecture="LlamaForCausalLM", context_len=1000, vocab_size=100, num_layers=2, num_kv_heads=2,
-    head_dim=8, checkpoint_dtype="bfloat16", weight_bytes=10_000, eos_token_ids=(1,), tokenizer_file="/m/t.json",
+    head_dim=8, dtype="bfloat16", weight_bytes=10_000, eos_token_ids=(1,), tokenizer_file="/m/t.json",
 )  # fmt: skip
 CPU = DeviceFacts(kind="cpu", name="cpu", total_bytes=1 << 30, free_bytes=1 << 29, num_threads=2)
+BLOCK = 2 * 2 * 2 * 8 * 16 * 2  # bytes: layers, keys and values, heads, their numbers, tokens, bfloat16
 
 
 def config(**values):
@@ -73,8 +74,8 @@ ASKS_FOR_NOTHING = {
 
 def test_keys_without_an_effect_are_named_in_the_line_that_says_what_is_used():
     parsed = config(**ASKS_FOR_NOTHING, max_num_seqs=4)
-    assert f"no effect here: {', '.join(ASKS_FOR_NOTHING)}" in resolve(parsed, MODEL, CPU).summary()
-    assert "no effect" not in resolve(config(max_num_seqs=4), MODEL, CPU).summary()
+    assert f"no effect here: {', '.join(ASKS_FOR_NOTHING)}" in resolve(parsed, MODEL, CPU, BLOCK).summary()
+    assert "no effect" not in resolve(config(max_num_seqs=4), MODEL, CPU, BLOCK).summary()
 
 
 # vLLM's engine arguments of several versions at their defaults, as tools write them into a file.

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-from flashserve.config import EngineConfig, ResolvedConfig, kv_dtype, resolve
+from flashserve.config import EngineConfig, ResolvedConfig, resolve
 from flashserve.engine.core import EngineCore, build_core
 from flashserve.runner.threads import limit_spinning
 
 
 def load_engine(config: EngineConfig) -> tuple[ResolvedConfig, EngineCore]:
-    """Read the model's facts, resolve the configuration, load the weights, warm up.
+    """Open the model's files, load the weights, warm up.
 
     Raises ConfigError when the model or the settings cannot be served.
     """
     limit_spinning()  # before anything imports torch
-    from flashserve.models.registry import fingerprint, read_model_facts
-
     if config.device.split(":")[0] == "null":
-        from flashserve.runner.null_runner import NULL_DEVICE, NullRunner, step_seconds
+        return _load_null_engine(config)
+    from flashserve.models.registry import open_model
+    from flashserve.runner.device import open_device
+    from flashserve.runner.kv_cache import kv_cache_spec
+    from flashserve.runner.loading import load_runner
 
-        resolved = resolve(config, read_model_facts(config, NULL_DEVICE.kind), NULL_DEVICE)
-        null_runner = NullRunner(resolved.model.vocab_size, step_seconds(config.device))
-        return resolved, build_core(resolved, null_runner, cache_root="null")
+    device = open_device(config.device)
+    with device.loading():
+        files = open_model(config)
+        runner = load_runner(files, config, device)
+    resolved = runner.resolved
+    layout = f"block{config.block_size}-{kv_cache_spec(config, resolved.model).cache_dtype}"
+    return resolved, build_core(resolved, runner, files.fingerprint(resolved.dtype, layout))
 
-    from flashserve.runner.device import loading_lock, read_device_facts, torch_device
-    from flashserve.runner.model_runner import ModelRunner
 
-    with loading_lock(torch_device(config.device, read_device_facts(config.device))):
-        device = read_device_facts(config.device)
-        facts = read_model_facts(config, device.kind)
-        runner = ModelRunner(resolve(config, facts, device))
-        runner.load_weights()
-        resolved = resolve(config, facts, runner.measure_memory())
-        runner.prepare(resolved)
-        runner.warm_up()
-    layout = f"block{config.block_size}-{kv_dtype(config, resolved.dtype)}"
-    return resolved, build_core(resolved, runner, fingerprint(facts.path, resolved.dtype, layout))
+def _load_null_engine(config: EngineConfig) -> tuple[ResolvedConfig, EngineCore]:
+    from flashserve.models.registry import open_model, read_model_facts
+    from flashserve.runner.null_runner import NULL_DEVICE, NullRunner, step_seconds
+
+    facts = read_model_facts(open_model(config), config, NULL_DEVICE)
+    resolved = resolve(config, facts, NULL_DEVICE, block_bytes=1)  # its blocks are numbers, nothing is stored in them
+    runner = NullRunner(facts.vocab_size, step_seconds(config.device))
+    return resolved, build_core(resolved, runner, cache_root="null")

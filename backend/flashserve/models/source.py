@@ -9,7 +9,6 @@ from pathlib import Path
 
 import msgspec
 
-from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError
 
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
@@ -42,12 +41,11 @@ def resolve_folder(model: str, revision: str | None) -> Path:
         ) from error
 
 
-def find_tokenizer_file(model_folder: Path, config: EngineConfig) -> str:
-    """The tokenizer.json to use, converted once from older files where there is none.
+def find_tokenizer_file(folder: Path) -> str:
+    """The tokenizer.json of a folder, converted once from older files where there is none.
 
     Raises ConfigError where the folder has no tokenizer.
     """
-    folder = model_folder if config.tokenizer is None else resolve_folder(config.tokenizer, None)
     ready = folder / "tokenizer.json"
     if ready.is_file():
         return str(ready)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,10 @@ class DeviceQueue(Protocol):
         """Copy the buffer that ``host_buffer`` gave last to the device, before anything that is queued after this."""
         ...
 
+    def to_device(self, array: np.ndarray) -> Tensor:
+        """A copy of a few numbers; to be used in what is queued next."""
+        ...
+
     def run(self, function: Callable[[], T]) -> T:
         """Queue what ``function`` does on the device; it is called once, now."""
         ...
@@ -61,6 +66,9 @@ class CpuQueue:
 
     def upload(self, host: Tensor, device: Tensor) -> None:
         device.copy_(host)
+
+    def to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array)
 
     def run(self, function: Callable[[], T]) -> T:
         return function()
@@ -111,6 +119,11 @@ class CudaQueue:
             device.copy_(staged, non_blocking=True)
         # Free again once it was read on the device, not once it has arrived there: that may be a long step earlier.
         buffer.done.record(self._compute)
+
+    def to_device(self, array: np.ndarray) -> Tensor:
+        # From pinned memory, or the copy would wait for the steps under way.
+        with torch.cuda.stream(self._compute):
+            return torch.from_numpy(array).pin_memory().to(self._device, non_blocking=True)
 
     def run(self, function: Callable[[], T]) -> T:
         with torch.cuda.stream(self._compute):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from flashserve.config import ResolvedConfig
 from flashserve.scheduling.output import Admission, ScheduledRow
 
 GREEDY_BELOW = 1e-5  # temperatures below it are greedy, as in vLLM
@@ -29,6 +30,11 @@ class SlotTable:
         self.end_tokens: list[tuple[int, ...]] = [()] * num_slots
         self.device_block_table = torch.from_numpy(self.block_table).to(device)
         self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
+
+    @classmethod
+    def for_engine(cls, resolved: ResolvedConfig, device: torch.device) -> SlotTable:
+        """A slot for each request that may run, with room for the longest."""
+        return cls(resolved.max_num_seqs, -(-resolved.max_model_len // resolved.block_size), device)
 
     def admit(self, admission: Admission) -> None:
         """Start a slot afresh; what its last owner left does not matter."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flashserve.models.model_input import CausalLM, ModelInput
+from flashserve.runner.slots import SlotTable
 from flashserve.runner.staging import StepFields
-from flashserve_kernels import AttentionBatch, CacheLayer, Ops
-from flashserve_kernels.sampling import mask_tokens_
+from flashserve_kernels import AttentionBatch, CacheLayer, KVCacheSpec, Ops
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,12 @@ class StepModel:
     """[slots, blocks] int32."""
     last_tokens: Tensor
     """[slots] int64."""
+
+    @classmethod
+    def build(cls, model: CausalLM, ops: Ops, spec: KVCacheSpec, num_blocks: int, slots: SlotTable) -> StepModel:
+        """With a KV cache of its own."""
+        cache = ops.allocate_kv_cache(spec, num_blocks)
+        return cls(model, ops, cache, spec.block_size, slots.device_block_table, slots.last_tokens)
 
     def logits(
         self,
@@ -63,7 +69,3 @@ class StepModel:
     def update_block_table(self, step: StepFields) -> None:
         """Apply the changes since the last step to the device's copy."""
         self.block_table.view(-1).index_copy_(0, step.table_index, step.table_blocks)
-
-    def rule_out(self, logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
-        """``logits[rows[i], tokens[i]] = -inf``."""
-        mask_tokens_(logits, rows, tokens)

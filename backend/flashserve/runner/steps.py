@@ -15,8 +15,8 @@ from flashserve.runner.device_queue import CpuQueue, DeviceQueue
 from flashserve.runner.input_builder import Arrangement, InputBuilder
 from flashserve.runner.staging import StepFields, StepSizes, array_fields, num_bytes, tensor_fields
 from flashserve.runner.step_model import StepModel
-from flashserve_kernels import RecordingOps
-from flashserve_kernels.cpu.program import LOGITS, SEQS, TOKENS, Program
+from flashserve_kernels import Ops
+from flashserve_kernels.recording import LOGITS, SEQS, TOKENS, StepProgram
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class _DecodeGraph:
 class RecordedSteps:
     """Every step of any size from one recording: native operations read the step's sizes when they run."""
 
-    def __init__(self, model: StepModel, builder: InputBuilder, ops: RecordingOps, capacity: StepSizes) -> None:
+    def __init__(self, model: StepModel, builder: InputBuilder, ops: Ops, capacity: StepSizes) -> None:
         self.queue: DeviceQueue = CpuQueue()
         self._builder = builder
         buffer = torch.zeros(num_bytes(capacity), dtype=torch.uint8)
@@ -156,7 +156,7 @@ def _limits(sizes: StepSizes) -> tuple[int, int, int]:
     return sizes.tokens, sizes.seqs, sizes.logits
 
 
-def _add_inputs(program: Program, fields: StepFields) -> None:
+def _add_inputs(program: StepProgram, fields: StepFields) -> None:
     for names, size in ((_PER_TOKEN, TOKENS), (_PER_SEQ, SEQS), (_PER_ROW, LOGITS)):
         for name in names:
             program.add_input(getattr(fields, name), size)

@@ -10,6 +10,7 @@ from torch import Tensor
 from flashserve_kernels.cpu import program
 from flashserve_kernels.cpu.memory import map_huge
 from flashserve_kernels.cpu.program import DTYPES, Pool, emit, rows_of
+from flashserve_kernels.kv_cache import KVCacheSpec
 
 _GROUP = 16  # tokens that lie side by side, rope_cache.h's GROUP
 
@@ -27,37 +28,28 @@ class PackedKVLayer:
     """Of the elements in the cache: the model's, or int8."""
 
 
-def allocate_packed_kv_cache(
-    num_layers: int,
-    num_blocks: int,
-    block_size: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    kv_dtype: torch.dtype | None = None,
-) -> list[PackedKVLayer]:
-    """One allocation for all layers, zeroed; its pages are mapped but untouched until they are written.
+def packed_block_bytes(spec: KVCacheSpec) -> int:
+    """Bytes of a block over all layers; it has room for a multiple of 16 tokens, and 8 bits for a float32 scale per
+    token and head beside them. Raises ValueError for heads that are not a multiple of 16, or another cache dtype."""
+    if spec.head_dim <= 0 or spec.head_dim % 16:
+        raise ValueError(f"the native kernels need heads of a multiple of 16 numbers, not {spec.head_dim}")
+    if spec.cache_dtype not in (spec.dtype, torch.int8):
+        raise ValueError(f"the native kernels store keys and values in {spec.dtype} or int8, not {spec.cache_dtype}")
+    tokens = -(-spec.block_size // _GROUP) * _GROUP
+    scales = tokens * torch.float32.itemsize if spec.cache_dtype == torch.int8 else 0
+    return spec.num_layers * spec.num_kv_heads * 2 * (tokens * spec.head_dim * spec.cache_dtype.itemsize + scales)
 
-    kv_dtype: None for the model's dtype, or int8 (with a float32 scale per token and head).
-    Raises ValueError for a head_dim that is not a multiple of 16, or another kv_dtype.
-    """
-    kv_dtype = dtype if kv_dtype is None else kv_dtype
-    if kv_dtype not in (dtype, torch.int8):
-        raise ValueError(f"the KV cache can be {dtype} or int8, not {kv_dtype}")
-    num_bytes = packed_block_bytes(block_size, num_kv_heads, head_dim, kv_dtype)
-    total = num_layers * num_blocks * num_bytes
+
+def allocate_packed_kv_cache(spec: KVCacheSpec, num_blocks: int) -> list[PackedKVLayer]:
+    """One allocation for all layers, zeroed; its pages are mapped but untouched until they are written. Raises
+    ValueError as :func:`packed_block_bytes` does."""
+    num_bytes = packed_block_bytes(spec) * num_blocks
     # Blocks are read in any order: with pages of 4 KiB most reads would miss the TLB.
-    layers = map_huge(total).view(num_layers, num_blocks, num_bytes)
-    return [PackedKVLayer(layer, num_kv_heads, head_dim, block_size, kv_dtype) for layer in layers.unbind(0)]
-
-
-def packed_block_bytes(block_size: int, num_kv_heads: int, head_dim: int, kv_dtype: torch.dtype) -> int:
-    """Bytes of a block in one layer. Raises ValueError for a head_dim that is not a multiple of 16."""
-    if head_dim <= 0 or head_dim % 16:
-        raise ValueError(f"head_dim must be a multiple of 16, not {head_dim}")
-    tokens = -(-block_size // _GROUP) * _GROUP
-    scales = 2 * tokens * torch.float32.itemsize if kv_dtype == torch.int8 else 0
-    return num_kv_heads * (2 * tokens * head_dim * kv_dtype.itemsize + scales)
+    layers = map_huge(num_bytes).view(spec.num_layers, num_blocks, -1)
+    return [
+        PackedKVLayer(layer, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.cache_dtype)
+        for layer in layers.unbind(0)
+    ]
 
 
 def rope_and_cache(

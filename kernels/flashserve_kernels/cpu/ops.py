@@ -1,4 +1,4 @@
-"""The ops in C++. Implements Ops for a CPU."""
+"""The ops in C++, for a CPU."""
 
 from __future__ import annotations
 
@@ -12,27 +12,30 @@ from flashserve_kernels.cpu import attention, elementwise, kv_cache, linear, nor
 from flashserve_kernels.cpu.kv_cache import PackedKVLayer
 from flashserve_kernels.cpu.linear import PackedLinear
 from flashserve_kernels.cpu.program import Pool, Program
+from flashserve_kernels.kv_cache import KVCacheSpec
+from flashserve_kernels.ops import Ops
 
 
-class NativeOps:
+class NativeOps(Ops):
     """One pool of threads and the instruction set that it runs. Use from one thread."""
 
-    captures = False
+    records = True
+    weight_formats = ("int8",)
 
     def __init__(self, isa: str, num_threads: int, cpus: list[int] | None = None) -> None:
         """cpus: one CPU number per thread to pin it to. Raises NativeUnavailable where the library cannot be had."""
+        super().__init__(torch.device("cpu"))
         self.name = f"native ({isa})"
         self._pool = Pool(isa, num_threads, cpus)
 
     def new_program(self, capacity: tuple[int, int, int]) -> Program:
-        """Something to record a step into, with room for that many tokens, sequences and rows of logits."""
         return Program(self._pool, capacity)
 
     def packs(self, dtype: torch.dtype) -> bool:
         return True
 
     def pack_linear(self, weight: Tensor, *, gated: bool = False, quantization: str | None = None) -> PackedLinear:
-        if quantization not in (None, "int8"):
+        if quantization not in (None, *self.weight_formats):
             raise ValueError(f"quantization must be int8, not {quantization!r}")
         return linear.pack_linear(self._pool, weight, gated=gated, quantize=quantization is not None)
 
@@ -74,19 +77,11 @@ class NativeOps:
     def gelu_tanh(self, x: Tensor) -> Tensor:
         return elementwise.gelu_tanh(self._pool, x)
 
-    def allocate_kv_cache(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        cache_dtype: torch.dtype,
-    ) -> Sequence[PackedKVLayer]:
-        return kv_cache.allocate_packed_kv_cache(
-            num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype, cache_dtype
-        )
+    def kv_block_bytes(self, spec: KVCacheSpec) -> int:
+        return kv_cache.packed_block_bytes(spec)
+
+    def allocate_kv_cache(self, spec: KVCacheSpec, num_blocks: int) -> Sequence[PackedKVLayer]:
+        return kv_cache.allocate_packed_kv_cache(spec, num_blocks)
 
     def rope_and_cache(
         self, qkv: Tensor, num_heads: int, cos_sin: Tensor, cache: PackedKVLayer, slot_mapping: Tensor

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flashserve_kernels.cpu.library import load_library
 from flashserve_kernels.cpu.memory import Arena
+from flashserve_kernels.recording import SEQS, TOKENS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 """abi.h's fs_dtype."""
@@ -34,9 +35,6 @@ KINDS = (
     PACK_LINEAR, QUANTIZE,
 ) = range(len(KINDS))  # fmt: skip
 """abi.h's fs_kind."""
-
-TOKENS, SEQS, LOGITS = range(3)
-"""Indices into a run's sizes: tokens of the step, its sequences, its rows of logits."""
 
 _ALIGNMENT = 64
 

@@ -1,44 +1,25 @@
-"""The ops in Triton-lang, with cuBLAS for matrix products. Implements Ops for GPUs."""
+"""The ops in Triton-lang, with cuBLAS for matrix products."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flashserve_kernels import kv_cache
 from flashserve_kernels.attention import AttentionBatch
 from flashserve_kernels.gpu import activation, attention, embedding, norm, rope_cache, sampling
-from flashserve_kernels.kv_cache import KVLayer
+from flashserve_kernels.kv_cache import KVCacheSpec, KVLayer
+from flashserve_kernels.ops import Ops
 
 
-class TritonOps:
+class TritonOps(Ops):
     """Steps of these ops can be captured into CUDA graphs: no op looks at data on the host."""
 
     name = "Triton-lang"
     captures = True
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def packs(self, dtype: torch.dtype) -> bool:
-        return False
-
-    def pack_linear(self, weight: Tensor, *, gated: bool = False, quantization: str | None = None) -> Tensor:
-        if quantization is not None:
-            raise ValueError(f"quantization {quantization!r} is not supported on GPUs")
-        return weight
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight, bias)
-
     def linear_silu_and_mul(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return activation.silu_and_mul(F.linear(x, weight, bias))
-
-    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(hidden, weight)
+        return activation.silu_and_mul(self.linear(x, weight, bias))
 
     def embedding(self, table: Tensor, ids: Tensor) -> Tensor:
         return embedding.embedding(table, ids)
@@ -69,19 +50,12 @@ class TritonOps:
     def gelu_tanh(self, x: Tensor) -> Tensor:
         return activation.gelu_tanh(x)
 
-    def allocate_kv_cache(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        cache_dtype: torch.dtype,
-    ) -> Sequence[KVLayer]:
-        return kv_cache.allocate_kv_cache(
-            num_layers, num_blocks, block_size, num_kv_heads, head_dim, cache_dtype, self.device
-        )
+    def kv_block_bytes(self, spec: KVCacheSpec) -> int:
+        if spec.block_size & (spec.block_size - 1):
+            raise ValueError(f"the kernels in Triton-lang need a block size that is a power of two, not {spec.block_size}")
+        if spec.cache_dtype not in (spec.dtype, torch.float8_e4m3fn):
+            raise ValueError(f"a GPU stores keys and values in {spec.dtype} or float8_e4m3fn, not {spec.cache_dtype}")
+        return kv_cache.block_bytes(spec)
 
     def rope_and_cache(
         self, qkv: Tensor, num_heads: int, cos_sin: Tensor, cache: KVLayer, slot_mapping: Tensor

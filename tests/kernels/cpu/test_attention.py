@@ -15,8 +15,10 @@ import torch.nn.functional as F
 
 from flashserve_kernels.attention import AttentionBatch
 from flashserve_kernels.cpu.attention import paged_attention
+from flashserve_kernels import KVCacheSpec
 from flashserve_kernels.cpu.kv_cache import allocate_packed_kv_cache, write_kv
-from flashserve_kernels.cpu.program import SEQS, TOKENS, Program
+from flashserve_kernels.cpu.program import Program
+from flashserve_kernels.recording import SEQS, TOKENS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Relative to the largest output. bfloat16: results and weights are rounded to 2^-9.
@@ -44,7 +46,9 @@ class Problem:
         wide = torch.full((len(rows), width + 5), 0, dtype=torch.int32)
         for row, table in enumerate(tables):
             wide[row, :width] = torch.tensor(table + [ids[0]] * (width - len(table)))
-        self.cache = allocate_packed_kv_cache(1, num_blocks, block_size, kv_heads, dim, dtype, kv_dtype)[0]
+        self.cache = allocate_packed_kv_cache(
+            KVCacheSpec(1, block_size, kv_heads, dim, dtype, kv_dtype or dtype), num_blocks
+        )[0]
         if kv_dtype is None:
             self.cache.memory.view(dtype).fill_(math.nan)
         self.k, self.v = (

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from flashserve_kernels.cpu.elementwise import add_embedding_, embedding, gelu_tanh, silu_and_mul
-from flashserve_kernels.cpu.program import TOKENS, Program
+from flashserve_kernels.cpu.program import Program
+from flashserve_kernels.recording import TOKENS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Half a unit in the last place of the result, and what a float32 exponential adds.

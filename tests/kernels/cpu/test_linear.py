@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashserve_kernels.cpu import program
 from flashserve_kernels.cpu.linear import PackedLinear, linear, linear_silu_and_mul, pack_linear
 from flashserve_kernels.cpu.program import Pool, Program
+from flashserve_kernels.recording import TOKENS
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # (K, N): steps of K whole, with a rest, odd, shorter than one; panels of N whole, with a rest, shorter than one.
@@ -187,7 +187,7 @@ def test_recorded_program_at_smaller_sizes(pool: Pool, gated: bool, quantize: bo
         return linear_silu_and_mul(pool, x, packed) if gated else linear(pool, x, packed)
 
     recorded = Program(pool, (capacity, 1, 1))
-    recorded.add_input(x, program.TOKENS)
+    recorded.add_input(x, TOKENS)
     with recorded.recording():
         out = forward(x, packed)
     for rows in (80, 1, 33, 0, 64):

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from flashserve_kernels.cpu.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from flashserve_kernels.cpu.program import TOKENS, Program
+from flashserve_kernels.cpu.program import Program
+from flashserve_kernels.recording import TOKENS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flashserve_kernels import KVCacheSpec
 from flashserve_kernels.cpu.kv_cache import allocate_packed_kv_cache, packed_block_bytes, rope_and_cache, write_kv
-from flashserve_kernels.cpu.program import TOKENS, Program
+from flashserve_kernels.cpu.program import Program
+from flashserve_kernels.recording import TOKENS
 from packed_cache import read_slots, views
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -15,7 +17,7 @@ BLOCKS = 9
 
 
 def make_cache(block_size, kv_heads, dim, dtype, kv_dtype=None):
-    return allocate_packed_kv_cache(2, BLOCKS, block_size, kv_heads, dim, dtype, kv_dtype)[1]
+    return allocate_packed_kv_cache(KVCacheSpec(2, block_size, kv_heads, dim, dtype, kv_dtype or dtype), BLOCKS)[1]
 
 
 def some_slots(block_size, count):
@@ -55,7 +57,7 @@ def test_written_tokens_are_found_again_and_nothing_else_changes(pool, dtype, bl
 @pytest.mark.parametrize("dim", [16, 64, 80, 256])
 @pytest.mark.parametrize("tokens", [1, 200])
 def test_rotary(pool, dtype, dim, tokens):
-    cache = allocate_packed_kv_cache(1, 20, 16, 2, dim, dtype)[0]
+    cache = allocate_packed_kv_cache(KVCacheSpec(1, 16, 2, dim, dtype, dtype), 20)[0]
     wide, slots = torch.randn(tokens, 9, dim).to(dtype), torch.randperm(20 * 16)[:tokens]
     qkv, before, cos_sin = wide[:, :8], wide.clone(), torch.randn(tokens, dim + 2)[:, :dim]
     q = rope_and_cache(pool, qkv, 4, cos_sin, cache, slots)
@@ -117,18 +119,19 @@ def test_a_recorded_program_serves_every_number_of_tokens(pool):
 
 
 def test_memory_is_untouched_until_written_and_blocks_are_rows():
-    layers = allocate_packed_kv_cache(4, 1 << 14, 16, 8, 128, torch.bfloat16)  # 4 GB of addresses
+    spec = KVCacheSpec(4, 16, 8, 128, torch.bfloat16, torch.bfloat16)
+    layers = allocate_packed_kv_cache(spec, 1 << 14)  # 4 GB of addresses
     assert len(layers) == 4
-    assert layers[0].memory.shape == (1 << 14, packed_block_bytes(16, 8, 128, torch.bfloat16))
+    assert layers[0].memory.shape == (1 << 14, packed_block_bytes(spec) // 4)
     assert layers[0].memory.untyped_storage().data_ptr() == layers[3].memory.untyped_storage().data_ptr()
     assert not layers[3].memory[-1].any()
 
 
 def test_wrong_arguments_are_refused(pool):
     with pytest.raises(ValueError, match="multiple of 16"):
-        packed_block_bytes(16, 1, 40, torch.bfloat16)
+        packed_block_bytes(KVCacheSpec(1, 16, 1, 40, torch.bfloat16, torch.bfloat16))
     with pytest.raises(ValueError, match="or int8"):
-        allocate_packed_kv_cache(1, 1, 16, 1, 16, torch.bfloat16, torch.float16)
+        allocate_packed_kv_cache(KVCacheSpec(1, 16, 1, 16, torch.bfloat16, torch.float16), 1)
     cache, slots = make_cache(16, 2, 32, torch.bfloat16), torch.zeros(1, dtype=torch.int64)
     k = torch.zeros(1, 2, 32)
     with pytest.raises(ValueError, match="cache holds"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashserve_kernels.cpu.program import LOGITS, Program
+from flashserve_kernels.cpu.program import Program
+from flashserve_kernels.recording import LOGITS
 from flashserve_kernels.cpu.sampling import apply_penalties_, count_tokens_, greedy, logprobs, sample_rows
 from flashserve_kernels.sampling import sample
 

@@ -1,0 +1,148 @@
+"""A model's own files, opened once: what they say of the model, and its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from flashserve.errors import ConfigError
+from flashserve.layers.weight_source import WeightSource
+from flashserve.models.checkpoint import Checkpoint, CheckpointWeights
+from flashserve.models.source import find_tokenizer_file, read_tokenizers_end, resolve_folder
+from flashserve_kernels import Ops
+
+log = logging.getLogger(__name__)
+
+_SAMPLE_BYTES = 1024
+
+
+class LoadableWeights(WeightSource, Protocol):
+    """A weight source that knows what was not asked for."""
+
+    def finish(self, ignored: Iterable[str]) -> None:
+        """Nothing more will be read. Raises ConfigError if there are tensors that the model did not take, apart from
+        those whose names match a pattern (fnmatch)."""
+        ...
+
+
+class ModelFiles(Protocol):
+    """Where a model comes from. A folder of safetensors is one; whatever else gives this can be served as well."""
+
+    folder: Path
+    """For messages, and for the small files beside the weights."""
+    config: dict[str, Any]
+    """config.json, without what is null."""
+    dtype: str
+    """That most of the weights have: float32, bfloat16, float16."""
+
+    @property
+    def tokenizer_file(self) -> str:
+        """A tokenizer.json: the model's own, or one converted from its older files."""
+        ...
+
+    def end_token_ids(self, vocab_size: int) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        ...
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+        ...
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers."""
+        ...
+
+    def num_elements(self, ignored: Iterable[str]) -> int:
+        """Numbers in all tensors whose names match none of the patterns."""
+        ...
+
+    def weights(self, dtype: torch.dtype, device: torch.device, ops: Ops, quantization: str | None) -> LoadableWeights:
+        """The weights, for a model to be built with."""
+        ...
+
+    def fingerprint(self, dtype: str, layout: str) -> str:
+        """A hash that differs wherever two models' KV blocks may differ; the root of the prefix cache's hashes. Equal
+        on every machine that holds the same files."""
+        ...
+
+
+class SafetensorsFolder:
+    """Implements ModelFiles for a Hugging Face folder: config.json and safetensors files."""
+
+    def __init__(self, folder: Path, tokenizer: str | None = None) -> None:
+        """tokenizer: another folder, or a Hugging Face id, with the tokenizer. Raises ConfigError where one of the files
+        is missing or broken."""
+        self.folder = folder
+        self._tokenizer_folder = folder if tokenizer is None else resolve_folder(tokenizer, None)
+        self.config: dict[str, Any] = _without_nulls(read_json(folder / "config.json"))
+        self._checkpoint = Checkpoint(folder)
+        self.has = self._checkpoint.entries.__contains__
+        self.same = self._checkpoint.same
+        self.num_elements = self._checkpoint.num_elements
+
+    @property
+    def dtype(self) -> str:
+        return self._checkpoint.dtype
+
+    @cached_property
+    def tokenizer_file(self) -> str:
+        return find_tokenizer_file(self._tokenizer_folder)
+
+    def end_token_ids(self, vocab_size: int) -> tuple[int, ...]:
+        """Of generation_config.json, which instruction-tuned models extend, else of config.json; and, as in vLLM, the
+        tokenizer's."""
+        file = self.folder / "generation_config.json"
+        value = read_json(file).get("eos_token_id") if file.is_file() else None
+        origin = file.name
+        if value is None:
+            value, origin = self.config.get("eos_token_id", []), "config.json"
+        ids = value if isinstance(value, list) else [value]
+        if not all(type(one) is int for one in ids):
+            raise ConfigError(f"eos_token_id in {origin} must be an integer or a list of them, not {value!r}")
+        of_tokenizer = read_tokenizers_end(self.tokenizer_file, self.folder)
+        ids = [*ids, *([] if of_tokenizer is None else [of_tokenizer])]
+        beyond = [one for one in ids if not 0 <= one < vocab_size]
+        if beyond:  # the sampler would write beyond the logits to rule them out
+            log.warning("%s: end token %s is not in the vocabulary of %d and left out", origin, beyond, vocab_size)
+        return tuple(dict.fromkeys(one for one in ids if 0 <= one < vocab_size))
+
+    def weights(self, dtype: torch.dtype, device: torch.device, ops: Ops, quantization: str | None) -> LoadableWeights:
+        return CheckpointWeights(self._checkpoint, dtype, device, ops, quantization)
+
+    def fingerprint(self, dtype: str, layout: str) -> str:
+        """It covers config.json, the files' names and headers, the dtype, the layout, and of each tensor only a sample
+        (reading the weights would take seconds): two tunings of one model differ nearly everywhere."""
+        digest = hashlib.sha256(f"{dtype}\0{layout}\0".encode())
+        digest.update((self.folder / "config.json").read_bytes())
+        for file in self._checkpoint.files:
+            digest.update(f"\0{file.name}\0{file.stat().st_size}\0".encode())
+        for name, entry in sorted(self._checkpoint.entries.items()):
+            digest.update(f"{name}\0{entry.dtype}\0{entry.shape}\0{entry.begin}\0".encode())
+            digest.update(self._checkpoint.sample(name, _SAMPLE_BYTES))
+        return digest.hexdigest()
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a model folder. Raises ConfigError that names the file."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file.parent} is not a model folder: cannot read {file.name}") from error
+    except ValueError as error:
+        raise ConfigError(f"{file.name} of {file.parent.name} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file.name} of {file.parent.name} must hold a JSON object")
+    return value

@@ -1,0 +1,74 @@
+"""A CUDA GPU."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from flashserve.config import DeviceFacts, EngineConfig
+from flashserve.runner.device.cpu import available_cores
+from flashserve.runner.device_queue import CudaQueue
+from flashserve_kernels import Ops, select_ops
+
+_ROW_LENGTHS = (*range(1, 10), 16, 17, 32, 33, 64, 65, 128)
+"""On both sides of every bound by which attention's tiles are chosen."""
+
+
+class CudaDevice:
+    """Implements Device."""
+
+    row_lengths = _ROW_LENGTHS
+
+    def __init__(self, index: int) -> None:
+        self.torch_device = torch.device("cuda", index)
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """One engine at a time loads on a GPU of this machine: each measures the free memory to size its KV cache."""
+        from flashserve_kernels.gpu.launch import mark_warm, unmark_warm
+
+        torch.cuda.set_device(self.torch_device)  # on which Triton starts kernels, wherever their tensors are
+        path = Path(tempfile.gettempdir()) / f"flashserve-{os.getuid()}-cuda{self.torch_device.index}.lock"
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            unmark_warm()
+            yield
+            mark_warm()
+
+    def read_facts(self) -> DeviceFacts:
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        name = f"{torch.cuda.get_device_name(self.torch_device)} ({self.torch_device})"
+        has_bfloat16 = torch.cuda.get_device_capability(self.torch_device) >= (8, 0)
+        return DeviceFacts("cuda", name, total, free, available_cores(), supports_bfloat16=has_bfloat16)
+
+    def select_ops(self, config: EngineConfig, head_dim: int) -> Ops:
+        return select_ops(self.torch_device, config.num_threads or available_cores(), head_dim)
+
+    def measure(self, before: DeviceFacts, run_largest_step: Callable[[], None]) -> DeviceFacts:
+        device = self.torch_device
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        run_largest_step()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        beside_torch = max(0, before.free_bytes - free - reserved)  # kernels' code, cuBLAS' workspaces
+        return replace(before, free_bytes=free + reserved - peak, used_bytes=peak + beside_torch)
+
+    def make_queue(self) -> CudaQueue:
+        return CudaQueue(self.torch_device)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+
+    def release(self) -> None:
+        torch.cuda.empty_cache()
