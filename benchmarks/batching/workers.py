@@ -29,11 +29,12 @@ class Flashserve(PeerEngine):
     """The engine in this process, stepped as LLM.generate steps it, with requests that may arrive later."""
 
     def load(self, work: Workload) -> None:
-        from benchmarks.common.engine import load_runner
+        from benchmarks.common.engine import load_on_cpu
 
         self.settings = work.flashserve_settings()
         self.versions = {"torch": version("torch")}
-        self.resolved, self.runner = load_runner(Path(work.model), **self.settings)
+        self.runner = load_on_cpu(Path(work.model), **self.settings)
+        self.resolved = self.runner.resolved
 
     def run(self, mode: str, batch: int, requests: dict[str, Any]) -> Run:
         from benchmarks.batching.watch import Watch

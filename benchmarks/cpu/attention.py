@@ -15,11 +15,13 @@ from benchmarks.common.machine import read_bandwidth
 from benchmarks.common.paged import BLOCK_SIZE, make_batch
 from benchmarks.common.shapes import CPU_SHAPES, SHAPES, causal_flops, head_size
 from benchmarks.common.timing import Timer
+from flashserve_kernels import KVCacheSpec
 from flashserve_kernels.attention import AttentionBatch
 from flashserve_kernels.cpu.attention import paged_attention
 from flashserve_kernels.cpu.kv_cache import PackedKVLayer, allocate_packed_kv_cache
 from flashserve_kernels.cpu.library import supported_isas
-from flashserve_kernels.cpu.program import SEQS, TOKENS, Pool, Program
+from flashserve_kernels.cpu.program import Pool, Program
+from flashserve_kernels.recording import SEQS, TOKENS
 
 DECODES = [(1, 160), (16, 160), (64, 160), (1, 1024), (16, 1024), (64, 1024), (1, 8192)]
 """Rows and context."""
@@ -48,7 +50,9 @@ def run(args: argparse.Namespace) -> None:
         layers, heads, kv_heads = (
             shape[key] for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
         )
-        caches = allocate_packed_kv_cache(layers, num_blocks, BLOCK_SIZE, kv_heads, dim, torch.bfloat16, kv_dtype)
+        caches = allocate_packed_kv_cache(
+            KVCacheSpec(layers, BLOCK_SIZE, kv_heads, dim, torch.bfloat16, kv_dtype), num_blocks
+        )
         for cache in caches:
             cache.memory.random_(48, 64)  # numbers of about 1e-5 to 1, in every dtype
         print(f"\n{name}: {layers} layers, {heads} heads, {kv_heads} KV heads of {dim}")

@@ -17,10 +17,10 @@ from benchmarks.common.arguments import CACHE, CORES, numbers
 from benchmarks.common.machine import read_bandwidth
 from benchmarks.common.shapes import CPU_SHAPES, SHAPES, linear_shapes
 from benchmarks.common.timing import wall_seconds
-from flashserve_kernels.cpu import program
 from flashserve_kernels.cpu.library import supported_isas
 from flashserve_kernels.cpu.linear import linear, linear_silu_and_mul, pack_linear
 from flashserve_kernels.cpu.program import Pool, Program
+from flashserve_kernels.recording import TOKENS
 
 LAYERS = tuple(linear_shapes(SHAPES["smollm2-135m"]))
 
@@ -84,7 +84,7 @@ def _native_runner(
     gated = name == "gate_up"
     recorded = Program(pool, (rows, 1, 1))
     x = torch.randn(rows, weights[0].shape[1]).to(dtype)
-    recorded.add_input(x, program.TOKENS)
+    recorded.add_input(x, TOKENS)
     packed = [pack_linear(pool, weight, gated=gated, quantize=quantize) for weight in weights]
     with recorded.recording():
         for weight in packed:

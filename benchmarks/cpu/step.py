@@ -12,7 +12,7 @@ import statistics
 import numpy as np
 
 from benchmarks.common.arguments import model_folder, numbers
-from benchmarks.common.engine import load_runner
+from benchmarks.common.engine import load_on_cpu
 from benchmarks.common.timing import wall_seconds
 from flashserve.protocol import SamplingParams
 from flashserve.runner.model_runner import ModelRunner
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    _, runner = load_runner(
+    runner = load_on_cpu(
         args.model,
         dtype="bfloat16",
         quantization=args.quantization,
@@ -75,7 +75,7 @@ def _step(runner: ModelRunner, plan: SchedulerOutput) -> float:
 
 def _shares(runner: ModelRunner, sizes: tuple[int, int, int], repeats: int = 4) -> dict[str, float]:
     """Milliseconds per kind of operation of the last step's program."""
-    program = runner._steps._forward  # type: ignore[union-attr]
+    program = runner._steps._forward  # type: ignore[attr-defined]
     seconds = np.zeros(len(program.kinds))
     for _ in range(repeats):
         program.run(*sizes, seconds)

@@ -18,7 +18,7 @@ from benchmarks.gpu.kernels import COMPILE_S, compare, relative_error
 from benchmarks.gpu.report import Budget, Report, failure_of, speed
 from flashserve_kernels import AttentionBatch
 from flashserve_kernels.gpu.attention import paged_attention
-from flashserve_kernels.kv_cache import KVLayer, allocate_kv_cache
+from flashserve_kernels.kv_cache import KVCacheSpec, KVLayer, allocate_kv_cache
 
 CHECKED_QUERIES = 16  # float64 scores of all would take hundreds of GB
 
@@ -146,7 +146,9 @@ def _make(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> _Pro
     torch.manual_seed(0)
     num_blocks = case.rows * -(-case.context // BLOCK_SIZE)
     # Two layers: blocks lie apart, as in the cache of a model.
-    layers = allocate_kv_cache(2, num_blocks, BLOCK_SIZE, case.num_kv_heads, case.head_dim, dtype, device)
+    layers = allocate_kv_cache(
+        KVCacheSpec(2, BLOCK_SIZE, case.num_kv_heads, case.head_dim, dtype, dtype), num_blocks, device
+    )
     layer = layers[0]
     for stored in layer[:2]:
         stored.normal_()

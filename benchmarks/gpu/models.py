@@ -7,9 +7,8 @@ import logging
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,12 @@ from torch import Tensor
 from benchmarks.common.shapes import ModelCost
 from benchmarks.common.timing import Timer
 from benchmarks.gpu.report import Budget, Report, profile_figures
-from flashserve.config import EngineConfig, ModelFacts, ResolvedConfig, resolve
+from flashserve.config import EngineConfig
 from flashserve.engine.core import build_core
 from flashserve.models.registry import find_architecture
 from flashserve.protocol import GenerateRequest, SamplingParams
-from flashserve.runner.device import read_device_facts
+from flashserve.runner.device import open_device
+from flashserve.runner.loading import load_runner
 from flashserve.runner.model_runner import ModelRunner
 from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput, StepOutput
 from flashserve_kernels import Ops
@@ -61,23 +61,37 @@ class RandomWeights:
     def mapped(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         return None
 
+    def finish(self, ignored: Iterable[str]) -> None:
+        """There is nothing that could be left over."""
 
-class RandomModelRunner(ModelRunner):
-    """The runner of a model that lies in no folder."""
 
-    def __init__(self, resolved: ResolvedConfig, model_config: dict[str, Any]) -> None:
-        super().__init__(resolved)
-        self._model_config = model_config
+class RandomFiles:
+    """Implements ModelFiles: a model that lies in no folder."""
 
-    @torch.inference_mode()
-    def load_weights(self) -> None:
-        if self._device.type == "cuda":
-            from flashserve_kernels.gpu.launch import unmark_warm
+    folder, dtype, tokenizer_file = Path("random"), "bfloat16", ""
 
-            unmark_warm()  # the shape before this one marked the process
-        _, model_class = find_architecture(self._model_config)
-        weights = RandomWeights(self._dtype, self._device, self._ops)
-        self._model = model_class(self._model_config, weights, self._resolved.max_model_len)
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+        cost = ModelCost.of(config)
+        self._num_elements = cost.linear_params + 2 * cost.head_params
+
+    def end_token_ids(self, vocab_size: int) -> tuple[int, ...]:
+        return ()
+
+    def has(self, name: str) -> bool:
+        return True
+
+    def same(self, one: str, other: str) -> bool:
+        return True
+
+    def num_elements(self, ignored: Iterable[str]) -> int:
+        return self._num_elements
+
+    def weights(self, dtype: torch.dtype, device: torch.device, ops: Ops, quantization: str | None) -> RandomWeights:
+        return RandomWeights(dtype, device, ops)
+
+    def fingerprint(self, dtype: str, layout: str) -> str:
+        return "random"
 
 
 class TimedRunner:
@@ -121,33 +135,20 @@ def late_compiles() -> Iterator[list[str]]:
         logger.removeFilter(keep)
 
 
-def resolve_shape(config: dict[str, Any], device: str, max_num_seqs: int, **settings: Any) -> ResolvedConfig:
-    """What an engine of this shape would use, with KV blocks for KV_SHARE of the free memory."""
-    architecture, model_class = find_architecture(config)
-    shape = model_class.read_shape(config)
-    facts = read_device_facts(device)
-    cost = ModelCost.of(config)
-    model = ModelFacts(
-        path="random",
-        architecture=architecture,
-        context_len=shape.context_len,
-        vocab_size=shape.vocab_size,
-        num_layers=shape.num_layers,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        checkpoint_dtype="bfloat16",
-        weight_bytes=2 * (cost.linear_params + 2 * cost.head_params),
-        eos_token_ids=(),
-        tokenizer_file="",
-    )
-    defaults: dict[str, Any] = {
-        "device": device,
-        "max_model_len": min(MAX_MODEL_LEN, shape.context_len),
-        "max_num_seqs": max_num_seqs,
-        "enable_prefix_caching": False,
-        "kv_cache_memory_bytes": int((facts.free_bytes - model.weight_bytes) * KV_SHARE),
-    }
-    return resolve(EngineConfig("random", **{**defaults, **settings}), model, facts)
+def load_shape(config: dict[str, Any], device_name: str, max_num_seqs: int, **settings: Any) -> ModelRunner:
+    """A model of this shape, with KV blocks for KV_SHARE of the memory that its weights leave free."""
+    files, device = RandomFiles(config), open_device(device_name)
+    _, model_class = find_architecture(config)
+    with device.loading():
+        free_bytes = device.read_facts().free_bytes - 2 * files.num_elements(())
+        defaults: dict[str, Any] = {
+            "device": device_name,
+            "max_model_len": min(MAX_MODEL_LEN, model_class.read_shape(config).context_len),
+            "max_num_seqs": max_num_seqs,
+            "enable_prefix_caching": False,
+            "kv_cache_memory_bytes": int(free_bytes * KV_SHARE),
+        }
+        return load_runner(files, EngineConfig("random", **{**defaults, **settings}), device)
 
 
 class ModelBench:
@@ -162,25 +163,26 @@ class ModelBench:
         self.contexts = (32,) if tiny else (1024, 4096)
         self.workloads = ((4, 16, 8),) if tiny else ((256, 128, 1024), (256, 1024, 128), (256, 128, 128))
         self.prefills = ((1, 64, 64),) if tiny else ((1, 8192, 8192), (8, 1024, 1024), (1, 2048, 8192))
-        settings = {"max_model_len": 128, "kv_cache_memory_bytes": 8 << 20, "num_threads": 1} if tiny else {}
-        self.resolved = resolve_shape(config, str(timer.device), max(self.batches), **settings)
-        self.runner = RandomModelRunner(self.resolved, config)
+        tiny_settings = {"max_model_len": 128, "kv_cache_memory_bytes": 8 << 20, "num_threads": 1}
+        self.settings: dict[str, Any] = tiny_settings if tiny else {}
 
     def run(self) -> None:
         """All of them, the most telling first. The section is the shape's name."""
         try:
-            self._put("load", self._load)
+            self._put("load", lambda: self._load(enforce_eager=False))
             if "traceback" in self.report.get(self.name, "load"):
                 return
             with late_compiles() as late:
                 self._run_captured()
                 self.report.put(self.name, "late compilations", list(late))
-            self._put("prepare without graphs", lambda: self._prepare(enforce_eager=True))
+            self.runner.close()
+            self._put("load without graphs", lambda: self._load(enforce_eager=True))
             for context in self.contexts[:1]:
                 for batch in self.batches:
                     self._put(f"decode {batch} x {context} eager", self._decode, batch, context)
         finally:
-            self.runner.close()
+            if hasattr(self, "runner"):
+                self.runner.close()
 
     def _run_captured(self) -> None:
         self._put(f"decode 1 x {self.contexts[0]} graphs", self._decode, 1, self.contexts[0])
@@ -204,27 +206,15 @@ class ModelBench:
         found = self.report.attempt(self.name, figure, lambda: measure(*args))
         self.report.say(f"   {self.name}: {figure}: {found.get('error') or json.dumps(_short(found))}")
 
-    def _load(self) -> dict[str, Any]:
+    def _load(self, *, enforce_eager: bool) -> dict[str, Any]:
         started = time.perf_counter()
-        self.runner.load_weights()
+        device = str(self.timer.device)
+        settings = {**self.settings, "enforce_eager": enforce_eager}
+        self.runner = load_shape(self.config, device, max(self.batches), **settings)
         self.timer.synchronize()
-        loaded = time.perf_counter()
-        found = self._prepare(enforce_eager=False)
-        return {"weights_s": loaded - started, **found, "dtype": self.resolved.dtype}
-
-    def _prepare(self, *, enforce_eager: bool) -> dict[str, Any]:
-        started = time.perf_counter()
-        config = replace(self.resolved.config, enforce_eager=enforce_eager)
-        self.runner.prepare(replace(self.resolved, config=config))
-        self.timer.synchronize()
-        prepared = time.perf_counter()
-        self.runner.warm_up()
-        self.timer.synchronize()
-        return {
-            "prepare_s": prepared - started,
-            "warm_up_s": time.perf_counter() - prepared,
-            "kv_blocks": self.resolved.num_blocks,
-        }
+        self.resolved = self.runner.resolved
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "kv_blocks": self.resolved.num_blocks, "dtype": self.resolved.dtype}
 
     def _decode(self, batch: int, context: int) -> dict[str, Any]:
         """Milliseconds per step of ``batch`` rows at this context, one step ahead as the engine runs them."""

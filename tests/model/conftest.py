@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from flashserve.config import EngineConfig
+from flashserve.models.files import ModelFiles
 from flashserve.models.registry import open_model
 from flashserve.protocol import SamplingParams
 from flashserve.runner.device import CpuDevice, Device
@@ -21,18 +22,21 @@ from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutpu
 GREEDY = SamplingParams(temperature=0)
 
 
-def load_folder(folder: Path, device: Device | None = None, **settings: Any) -> ModelRunner:
+def load(
+    folder: Path | str = "", device: Device | None = None, files: ModelFiles | None = None, **settings: Any
+) -> ModelRunner:
+    """A tiny model of a folder, or of files that lie elsewhere."""
     # One thread: tiny tensors gain nothing from two, and wait for each other where other processes are busy.
     defaults = {"model": str(folder), "device": "cpu", "kv_cache_memory_bytes": 64 << 20, "num_threads": 1}
     config = EngineConfig(**{**defaults, **settings})
-    return load_runner(open_model(config), config, device or CpuDevice())
+    return load_runner(files or open_model(config), config, device or CpuDevice())
 
 
 class Driver:
     """Stands in for the scheduler: random requests advance in each step, by random amounts, in shuffled blocks."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
-        self.runner = load_folder(folder, **settings)
+    def __init__(self, **settings: Any) -> None:
+        self.runner = load(**settings)
         self.resolved = self.runner.resolved
         self.steps = 0
         self.mixed_steps = 0
@@ -111,8 +115,8 @@ def drive() -> Iterator[Callable[..., Driver]]:
     """``drive(folder, **model.json)`` gives a loaded Driver; closed at the test's end."""
     drivers: list[Driver] = []
 
-    def make(folder: Path, **settings: Any) -> Driver:
-        drivers.append(Driver(folder, **settings))
+    def make(folder: Path | str = "", **settings: Any) -> Driver:
+        drivers.append(Driver(folder=folder, **settings))
         return drivers[-1]
 
     yield make
@@ -123,7 +127,7 @@ def drive() -> Iterator[Callable[..., Driver]]:
 @pytest.fixture
 def load_model() -> Callable[..., ModelRunner]:
     """``load_model(folder, device, **model.json)``: a tiny model, ready for its first step."""
-    return load_folder
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError
-from flashserve.models.qwen2 import read_windows
 from flashserve.models.files import SafetensorsFolder
+from flashserve.models.qwen2 import read_windows
 from flashserve.models.registry import open_model
 from model_facts import facts_of
 from tiny_models import FAMILIES, make_tiny_model

@@ -39,8 +39,11 @@ class ModelFiles(Protocol):
     """For messages, and for the small files beside the weights."""
     config: dict[str, Any]
     """config.json, without what is null."""
-    dtype: str
-    """That most of the weights have: float32, bfloat16, float16."""
+
+    @property
+    def dtype(self) -> str:
+        """That most of the weights have: float32, bfloat16, float16."""
+        ...
 
     @property
     def tokenizer_file(self) -> str:
@@ -77,15 +80,12 @@ class SafetensorsFolder:
     """Implements ModelFiles for a Hugging Face folder: config.json and safetensors files."""
 
     def __init__(self, folder: Path, tokenizer: str | None = None) -> None:
-        """tokenizer: another folder, or a Hugging Face id, with the tokenizer. Raises ConfigError where one of the files
-        is missing or broken."""
+        """tokenizer: another folder, or a Hugging Face id, that has the tokenizer. Raises ConfigError where a file is
+        missing or broken."""
         self.folder = folder
         self._tokenizer_folder = folder if tokenizer is None else resolve_folder(tokenizer, None)
         self.config: dict[str, Any] = _without_nulls(read_json(folder / "config.json"))
         self._checkpoint = Checkpoint(folder)
-        self.has = self._checkpoint.entries.__contains__
-        self.same = self._checkpoint.same
-        self.num_elements = self._checkpoint.num_elements
 
     @property
     def dtype(self) -> str:
@@ -112,6 +112,15 @@ class SafetensorsFolder:
         if beyond:  # the sampler would write beyond the logits to rule them out
             log.warning("%s: end token %s is not in the vocabulary of %d and left out", origin, beyond, vocab_size)
         return tuple(dict.fromkeys(one for one in ids if 0 <= one < vocab_size))
+
+    def has(self, name: str) -> bool:
+        return name in self._checkpoint.entries
+
+    def same(self, one: str, other: str) -> bool:
+        return self._checkpoint.same(one, other)
+
+    def num_elements(self, ignored: Iterable[str]) -> int:
+        return self._checkpoint.num_elements(ignored)
 
     def weights(self, dtype: torch.dtype, device: torch.device, ops: Ops, quantization: str | None) -> LoadableWeights:
         return CheckpointWeights(self._checkpoint, dtype, device, ops, quantization)

@@ -49,7 +49,9 @@ def open_model(config: EngineConfig) -> ModelFiles:
     if files.config.get("tie_word_embeddings", model_class.tied_by_default) and files.has(HEAD):
         stored = next(filter(files.has, model_class.embedding_names), None)
         if stored is not None and not files.same(stored, HEAD):
-            log.warning("config.json says that %s is tied to %s, but both are stored and differ: not tied", HEAD, stored)
+            log.warning(
+                "config.json says that %s is tied to %s, but both are stored and differ: not tied", HEAD, stored
+            )
             files.config["tie_word_embeddings"] = False
     return files
 

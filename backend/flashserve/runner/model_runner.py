@@ -53,6 +53,8 @@ class ModelRunner:
     @torch.inference_mode()
     def submit(self, plan: SchedulerOutput) -> StepHandle:
         """Start the step; on a CPU it is done on return."""
+        if self._closed:
+            raise RuntimeError("the runner is closed")
         step = self._builder.arrange(plan)
         logits = self._steps.logits(step)
         queue = self._steps.queue

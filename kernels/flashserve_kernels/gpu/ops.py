@@ -52,7 +52,9 @@ class TritonOps(Ops):
 
     def kv_block_bytes(self, spec: KVCacheSpec) -> int:
         if spec.block_size & (spec.block_size - 1):
-            raise ValueError(f"the kernels in Triton-lang need a block size that is a power of two, not {spec.block_size}")
+            raise ValueError(
+                f"the kernels in Triton-lang need a block size that is a power of two, not {spec.block_size}"
+            )
         if spec.cache_dtype not in (spec.dtype, torch.float8_e4m3fn):
             raise ValueError(f"a GPU stores keys and values in {spec.dtype} or float8_e4m3fn, not {spec.cache_dtype}")
         return kv_cache.block_bytes(spec)

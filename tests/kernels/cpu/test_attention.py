@@ -13,9 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from flashserve_kernels import KVCacheSpec
 from flashserve_kernels.attention import AttentionBatch
 from flashserve_kernels.cpu.attention import paged_attention
-from flashserve_kernels import KVCacheSpec
 from flashserve_kernels.cpu.kv_cache import allocate_packed_kv_cache, write_kv
 from flashserve_kernels.cpu.program import Program
 from flashserve_kernels.recording import SEQS, TOKENS

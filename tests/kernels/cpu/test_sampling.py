@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flashserve_kernels.cpu.program import Program
-from flashserve_kernels.recording import LOGITS
 from flashserve_kernels.cpu.sampling import apply_penalties_, count_tokens_, greedy, logprobs, sample_rows
+from flashserve_kernels.recording import LOGITS
 from flashserve_kernels.sampling import sample
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
