@@ -12,8 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .command import locust_words
 from .interface import MISSED
+from .invocation import locust_words
 from .live import time_words, watch_run
 from .search import Trial, best_of, find_rate
 from .settings import settings_from

@@ -7,6 +7,7 @@ with Client("grpc://localhost:8001") as client:
 """
 
 from .async_client import AsyncClient
+from .connect import DEFAULT_URL
 from .errors import (
     Cancelled,
     ConnectionFailed,
@@ -21,7 +22,6 @@ from .errors import (
 from .results import Delta, GenerateResult, Health, ModelInfo, Timings
 from .stream import AsyncStream
 from .sync_client import Client, Stream
-from .transport import DEFAULT_URL
 
 __all__ = [
     "DEFAULT_URL",

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from .connect import DEFAULT_URL, parse_url, transport_class
 from .deadline import Deadline
 from .errors import FlashserveError, InternalError, Timeout, Unavailable
 from .request import (
@@ -20,7 +21,7 @@ from .request import (
 )
 from .results import GenerateResult, Health, ModelInfo
 from .stream import CLIENT_GRACE_S, AsyncStream
-from .transport import DEFAULT_URL, Transport, parse_url, transport_class
+from .transport import Transport
 
 _TOKENIZE_TIMEOUT_S = 30.0
 _PROBE_PRIORITY = -1_000_000  # lower goes first: a health check must not wait behind the queue it asks about
@@ -37,6 +38,7 @@ class AsyncClient:
             server asked for; never once a token has come.
         headers: sent with every request (gRPC: as metadata).
         connect_timeout_s: seconds to reach the server.
+        transport: what carries the requests instead of the URL's protocol; closed with the client.
 
     Raises ValueError for a bad URL. Requests raise `FlashserveError`s; see `errors`.
     """
@@ -50,6 +52,7 @@ class AsyncClient:
         retries: int = 0,
         headers: Mapping[str, str] | None = None,
         connect_timeout_s: float = 5.0,
+        transport: Transport | None = None,
     ) -> None:
         self._address = parse_url(url)
         self.url = self._address.url
@@ -59,7 +62,7 @@ class AsyncClient:
         self._retries = retries
         self._headers = dict(headers or {})
         self._connect_timeout_s = connect_timeout_s
-        self._transport: Transport | None = None
+        self._transport = transport
         self._closed = False
         self._streams: weakref.WeakSet[AsyncStream] = weakref.WeakSet()
 

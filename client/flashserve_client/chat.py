@@ -7,9 +7,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from .cli import describe, explain, fail, write
 from .errors import ConnectionFailed, FlashserveError
 from .sync_client import Client
+from .terminal import describe, explain, fail, write
 
 with contextlib.suppress(ImportError):  # history and editing of lines, where the platform has it
     import readline  # noqa: F401

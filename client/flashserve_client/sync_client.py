@@ -13,11 +13,11 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from .async_client import AsyncClient
+from .connect import DEFAULT_URL
 from .errors import Cancelled
 from .request import Prompt
 from .results import Delta, GenerateResult, Health, ModelInfo
 from .stream import AsyncStream
-from .transport import DEFAULT_URL
 
 T = TypeVar("T")
 

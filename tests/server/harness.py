@@ -31,7 +31,7 @@ from flashserve.launcher.ports import free_port
 from flashserve.stub_processes import Stub, list_stubs
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [str(ROOT / name) for name in ("backend", "kernels", "client", "gateway")]
+SOURCES = [str(ROOT / name) for name in ("backend", "kernels", "client")]
 # Every process that a test's server starts carries it, whatever session or group it moves to.
 TEST_VARIABLE = "FLASHSERVE_TEST"
 # A test run that is killed takes its servers along. Not as preexec_fn: that forks, which breaks with gRPC's threads.

@@ -11,11 +11,11 @@ from harness import Server
 from requests_helper import generate
 
 from flashserve.launcher.errors import LauncherError
-from flashserve.launcher.trace import Engine, choose, find_engines, save_trace
+from flashserve.launcher.trace import EngineProcess, choose, find_engines, save_trace
 
 
 def test_an_engine_writes_its_last_steps_and_requests_and_goes_on(server: Server, tmp_path: Path) -> None:
-    engine = Engine(engine_of(server, "letters").pid, "letters")
+    engine = EngineProcess(engine_of(server, "letters").pid, "letters")
     assert engine in find_engines()
     generate(server, model="letters", text_input="hello", max_tokens=17)
     save_trace(engine, tmp_path / "trace.json")
@@ -28,13 +28,13 @@ def test_an_engine_writes_its_last_steps_and_requests_and_goes_on(server: Server
 
 
 def test_a_target_that_cannot_be_written_is_said(server: Server, tmp_path: Path) -> None:
-    engine = Engine(engine_of(server, "letters").pid, "letters")
+    engine = EngineProcess(engine_of(server, "letters").pid, "letters")
     with pytest.raises(LauncherError, match="cannot write"):
         save_trace(engine, tmp_path / "none" / "trace.json")
 
 
 def test_which_engines_are_meant() -> None:
-    one, two, other = Engine(1, "m"), Engine(2, "m"), Engine(3, "n")
+    one, two, other = EngineProcess(1, "m"), EngineProcess(2, "m"), EngineProcess(3, "n")
     assert choose([one, two], None) == [one, two]
     assert choose([one, two, other], "n") == [other]
     for engines, model, words in (

@@ -9,7 +9,7 @@ import pytest
 from client_peers import PEERS, Error, Peer, say
 
 from flashserve_client import AsyncClient, Client, InvalidRequest, NotFound
-from flashserve_client.transport import parse_url
+from flashserve_client.connect import parse_url
 
 
 @pytest.fixture(params=PEERS)

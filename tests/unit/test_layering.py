@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
@@ -13,8 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("backend", "kernels", "client", "gateway", "loadtest")
-OURS = ("flashserve", "flashserve_kernels", "flashserve_client", "flashserve_gateway", "loadtest")
+SOURCES = ("backend", "kernels", "client", "loadtest")
+OURS = ("flashserve", "flashserve_kernels", "flashserve_client", "loadtest")
 
 # Layer: the layers that it may import. The longest name that fits a module is its layer.
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -38,7 +39,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "flashserve.runner": (
         "flashserve.memory",
         "flashserve.models",
-        "flashserve.layers",
         "flashserve_kernels",
         "flashserve.scheduling.output",
         "flashserve.config",
@@ -97,7 +97,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "flashserve": (),
     "model": ("flashserve.frontend",),  # backend/model.py, Triton's entry
     "flashserve_client": (),
-    "flashserve_gateway": ("flashserve_client",),
     "loadtest": ("flashserve_client",),
 }
 ALLOWED["flashserve.cli"] = tuple(ALLOWED)  # sits on top of everything
@@ -108,7 +107,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "triton": ("flashserve_kernels",),
     "transformers": ("flashserve.models",),
     "triton_python_backend_utils": ("flashserve.frontend",),
-    "tritonclient": ("flashserve_client", "flashserve_gateway", "loadtest"),
+    "tritonclient": ("flashserve_client", "loadtest"),
 }
 LAZY = ("transformers",)  # seconds to import: inside a function only
 
@@ -207,6 +206,52 @@ def test_the_table_has_no_cycles() -> None:
     graph = {layer: [name for name in names if name != "flashserve"] for layer, names in ALLOWED.items()}
     TopologicalSorter(graph).prepare()
     assert {name for names in ALLOWED.values() for name in names} <= set(ALLOWED)
+
+
+def test_no_permission_is_unused() -> None:
+    used = {(layer_of(found.module), layers_of_ours(found.target)) for found in IMPORTS}
+    granted = {(layer, name) for layer, names in ALLOWED.items() for name in names if layer != "flashserve.cli"}
+    assert not granted - used, f"take these out of ALLOWED: {sorted(granted - used)}"
+
+
+def test_no_two_modules_import_each_other() -> None:
+    """Not even lazily, and not over others."""
+    graph: dict[str, set[str]] = {module: set() for module in MODULES}
+    for found in IMPORTS:
+        if found.target in MODULES and found.target != found.module:
+            graph[found.module].add(found.target)
+    TopologicalSorter(graph).prepare()
+
+
+def test_a_class_name_means_one_thing_within_a_package() -> None:
+    homes: dict[tuple[str, str], list[str]] = {}
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault((module.split(".")[0], node.name), []).append(module)
+    assert not {name: modules for name, modules in homes.items() if len(modules) > 1}
+
+
+def layer_table() -> str:
+    """ALLOWED as docs/architecture.md shows it."""
+
+    def short(name: str) -> str:
+        return name.removeprefix("flashserve.").removeprefix("flashserve_")
+
+    shown = {name: targets for name, targets in ALLOWED.items() if name not in ("flashserve", "flashserve.cli")}
+    ground = [short(name) for name, targets in shown.items() if not targets]
+    above = [
+        f"    {short(name)} → {', '.join(short(target) for target in targets if target != 'flashserve')}"
+        for name, targets in shown.items()
+        if targets
+    ]
+    lines = textwrap.wrap(f"{', '.join(ground)} → nothing of ours", 112, break_on_hyphens=False)
+    return "\n".join([*(f"    {line}" for line in lines), *above, "    cli → all of them"])
+
+
+def test_the_architecture_page_shows_this_table() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert layer_table() in page, f"docs/architecture.md must hold:\n\n{layer_table()}"
 
 
 def test_imports_go_downwards_only() -> None:

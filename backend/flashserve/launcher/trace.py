@@ -18,14 +18,14 @@ WRITE_TIMEOUT_S = 20.0  # a trace takes 0.4 s; a step of a large prompt on a CPU
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineProcess:
     """A living engine process."""
 
     pid: int
     model: str
 
 
-def find_engines() -> list[Engine]:
+def find_engines() -> list[EngineProcess]:
     """Those of all tritonservers that this user may look into."""
     found = []
     for server in psutil.process_iter(["name"]):
@@ -33,7 +33,7 @@ def find_engines() -> list[Engine]:
             continue
         for stub in list_stubs(server.pid):
             model = Path(stub.model_path).parent.parent.name
-            found += [Engine(pid, model) for pid in _engines_of(stub.pid)]
+            found += [EngineProcess(pid, model) for pid in _engines_of(stub.pid)]
     return sorted(found, key=lambda engine: (engine.model, engine.pid))
 
 
@@ -52,7 +52,7 @@ def _writes_traces(pid: int) -> bool:
     return bool(caught >> (signal.SIGUSR2 - 1) & 1)
 
 
-def choose(engines: list[Engine], model: str | None) -> list[Engine]:
+def choose(engines: list[EngineProcess], model: str | None) -> list[EngineProcess]:
     """The engines of the model that is meant. Raises LauncherError."""
     models = sorted({engine.model for engine in engines})
     if not models:
@@ -65,7 +65,7 @@ def choose(engines: list[Engine], model: str | None) -> list[Engine]:
     return chosen
 
 
-def save_trace(engine: Engine, target: Path) -> None:
+def save_trace(engine: EngineProcess, target: Path) -> None:
     """Have it write its trace, and move that to ``target``. Raises LauncherError."""
     try:
         written = trace_file(engine.pid, psutil.Process(engine.pid).environ().get("TMPDIR", "/tmp"))
