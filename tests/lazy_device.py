@@ -32,6 +32,8 @@ class LazyQueue:
         self._work: deque[Callable[[], Any]] = deque()
         self._buffers = [torch.empty(1 << 20, dtype=torch.uint8) for _ in range(STEPS_IN_FLIGHT + 1)]
         self.replays = 0
+        self.sent_bytes = 0
+        """By ``to_device``."""
         self.most_waiting = 0
 
     def host_buffer(self, num_bytes: int) -> Tensor:
@@ -42,6 +44,7 @@ class LazyQueue:
         self._queue(lambda: device.copy_(host))
 
     def to_device(self, array: np.ndarray) -> Tensor:
+        self.sent_bytes += array.nbytes
         return torch.from_numpy(array.copy())
 
     def run(self, function: Callable[[], Any]) -> Any:

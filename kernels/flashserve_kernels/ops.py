@@ -11,7 +11,7 @@ underscore change their first argument.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ LinearWeight = Any
 """A weight as the implementation reads it fastest; opaque."""
 CacheLayer = Any
 """Keys and values of one layer; opaque."""
+SamplerColumns = Mapping[str, Tensor]
+"""Sampling parameters by name: [slots], any stride, what each slot's request asks for."""
 
 
 class Ops:
@@ -167,19 +169,14 @@ class Ops:
         """Rule out single tokens: ``logits[rows[i], tokens[i]] = -inf``. rows, tokens: int64, of one length."""
         sampling.mask_tokens_(logits, rows, tokens)
 
-    def sample(
-        self,
-        logits: Tensor,
-        temperature: Tensor,
-        min_p: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        seeds: Tensor,
-        positions: Tensor,
-    ) -> Tensor:
-        """One token for each row, with the noise of (seed, position, token) alone.
+    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor, state: SamplerColumns) -> Tensor:
+        """One token for each row, by the parameters of its slot and with the noise of (seed, position, token) alone.
 
-        logits: [N, V], may be overwritten; temperature: [N] float32, 0 is greedy; min_p: [N] float32, 0 is off; top_k:
-        [N] int64, 0 is off; top_p: [N] float32, 1 is off; seeds, positions: [N] int64. Returns [N] int64.
+        logits: [N, V], may be overwritten; slots, positions: [N] int64. state: temperature: float32, 0 is greedy;
+        min_p: float32, 0 is off; top_k: int64, 0 is off; top_p: float32, 1 is off; seed: int64. Applied in this order,
+        which is vLLM's. Returns [N] int64.
         """
-        return sampling.sample_rows(logits, temperature, min_p, top_k, top_p, seeds, positions)
+        own = {name: column.index_select(0, slots) for name, column in state.items()}
+        return sampling.sample_rows(
+            logits, own["temperature"], own["min_p"], own["top_k"], own["top_p"], own["seed"], positions
+        )

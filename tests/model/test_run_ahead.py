@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from dataclasses import fields
 
 import pytest
 
 from flashserve.engine.core import EngineCore, build_core
 from flashserve.protocol import Abort, GenerateRequest, SamplingParams
 from flashserve.runner.model_runner import decode_batch_sizes
+from flashserve.runner.sampler_state import COLUMNS
+from flashserve.runner.staging import StepFields
 from lazy_device import LazyCpu, LazyQueue
 from tiny_models import make_tiny_model
 
@@ -112,6 +115,20 @@ def test_aborts_between_submit_and_wait_change_nobody_else(
     assert [engine.tokens[100], engine.tokens[101]] == greedy_reference(folder, late, NUM_TOKENS)
     stats = engine.core.scheduler.stats()
     assert stats.running == stats.waiting == 0
+
+
+def test_sampling_parameters_are_sent_when_a_request_is_admitted_and_never_again(start, random_prompts):
+    engine = start(5)
+    before = engine.queue.sent_bytes  # warming up admits, too
+    for index, prompt in enumerate(random_prompts(LENGTHS[:3])):
+        engine.add(index, prompt, temperature=0.5 * index, seed=index)
+    while not all(engine.tokens.values()):
+        engine.step()
+    admitted = engine.queue.sent_bytes
+    assert 0 < admitted - before <= 3 * 64  # a row of the table and its number for each
+    engine.finish()
+    assert engine.queue.sent_bytes == admitted
+    assert not {column.name for column in COLUMNS} & {field.name for field in fields(StepFields)}
 
 
 def test_sampled_and_masked_rows_are_those_of_a_device_that_is_in_time(folder, start, random_prompts, drive):

@@ -94,15 +94,10 @@ class InputBuilder:
         host.query_start_loc[0] = 0
         host.query_start_loc[1 : R + 1] = ends
 
-        slots, table = step.sample_slots, self._slots
+        table = self._slots
         host.logits_rows[:N] = ends[step.sampling] - 1
-        host.sample_slots[:N] = slots
+        host.sample_slots[:N] = step.sample_slots
         host.sample_positions[:N] = step.sample_positions
-        host.seeds[:N] = table.seed[slots]
-        host.top_k[:N] = table.top_k[slots]
-        host.temperature[:N] = table.temperature[slots]
-        host.top_p[:N] = table.top_p[slots]
-        host.min_p[:N] = table.min_p[slots]
         if len(host.table_index):
             host.table_index[:] = step.changed_blocks
             host.table_blocks[:] = table.block_table.reshape(-1)[step.changed_blocks]

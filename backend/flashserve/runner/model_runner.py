@@ -11,7 +11,7 @@ from flashserve.config import ResolvedConfig
 from flashserve.models.model_input import CausalLM
 from flashserve.protocol import SamplingParams
 from flashserve.runner.device import Device
-from flashserve.runner.device_queue import Download
+from flashserve.runner.device_queue import DeviceQueue, Download
 from flashserve.runner.input_builder import InputBuilder
 from flashserve.runner.kv_cache import kv_cache_spec
 from flashserve.runner.slots import SlotTable
@@ -42,12 +42,13 @@ class ModelRunner:
         self.resolved = resolved
         self._device = device
         self._ops = ops
-        self._slots = SlotTable.for_engine(resolved, device.torch_device)
+        queue = device.make_queue()
+        self.run_ahead = queue.run_ahead
+        self._slots = SlotTable.for_engine(resolved, device.torch_device, late=queue.run_ahead)
         self._builder = InputBuilder(self._slots, resolved.block_size)
         spec = kv_cache_spec(resolved.config, resolved.model)
         self._step_model = StepModel.build(model, ops, spec, resolved.num_blocks, self._slots)
-        self._steps = self._make_steps()
-        self.run_ahead = self._steps.queue.run_ahead
+        self._steps = self._make_steps(queue)
         self._closed = False
 
     @torch.inference_mode()
@@ -56,8 +57,9 @@ class ModelRunner:
         if self._closed:
             raise RuntimeError("the runner is closed")
         step = self._builder.arrange(plan)
-        logits = self._steps.logits(step)
         queue = self._steps.queue
+        self._slots.sampler.upload(queue)
+        logits = self._steps.logits(step)
         if not step.sampling.size:
             # Waited for all the same: steps of a long prompt would else pile up on a GPU and reuse buffers too early.
             return StepHandle(len(plan.rows), step.plan_rows, queue.download(self._slots.last_tokens[:1]))
@@ -99,13 +101,12 @@ class ModelRunner:
         del self._steps, self._step_model
         self._device.release()
 
-    def _make_steps(self) -> Steps:
+    def _make_steps(self, queue: DeviceQueue) -> Steps:
         resolved, model = self.resolved, self._step_model
         tokens, seqs = resolved.max_num_batched_tokens, resolved.max_num_seqs
         eager = resolved.config.enforce_eager
         if self._ops.records and not eager:
-            return RecordedSteps(model, self._builder, self._ops, StepSizes(tokens, seqs, seqs))
-        queue = self._device.make_queue()
+            return RecordedSteps(model, self._builder, queue, StepSizes(tokens, seqs, seqs), self._ops)
         capacity = StepSizes(tokens, seqs, seqs, model.block_table.numel())
         steps = EagerSteps(model, self._builder, queue, capacity, self._device.torch_device)
         if self._ops.captures and queue.run_ahead and not eager:
@@ -121,7 +122,12 @@ class ModelRunner:
         for max_blocks in (1, 1 << 16):
             slots = SlotTable(1, max_blocks, device)
             builder = InputBuilder(slots, resolved.block_size)
-            model = replace(self._step_model, block_table=slots.device_block_table, last_tokens=slots.last_tokens)
+            model = replace(
+                self._step_model,
+                block_table=slots.device_block_table,
+                last_tokens=slots.last_tokens,
+                sampler=slots.sampler.columns,
+            )
             steps = EagerSteps(model, builder, self._steps.queue, StepSizes(longest, 1, 1), device)
             for length in sorted({min(length, longest) for length in (*self._device.row_lengths, longest)}):
                 if length <= max_blocks * resolved.block_size:

@@ -50,20 +50,10 @@ class StepFields:
     """[N] int64."""
     sample_positions: Any
     """[N] int64: positions of those tokens."""
-    seeds: Any
-    """[N] int64."""
-    top_k: Any
-    """[N] int64."""
     query_start_loc: Any
     """[R + 1] int32."""
     seq_lens: Any
     """[R] int32."""
-    temperature: Any
-    """[N] float32."""
-    top_p: Any
-    """[N] float32."""
-    min_p: Any
-    """[N] float32."""
     table_index: Any
     """[new_blocks] int64: flat places in the block table."""
     table_blocks: Any
@@ -71,10 +61,9 @@ class StepFields:
 
 
 _PER_SEQ = {"slots", "seq_lens"}
-_PER_LOGITS = {"logits_rows", "sample_slots", "sample_positions", "seeds", "top_k", "temperature", "top_p", "min_p"}
+_PER_LOGITS = {"logits_rows", "sample_slots", "sample_positions"}
 _PER_NEW_BLOCK = {"table_index", "table_blocks"}
 _INT32 = {"query_start_loc", "seq_lens", "table_blocks"}
-_FLOAT32 = {"temperature", "top_p", "min_p"}
 
 
 def _count(name: str, sizes: StepSizes) -> int:
@@ -88,8 +77,6 @@ def _count(name: str, sizes: StepSizes) -> int:
 
 
 def _dtype(name: str) -> torch.dtype:
-    if name in _FLOAT32:
-        return torch.float32
     return torch.int32 if name in _INT32 else torch.int64
 
 
@@ -140,8 +127,3 @@ def fill_padding(host: StepFields, used: StepSizes, padded: StepSizes, spare_slo
     host.logits_rows[rows] = 0
     host.sample_slots[rows] = spare_slot
     host.sample_positions[rows] = 0
-    host.seeds[rows] = 0
-    host.top_k[rows] = 0
-    host.temperature[rows] = 0.0
-    host.top_p[rows] = 1.0
-    host.min_p[rows] = 0.0

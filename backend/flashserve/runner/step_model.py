@@ -10,7 +10,7 @@ from torch import Tensor
 from flashserve.models.model_input import CausalLM, ModelInput
 from flashserve.runner.slots import SlotTable
 from flashserve.runner.staging import StepFields
-from flashserve_kernels import AttentionBatch, CacheLayer, KVCacheSpec, Ops
+from flashserve_kernels import AttentionBatch, CacheLayer, KVCacheSpec, Ops, SamplerColumns
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,15 @@ class StepModel:
     """[slots, blocks] int32."""
     last_tokens: Tensor
     """[slots] int64."""
+    sampler: SamplerColumns
 
     @classmethod
     def build(cls, model: CausalLM, ops: Ops, spec: KVCacheSpec, num_blocks: int, slots: SlotTable) -> StepModel:
         """With a KV cache of its own."""
         cache = ops.allocate_kv_cache(spec, num_blocks)
-        return cls(model, ops, cache, spec.block_size, slots.device_block_table, slots.last_tokens)
+        return cls(
+            model, ops, cache, spec.block_size, slots.device_block_table, slots.last_tokens, slots.sampler.columns
+        )
 
     def logits(
         self,
@@ -60,9 +63,7 @@ class StepModel:
 
     def sample(self, step: StepFields, logits: Tensor) -> Tensor:
         """Choose tokens and keep them as their slots' last ones. Returns [N] int64."""
-        tokens = self.ops.sample(
-            logits, step.temperature, step.min_p, step.top_k, step.top_p, step.seeds, step.sample_positions
-        )
+        tokens = self.ops.sample(logits, step.sample_slots, step.sample_positions, self.sampler)
         self.ops.scatter_tokens_(self.last_tokens, step.sample_slots, tokens)
         return tokens
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flashserve.runner.device_queue import CpuQueue, DeviceQueue
+from flashserve.runner.device_queue import DeviceQueue
 from flashserve.runner.input_builder import Arrangement, InputBuilder
 from flashserve.runner.staging import StepFields, StepSizes, array_fields, num_bytes, tensor_fields
 from flashserve.runner.step_model import StepModel
@@ -22,9 +22,7 @@ log = logging.getLogger(__name__)
 
 _PER_TOKEN = ("token_ids", "token_slots", "positions", "slot_mapping")
 _PER_SEQ = ("slots", "seq_lens", "query_start_loc")
-_PER_ROW = (
-    "logits_rows", "sample_slots", "sample_positions", "seeds", "top_k", "temperature", "top_p", "min_p",
-)  # fmt: skip
+_PER_ROW = ("logits_rows", "sample_slots", "sample_positions")
 
 
 class Steps(Protocol):
@@ -125,8 +123,11 @@ class _DecodeGraph:
 class RecordedSteps:
     """Every step of any size from one recording: native operations read the step's sizes when they run."""
 
-    def __init__(self, model: StepModel, builder: InputBuilder, ops: Ops, capacity: StepSizes) -> None:
-        self.queue: DeviceQueue = CpuQueue()
+    def __init__(
+        self, model: StepModel, builder: InputBuilder, queue: DeviceQueue, capacity: StepSizes, ops: Ops
+    ) -> None:
+        """queue: one that does its work at once."""
+        self.queue = queue
         self._builder = builder
         buffer = torch.zeros(num_bytes(capacity), dtype=torch.uint8)
         self._host, self._fields = array_fields(buffer, capacity), tensor_fields(buffer, capacity)

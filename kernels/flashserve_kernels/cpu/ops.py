@@ -13,7 +13,7 @@ from flashserve_kernels.cpu.kv_cache import PackedKVLayer
 from flashserve_kernels.cpu.linear import PackedLinear
 from flashserve_kernels.cpu.program import Pool, Program
 from flashserve_kernels.kv_cache import KVCacheSpec
-from flashserve_kernels.ops import Ops
+from flashserve_kernels.ops import Ops, SamplerColumns
 
 
 class NativeOps(Ops):
@@ -102,14 +102,8 @@ class NativeOps(Ops):
     ) -> Tensor:
         return attention.paged_attention(self._pool, q, cache, batch, scale, window, softcap)
 
-    def sample(
-        self,
-        logits: Tensor,
-        temperature: Tensor,
-        min_p: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        seeds: Tensor,
-        positions: Tensor,
-    ) -> Tensor:
-        return sampling.sample_rows(self._pool, logits, temperature, min_p, top_k, top_p, seeds, positions)
+    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor, state: SamplerColumns) -> Tensor:
+        temperature, min_p, top_k = state["temperature"], state["min_p"], state["top_k"]
+        return sampling.sample_rows(
+            self._pool, logits, temperature, min_p, top_k, state["top_p"], state["seed"], positions, slots
+        )

@@ -30,22 +30,26 @@ def sample_rows(
     top_p: Tensor,
     seeds: Tensor,
     positions: Tensor,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """One token per row: greedy where the temperature is 0, else drawn as :func:`flashserve_kernels.sample` does.
 
-    logits: [N, V]; temperature, min_p (0 is off), top_p (1 is off): [N] float32; top_k (0 is off), seeds, positions:
-    [N] int64. Returns [N] int64. The noise has the reference's bits; its logarithms differ by up to 2e-6.
+    logits: [N, V]; positions: [N] int64. By slot, or by row where ``slots`` ([N] int64) is None, with any stride:
+    temperature, min_p (0 is off), top_p (1 is off): float32; top_k (0 is off), seeds: int64. Returns [N] int64. The
+    noise has the reference's bits; its logarithms differ by up to 2e-6.
     """
     _check_logits(logits)
-    for vector in (temperature, min_p, top_p):
-        _check_vector(vector, torch.float32)
-    for vector in (top_k, seeds, positions):
+    columns = (temperature, min_p, top_k, top_p, seeds)
+    for column in columns:
+        dtype = torch.int64 if column is top_k or column is seeds else torch.float32
+        if column.dim() != 1 or column.dtype != dtype:
+            raise ValueError(f"expected a vector of {dtype}, not {column.dtype} {tuple(column.shape)}")
+    for vector in (positions, *(() if slots is None else (slots,))):
         _check_vector(vector, torch.int64)
     rows = rows_of(logits)
     out = empty(rows, (), torch.int64)
-    emit(pool, program.SAMPLE, logits.dtype, rows,
-         (logits, out, temperature, min_p, top_k, top_p, seeds, positions),
-         (_TOKENS, logits.shape[1], logits.stride(0)))  # fmt: skip
+    emit(pool, program.SAMPLE, logits.dtype, rows, (logits, out, *columns, positions, slots),
+         (_TOKENS, logits.shape[1], logits.stride(0), *(column.stride(0) for column in columns)))  # fmt: skip
     return out
 
 

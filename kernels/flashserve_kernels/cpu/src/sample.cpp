@@ -10,8 +10,9 @@ namespace {
 
 // FS_SAMPLE. i: which of these, columns of the logits, elements from row to row.
 enum Which : int64_t {
-    TOKENS = 0,         // p: logits, out (int64), temperature (null: greedy), min_p, top_k, top_p, seeds, positions.
-                        // temperature, min_p and top_p are float32, the others int64.
+    TOKENS = 0,         // p: logits, out (int64), then by slot: temperature (float32; null: greedy), min_p (float32), top_k
+                        // (int64), top_p (float32), seeds (int64); then by row, int64: positions, slots (null: a row is its
+                        // own slot). i[3] to i[7]: elements from slot to slot.
     PENALTIES,          // p: logits (written), slots (int64), counts (int32 [slots, V]), in_prompt (1 byte [slots, V]), then
                         // per row float32: repetition, presence, frequency. i[3], i[4]: elements from slot to slot of both.
     COUNT_TOKENS,       // p: counts (int32 [slots, V], added to), slots (int64), tokens (int64). i[2]: from slot to slot.
@@ -249,7 +250,8 @@ void sample_row(const fs_op& op, int64_t row, Scratch& scratch) {
     const int64_t n = op.i[1];
     const T* logits = (const T*)op.p[0] + row * op.i[2];
     int64_t& out = ((int64_t*)op.p[1])[row];
-    const float temperature = op.p[2] ? ((const float*)op.p[2])[row] : 0.0f;
+    const int64_t slot = op.p[8] ? ((const int64_t*)op.p[8])[row] : row;
+    const float temperature = op.p[2] ? ((const float*)op.p[2])[slot * op.i[3]] : 0.0f;
     if (!(temperature > 0.0f)) {
         out = greedy(logits, n);
         return;
@@ -257,9 +259,10 @@ void sample_row(const fs_op& op, int64_t row, Scratch& scratch) {
     char* memory = (char*)scratch.get(Scores::bytes(n) + Candidates::bytes(n));
     const Scores scores(logits, n, temperature, memory);
     Candidates candidates(memory + Scores::bytes(n), n);
-    const uint64_t key = noise_key(((const int64_t*)op.p[6])[row], ((const int64_t*)op.p[7])[row]);
-    const bool truncated = truncate(scores, candidates, ((const float*)op.p[3])[row], ((const int64_t*)op.p[4])[row],
-                                    ((const float*)op.p[5])[row]);
+    const float min_p = ((const float*)op.p[3])[slot * op.i[4]], top_p = ((const float*)op.p[5])[slot * op.i[6]];
+    const int64_t top_k = ((const int64_t*)op.p[4])[slot * op.i[5]], seed = ((const int64_t*)op.p[6])[slot * op.i[7]];
+    const uint64_t key = noise_key(seed, ((const int64_t*)op.p[7])[row]);
+    const bool truncated = truncate(scores, candidates, min_p, top_k, top_p);
     out = truncated ? draw(candidates, key) : draw(scores, key, candidates.weights);
 }
 
