@@ -190,6 +190,27 @@ def test_a_closed_loop_waits_for_its_answers(loaded: Server, tmp_path: Path) -> 
     assert (tmp_path / "seconds.csv").read_text().startswith("second,phase,planned,sent,")
 
 
+@pytest.mark.parametrize("target", ["grpc", "http"])
+def test_a_conversation_repeats_what_was_said_and_finds_it_in_the_prefix_cache(
+    loaded: Server, tmp_path: Path, target: str
+) -> None:
+    url = {"grpc": f"grpc://{loaded.grpc}", "http": loaded.http}[target]
+    words = ["--model", "paced", "--users", "2", "--duration", "5", "--turns", "3", "--think-time", "0.1"]
+    wait_settled(loaded, "paced")
+    hits = loaded.metric("vllm:prefix_cache_hits_total", model_name="paced")
+    report = bench(tmp_path, url, *words, "--prompt-tokens", "200", "--output-tokens", "20", "--metrics-url", "none")
+    wait_settled(loaded, "paced")
+    hits = loaded.metric("vllm:prefix_cache_hits_total", model_name="paced") - hits
+    whole = report["whole"]
+    assert not report["errors"] and whole["counts"]["finished"] >= 12
+    # Three turns of 200 new tokens, with the answers before them.
+    lengths = whole["measures"]["prompt_tokens"]
+    assert lengths["min"] == pytest.approx(200, rel=0.2)
+    assert lengths["max"] > 2.5 * lengths["min"]
+    # The turns have about 200, 420 and 640 tokens, of which 0, 200 and 420 were there before.
+    assert hits / whole["counts"]["prompt_tokens"] > 0.3
+
+
 def test_a_trace_is_replayed_and_its_equal_blocks_are_found_in_the_prefix_cache(loaded: Server, tmp_path: Path) -> None:
     rows = [{"timestamp": 100 * row, "input_length": 700, "output_length": 4, "hash_ids": [7, 1000 + row]}
             for row in range(40)]  # fmt: skip
