@@ -13,8 +13,7 @@ import multiprocessing
 import socket
 import statistics
 
-from benchmarks.common.arguments import add_json
-from benchmarks.common.results import percentile, write_json
+from benchmarks.common.results import percentile
 from benchmarks.common.timing import wall_seconds
 from benchmarks.engine.core import make_core, start_decoding
 from flashserve.ipc.channel import Channel, ChannelClosed
@@ -25,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=256, help="requests that run at once (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4000, help="decode steps to time (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=128, help="prompt tokens of each (default: %(default)s)")
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,8 +36,6 @@ def run(args: argparse.Namespace) -> None:
         "us_per_request_and_step": round(statistics.median(step_ms) * 1000 / args.requests, 2),
     }
     print(json.dumps(figures, indent=2))
-    if args.json:
-        write_json(args.json, figures)
 
 
 def _time_steps(num_requests: int, prompt_len: int, steps: int) -> list[float]:

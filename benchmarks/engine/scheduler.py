@@ -11,8 +11,8 @@ import gc
 import statistics
 import time
 
-from benchmarks.common.arguments import add_json, numbers
-from benchmarks.common.results import percentile, rounded, write_json
+from benchmarks.common.arguments import numbers
+from benchmarks.common.results import percentile, rounded
 from benchmarks.common.tables import markdown
 from benchmarks.common.timing import wall_seconds
 from benchmarks.engine.core import PARAMS, make_core, start_decoding
@@ -26,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--running", type=numbers, default=[64, 256, 1024, 4096], help="default: 64,256,1024,4096")
     parser.add_argument("--waiting", type=numbers, default=[1, 1000, 100_000], help="default: 1,1000,100000")
     parser.add_argument("--steps", type=int, default=200, help="decode steps to time (default: %(default)s)")
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,8 +47,6 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"\nµs per request and step: {min(each)} to {max(each)}, a factor of {max(each) / min(each):.1f} over the table"
     )
-    if args.json:
-        write_json(args.json, figures)
 
 
 def _measure(running: int, waiting: int, steps: int) -> dict[str, float]:
