@@ -20,6 +20,7 @@ examples:
   flashserve bench http://gpu-box:8000 --model qwen --users 64 --output-tokens uniform:64-256
   flashserve bench --rate 10 --p99-ttft 500 --p99-itl 80    open loop; exit code 3 if an objective is missed
   flashserve bench --rate 2-40@120 --arrivals gamma:0.5     a ramp of bursts
+  flashserve bench --users 8 --turns 4 --think-time 2       conversations, whose requests repeat what was said
   flashserve bench --search 1-100 --p99-ttft 500            the highest rate within that
   flashserve bench 'grpc://localhost:8001*3' http://localhost:9000/v1   two protocols, three to one
 

@@ -45,6 +45,10 @@ def install(environment: Any, settings: Settings) -> Generator | None:
         environment.events.quitting.add_listener(director.on_quitting)
         if isinstance(runner, MasterRunner):
             runner.register_message(PROGRESS, director.on_progress)
+        if environment.web_ui is not None:
+            from .web import extend_web_ui  # what it needs comes with Locust's page
+
+            extend_web_ui(environment.web_ui, lambda: director.total)
     return generator
 
 

@@ -17,6 +17,7 @@ from .record import PLANNED, UNFINISHED, Record
 from .settings import Settings
 from .statistics import Statistics
 from .streams import Ask, Stream, stream_for
+from .workload import Conversation
 
 # A sleep of that length that comes back late shows that the process has more to do than its core can.
 LAG_PROBE_S = 0.05
@@ -139,11 +140,20 @@ class Generator:
             gevent.sleep(early)
         return self.now < self.settings.schedule.end_s
 
-    def next_of_closed_loop(self, stream: Stream) -> Record | None:
+    def next_of_closed_loop(self, stream: Stream, conversation: Conversation) -> Record | None:
         """A user's next request; None where the run's time is over."""
+        workload = self.settings.workload
+        if conversation.turns_left:
+            gevent.sleep(workload.think_s)
         if not self.wait_for_start():
             return None
-        return self.send(stream, self.settings.workload.ask(next(self._numbers)))
+        number = next(self._numbers)
+        if not conversation.turns_left:
+            conversation.begin(workload.new_turns(number))
+        ask = workload.ask(number, history=conversation.history)
+        record = self.send(stream, ask)
+        conversation.add(ask.prompt, record)
+        return record
 
     def _tell_locust(self, record: Record) -> None:
         """Entries by name in Locust's own statistics: coarse, but its pages and files show them."""

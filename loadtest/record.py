@@ -42,13 +42,21 @@ class Record:
     prompt_tokens: int | None = None
     """From the server's usage, like the next one."""
     output_tokens: int | None = None
+    texts: list[str] = field(default_factory=list)
+    """Of all chunks; reasoning and tool calls are not part of them."""
     error: str | None = None
     message: str = ""
 
-    def add_chunk(self, time_s: float, tokens: int | None, has_text: bool) -> None:
+    def add_chunk(self, time_s: float, tokens: int | None, has_text: bool, answer: str = "") -> None:
         """Role chunks, keep-alives and empty deltas carry nothing and are not counted."""
+        self.texts.append(answer)
         if tokens or (tokens is None and has_text):
             self.chunks.append((time_s, tokens))
+
+    @property
+    def answer(self) -> str:
+        """What a conversation's next turn repeats."""
+        return "".join(self.texts)
 
     @property
     def ttft(self) -> float:

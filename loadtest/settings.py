@@ -94,6 +94,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--shared-prefix": {"type": _COUNT, "metavar": "TOKENS", "help": "let prompts begin with a text that they share"},
     "--shared-share": {"type": _SHARE, "metavar": "SHARE", "help": "how many of them do, 0 to 1 (default: 1)"},
     "--prefix-groups": {"type": _COUNT, "metavar": "N", "help": "how many such texts there are (default: 1)"},
+    "--turns": {"type": _checked(lengths.parse_length), "metavar": "LENGTH",
+                "help": "closed loop: turns of a user's conversation, in the same forms; each repeats those before "
+                "it with their answers (default: 1)"},
+    "--think-time": {"type": _SECONDS, "metavar": "S", "help": "between an answer and the next turn (default: 0)"},
     "--respect-eos": {"action": "store_true",
                       "help": "let the model end its answers, instead of sending ignore_eos for exact lengths"},
     "--param": {"type": _checked(_parameter), "action": "append", "metavar": "NAME=VALUE",
@@ -121,9 +125,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # An option that means nothing alone: what it needs.
 _NEEDS = {
     "arrivals": "rate", "trace_speed": "trace", "shared_share": "shared_prefix", "prefix_groups": "shared_prefix",
-    "cancel_after": "cancel_share", "short_timeout": "timeout_share",
+    "cancel_after": "cancel_share", "short_timeout": "timeout_share", "think_time": "turns",
 }  # fmt: skip
-_EXCLUDE = (("trace", "rate"), ("trace", "prompt_tokens"), ("trace", "output_tokens"), ("trace", "shared_prefix"))
+_EXCLUDE = (("trace", "rate"), ("trace", "prompt_tokens"), ("trace", "output_tokens"), ("trace", "shared_prefix"),
+            ("turns", "rate"), ("turns", "trace"))  # fmt: skip
 
 
 def add_options(parser: Any) -> None:
@@ -180,6 +185,8 @@ def settings_from(options: argparse.Namespace, targets: list[str]) -> Settings:
         Trouble(options.cancel_share, options.cancel_after or 8, options.timeout_share, options.short_timeout or 1.0),
         params,
         options.timeout,
+        lengths.parse_length(options.turns or "1"),
+        options.think_time or 0.0,
     )  # fmt: skip
     return Settings(
         parsed, options.model, Schedule(options.warmup, _duration(options, rate, trace)), workload, rate,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import gevent
@@ -25,6 +26,7 @@ from .interface import BAD_OPTIONS, DEFAULT_TARGET
 from .record import Record
 from .settings import add_options, settings_from
 from .streams import Ask, Stream
+from .workload import Conversation
 
 logger = logging.getLogger("loadtest")
 generator: Generator | None = None
@@ -38,17 +40,25 @@ class LlmUser(User):
     protocol: ClassVar[str] = ""
     url: ClassVar[str] = ""
 
+    def __init__(self, environment: Any) -> None:
+        super().__init__(environment)
+        self.conversation = Conversation()
+
     @property
     def stream(self) -> Stream:
         assert generator is not None  # masters have no users
         return generator.streams[self.url]
 
-    def ask(self, prompt: str, max_tokens: int, **params: Any) -> Record:
-        """A request of one's own; it is measured like the workload's. Ends the user when the run's time is over."""
+    def ask(self, prompt: str, max_tokens: int, history: Sequence[tuple[str, str]] = (), **params: Any) -> Record:
+        """A request of one's own; it is measured like the workload's. Ends the user when the run's time is over.
+
+        history: prompts and answers (``Record.answer``) of the conversation's earlier turns.
+        """
         assert generator is not None
         if not generator.wait_for_start():
             raise StopUser
-        record = generator.send(self.stream, Ask(prompt, max_tokens, params, generator.settings.workload.timeout_s))
+        timeout_s = generator.settings.workload.timeout_s
+        record = generator.send(self.stream, Ask(prompt, max_tokens, params, timeout_s, history=tuple(history)))
         _leave_if_over(record)
         return record
 
@@ -71,7 +81,7 @@ class OpenAIUser(LlmUser):
 def next_of_workload(user: LlmUser) -> None:
     """A task: the next request that the options describe. In an open loop requests need no users."""
     assert generator is not None
-    record = None if generator.settings.is_open else generator.next_of_closed_loop(user.stream)
+    record = None if generator.settings.is_open else generator.next_of_closed_loop(user.stream, user.conversation)
     if record is None:
         gevent.sleep(0.1)
     else:

@@ -7,8 +7,8 @@
 Five systems with the same weights, prompts and lengths: transformers one by one, in static batches with left padding
 and with its own continuous batching, flashserve's engine alone, and flashserve through Triton with a client on the same
 cores. Parts: the grid of requests, batch and output length; requests of mixed lengths at once, with what is wasted of
-steps and of KV memory; mixed lengths arriving over time, with throughput against latency; and TinyLlama's shape beside
-figures that others published. Writes Markdown, JSON and pictures.
+steps and of KV memory; and mixed lengths arriving over time, with throughput against latency. Writes Markdown, JSON and
+pictures.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ import argparse
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.batching.grid import Grid, measure_grid
 from benchmarks.batching.load import Mixed, measure_load, measure_mixed
 from benchmarks.batching.pictures import draw_all
-from benchmarks.batching.published import measure_published
 from benchmarks.batching.report import Findings, as_json, as_markdown
-from benchmarks.batching.systems import MAX_BATCH, SYSTEMS, Processes, warm_up
-from benchmarks.batching.workload import mixed_lengths
+from benchmarks.batching.workload import equal_lengths, mixed_lengths
 from benchmarks.common.arguments import CACHE, CORES, new_parser, numbers
+from benchmarks.common.environments import NotAvailable
 from benchmarks.common.machine import describe_machine, measure_ceilings
+from benchmarks.common.processes import Processes
 from benchmarks.common.random_model import make_random_model
 from benchmarks.common.results import cpu_result, result_folder, write_json
 from benchmarks.common.shapes import CPU_SHAPES, SHAPES, ModelCost
 from benchmarks.common.worker import WorkerError
 
-PARTS = ("grid", "mixed", "load", "published")
+PARTS = ("grid", "mixed", "load")
 QUICK = {"requests": [4, 8], "batch": [1, 4], "output": [4, 8], "prompt": 32, "rounds": 1, "load_batch": 4}
-MAX_LEN = 448  # 256 + 128 of the mixed requests, and some room
+LONGEST = (256, 128)  # prompt and output of requests of mixed lengths
 CONTEXT = 2048  # what a server would set aside for each request that it cannot see the end of
 
 
@@ -43,9 +44,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = new_parser(__doc__, "batching")
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
-    add("--shape", choices=CPU_SHAPES, default="smollm2-135m", help="of all parts but published (default: %(default)s)")
+    add("--shape", choices=CPU_SHAPES, default="smollm2-135m", help="the model's shape (default: %(default)s)")
     add("--requests", type=numbers, default=[8, 32, 64, 128], help="of the grid (default: 8,32,64,128)")
-    add("--batch", type=numbers, default=[1, 4, 8, 16, 32], help="of the grid, at most 32 each (default: 1,4,8,16,32)")
+    add("--batch", type=numbers, default=[1, 4, 8, 16, 32], help="of the grid (default: 1,4,8,16,32)")
     add("--output", type=numbers, default=[16, 32, 64], help="output tokens of the grid (default: 16,32,64)")
     add("--prompt", type=int, default=128, help="prompt tokens of the grid (default: %(default)s)")
     add("--rounds", type=int, default=2, help="of the grid (default: %(default)s)")
@@ -54,10 +55,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--quick", action="store_true", help="a corner of everything, in which options that are given still hold")
     add("--out", type=Path, help="where results go (default: benchmarks/batching/results; with --quick /tmp)")
     args = parser.parse_args()
-    if max(*args.batch, args.load_batch) > MAX_BATCH:
-        parser.error(f"a batch has at most {MAX_BATCH} requests")
-    if args.prompt + max(args.output) >= MAX_LEN:
-        parser.error(f"prompt and output together must stay below {MAX_LEN} tokens")
     if args.quick:  # what is given all the same wins
         parser.set_defaults(**QUICK)
         args = parser.parse_args()
@@ -69,20 +66,19 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     started = time.monotonic()
-    cost = ModelCost.of(SHAPES[args.shape])
     found = Findings(
         shape=args.shape,
         machine=describe_machine(),
         settings={name: value for name, value in vars(args).items() if not isinstance(value, Path)},
         grid=Grid(args.requests, args.batch, args.output, args.prompt),
     )
-    ceilings = measure_ceilings(cost.weight_bytes, args.threads, CACHE)
-    found.ceilings = {"read_gb_s": ceilings.read_gb_s, "gemm_tflop_s": ceilings.gemm_tflop_s}
-    print(f"the machine reads {ceilings.read_gb_s:.1f} GB/s and multiplies at {ceilings.gemm_tflop_s:.2f} TFLOP/s")
+    ceilings = measure_ceilings(ModelCost.of(SHAPES[args.shape]).weight_bytes, args.threads)
+    found.ceilings = asdict(ceilings)
+    print(ceilings)
     path = cpu_result(args.out.expanduser().resolve(), found.machine, f"{args.shape}{'-quick' if args.quick else ''}")
     try:
         _measure(args, found)
-    except WorkerError as error:
+    except (WorkerError, NotAvailable) as error:
         sys.exit(f"a system failed: {error}\nwhat it said is in {CACHE / 'logs'}")
     text = as_markdown(found)
     print("\n" + text)
@@ -96,26 +92,24 @@ def main() -> None:
 
 def _measure(args: argparse.Namespace, found: Findings) -> None:
     """All parts that are wanted, into ``found``."""
-    names = tuple(SYSTEMS)
-    if set(args.parts) - {"published"}:
-        with Processes(make_random_model(args.shape), MAX_LEN, args.threads, CACHE / "logs") as processes:
-            warm_up(processes, names, sorted({*args.batch, args.load_batch}), args.prompt)
-            found.versions = processes.versions
-            if "grid" in args.parts:
-                print(f"grid: {len(found.grid.keys(names))} measurements, {args.rounds} rounds", flush=True)
-                measure_grid(processes, names, found.grid, args.rounds)
-            if "mixed" in args.parts:
-                count, batch, scale = (8, 4, 0.25) if args.quick else (32, 8, 1.0)
-                work = mixed_lengths(count, None, processes.vocab_size, scale)
-                found.mixed = Mixed(work, batch, CONTEXT)
-                measure_mixed(processes, names, found.mixed)
-            if "load" in args.parts:
-                measure_load(processes, names, args.load_batch, args.quick, found.points)
-    if "published" in args.parts:
-        print("published: TinyLlama-1.1B's shape", flush=True)
-        with Processes(make_random_model("tinyllama-1.1b"), 256, args.threads, CACHE / "logs") as processes:
-            found.published = measure_published(processes, loops=1 if args.quick else 2)
-            found.versions = found.versions or processes.versions
+    model = make_random_model(args.shape)
+    vocab_size = SHAPES[args.shape]["vocab_size"]
+    work = [
+        (batch, equal_lengths(batch, args.prompt, max(args.output), vocab_size))
+        for batch in sorted({*args.batch, args.load_batch})
+    ]
+    count, batch, scale = (8, 4, 0.25) if args.quick else (32, 8, 1.0)
+    work.append((batch, equal_lengths(1, *LONGEST, vocab_size)))
+    with Processes(model, CACHE, work, threads=args.threads) as processes:
+        if "grid" in args.parts:
+            print(f"grid: {len(found.grid.measurements())} measurements, {args.rounds} rounds", flush=True)
+            measure_grid(processes, found.grid, args.rounds)
+        if "mixed" in args.parts:
+            found.mixed = Mixed(mixed_lengths(count, None, vocab_size, scale), batch, CONTEXT)
+            measure_mixed(processes, found.mixed)
+        if "load" in args.parts:
+            measure_load(processes, args.load_batch, args.quick, found.points)
+        found.versions = {name: text for each in processes.started.values() for name, text in each.versions.items()}
 
 
 if __name__ == "__main__":

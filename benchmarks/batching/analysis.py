@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.batching.workload import Workload
-from benchmarks.common.protocol import Run
+from benchmarks.common.protocol import Requests, Run
 from benchmarks.common.results import percentile
 
 
@@ -85,7 +84,7 @@ def slots_of(starts: Sequence[float], ends: Sequence[float]) -> list[int]:
     return slots
 
 
-def latencies(work: Workload, outcome: Run) -> dict[str, float]:
+def latencies(work: Requests, outcome: Run) -> dict[str, float]:
     """Of requests, counted from their arrival. Normalised: to the last token, divided by the number of tokens."""
     times = list(zip(work.arrivals, outcome.firsts, outcome.ends, work.outputs, strict=True))
     whole = [end - arrival for arrival, _, end, _ in times]

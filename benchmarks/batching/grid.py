@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.batching.systems import NAIVE, SYSTEMS, Processes
-from benchmarks.batching.workload import equal_lengths
-
-WAVES = {NAIVE: 2, "static": 1, "continuous": 2, "offline": 2, "served": 2}
+from benchmarks.batching.workload import SYSTEMS, equal_lengths
+from benchmarks.common.engines import ENGINES, NAIVE, STATIC
+from benchmarks.common.processes import Processes
 
 
 @dataclass
@@ -32,9 +31,9 @@ class Grid:
     def measured(self, name: str, requests: int, batch: int, output: int) -> tuple[str, int, int, int]:
         """The measurement that a cell stands on."""
         if name == NAIVE or min(batch, requests) == 1:
-            name, batch = (NAIVE if SYSTEMS[name].process == "transformers" else name), 1
+            name, batch = (NAIVE if ENGINES[name].script == ENGINES[NAIVE].script else name), 1
         batch = min(batch, requests)
-        return name, min(requests, WAVES[name] * batch), batch, output
+        return name, min(requests, (1 if name == STATIC else 2) * batch), batch, output
 
     def rate(self, name: str, requests: int, batch: int, output: int) -> float:
         """The median of the rounds."""
@@ -44,14 +43,14 @@ class Grid:
         """Over one request at a time."""
         return self.rate(name, requests, batch, output) / self.rate(NAIVE, requests, 1, output)
 
-    def keys(self, names: Sequence[str]) -> list[tuple[str, int, int, int]]:
+    def measurements(self) -> list[tuple[str, int, int, int]]:
         """All measurements, those that are compared beside each other."""
         keys = [
             self.measured(name, requests, batch, output)
             for output in self.outputs
             for batch in self.batches
             for requests in self.requests
-            for name in names
+            for name in SYSTEMS
         ]
         return list(dict.fromkeys(keys))
 
@@ -60,16 +59,18 @@ class Grid:
         return [{**dict(zip(names, key, strict=True)), "tokens_per_s": rates} for key, rates in self.rates.items()]
 
 
-def measure_grid(processes: Processes, names: Sequence[str], grid: Grid, rounds: int) -> None:
+def measure_grid(processes: Processes, grid: Grid, rounds: int) -> None:
     """Fill the grid; each round measures everything once."""
-    keys = grid.keys(names)
+    keys = grid.measurements()
     for number in range(1, rounds + 1):
         for index, key in enumerate(keys, 1):
             name, requests, batch, output = key
-            outcome = processes.run(name, batch, equal_lengths(requests, grid.prompt, output, processes.vocab_size))
+            outcome = processes.run(
+                name, batch, equal_lengths(requests, grid.prompt, output, processes.config["vocab_size"])
+            )
             grid.rates.setdefault(key, []).append(outcome.tokens_per_s)
             print(
                 f"  round {number} of {rounds}, {index} of {len(keys)}: {requests:3} requests, batch {batch:2}, "
-                f"{output} out: {SYSTEMS[name].title:34} {outcome.tokens_per_s:7.1f} tokens/s",
+                f"{output} out: {ENGINES[name].title:34} {outcome.tokens_per_s:7.1f} tokens/s",
                 flush=True,
             )

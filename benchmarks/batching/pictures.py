@@ -1,4 +1,4 @@
-"""The three pictures: where static batches wait, what batching gains, and throughput against latency."""
+"""The pictures: where static batches wait, what batching gains, and throughput against latency."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 
 from benchmarks.batching.grid import Grid
 from benchmarks.batching.load import Mixed, Point
-from benchmarks.batching.systems import NAIVE, SYSTEMS
+from benchmarks.batching.workload import OURS, SERVED, SYSTEMS
+from benchmarks.common.engines import CONTINUOUS, ENGINES, NAIVE, STATIC
 from benchmarks.common.plots import COLORS, Theme, draw, head
 
-COLOR = dict(
-    zip(("served", "continuous", "static", NAIVE, "offline"), (*COLORS[:3], COLORS[6], COLORS[4]), strict=True)
-)
+COLOR = {SERVED: COLORS[0], CONTINUOUS: COLORS[1], STATIC: COLORS[2], NAIVE: COLORS[6], OURS: COLORS[4]}
 MARKER = dict(zip(SYSTEMS, ("s", "^", "v", "o", "D"), strict=True))
 
 
@@ -24,7 +23,6 @@ def draw_all(path: Path, subtitle: str, grid: Grid, mixed: Mixed | None, points:
     if mixed is not None:
         files += draw(path.with_name(f"{path.name}-slots"), (9, 5.6), partial(_slots, mixed, subtitle))
     if grid.rates:
-        files += draw(path.with_name(f"{path.name}-rates"), (7.5, 4.6), partial(_rates, grid, subtitle))
         files += draw(path.with_name(f"{path.name}-speedup"), (9, 3.6), partial(_speedup, grid, subtitle))
     if points:
         files += draw(path.with_name(f"{path.name}-latency"), (7.5, 4.8), partial(_latency, points, subtitle))
@@ -34,14 +32,14 @@ def draw_all(path: Path, subtitle: str, grid: Grid, mixed: Mixed | None, points:
 def _slots(mixed: Mixed, subtitle: str, figure: Any, theme: Theme) -> None:
     """Steps to the right, a row for each place in the batch, a bar for each request."""
     panels = {
-        "static": "Static batches: all places wait for the longest request",
-        "offline": "Continuous batching (flashserve): the next request takes a free place at once",
+        STATIC: "Static batches: all places wait for the longest request",
+        OURS: "Continuous batching (flashserve): the next request takes a free place at once",
     }
     axes = figure.subplots(2, 1, sharex=True)
     end = max(max(mixed.systems[name]["steps"]["last"]) for name in panels)
     for ax, (name, title) in zip(axes, panels.items(), strict=True):
         steps = mixed.systems[name]["steps"]
-        _bars(ax, steps, mixed.work.outputs if name == "static" else None, theme)
+        _bars(ax, steps, mixed.work.outputs if name == STATIC else None, theme)
         total = max(steps["last"])
         ax.axvline(total, color=theme.text, linewidth=1, linestyle="dashed")
         ax.text(total + end * 0.008, mixed.batch - 0.9, f"done after\n{total} steps", fontsize=9, va="top")
@@ -70,34 +68,11 @@ def _bars(ax: Any, steps: dict[str, list[int]], outputs: Sequence[int] | None, t
     ax.bar(0, 0, color=theme.faint, alpha=0.8, hatch="////", edgecolor=theme.background, label="computed for nobody")
 
 
-def _rates(grid: Grid, subtitle: str, figure: Any, theme: Theme) -> None:
-    """Tokens per second by batch, of as many requests as there are in the grid."""
-    axes, requests, output, ends = figure.subplots(), max(grid.requests), max(grid.outputs), {}
-    for name, system in SYSTEMS.items():
-        rates = [grid.rate(name, requests, 1 if name == NAIVE else batch, output) for batch in grid.batches]
-        style = {"linestyle": "dashed"} if name == NAIVE else {"marker": MARKER[name], "markersize": 5}
-        axes.plot(grid.batches, rates, color=COLOR[name], linewidth=2.4 if system.ours else 1.6, **style)
-        ends[f"{system.title} {rates[-1]:.0f}"] = rates[-1]
-    height, least = 0.0, 1 + 0.012 * len(ends) * (max(ends.values()) / min(ends.values())) ** 0.25
-    for text, rate in sorted(ends.items(), key=lambda item: item[1]):
-        height = max(rate, height * least)  # labels of neighbouring lines must not cover each other
-        axes.text(grid.batches[-1] * 1.12, height, text, va="center", fontsize=9)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlim(grid.batches[0] * 0.9, grid.batches[-1] * 6)
-    axes.set_xticks(grid.batches, [str(batch) for batch in grid.batches])
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel("requests computed at once (batch)")
-    axes.set_ylabel("output tokens per second, all users")
-    axes.grid(axis="y", alpha=0.6)
-    head(figure, f"Throughput: {grid.prompt} tokens in, {output} out", subtitle, theme)
-
-
 def _speedup(grid: Grid, subtitle: str, figure: Any, theme: Theme) -> None:
     """flashserve through Triton over one request at a time: requests upwards, batch to the right."""
     panels = figure.subplots(1, len(grid.outputs), sharey=True, squeeze=False)[0]
     tables = [
-        [[grid.speedup("served", requests, batch, output) for batch in grid.batches] for requests in grid.requests]
+        [[grid.speedup(SERVED, requests, batch, output) for batch in grid.batches] for requests in grid.requests]
         for output in grid.outputs
     ]
     most = max(max(map(max, table)) for table in tables)
@@ -121,15 +96,21 @@ def _speedup(grid: Grid, subtitle: str, figure: Any, theme: Theme) -> None:
 def _latency(points: Sequence[Point], subtitle: str, figure: Any, theme: Theme) -> None:
     """Each line is a system under more and more load; it ends where requests queue for as long as they come."""
     axes = figure.subplots()
-    for name, system in SYSTEMS.items():
+    for name in SYSTEMS:
         own = [point for point in points if point.system == name]
         if not own:
             continue
         rates = [point.tokens_per_s for point in own]
         times = [point.latency["normalised_p50_ms"] for point in own]
-        width = 2.4 if system.ours else 1.6
+        width = 2.4 if ENGINES[name].ours else 1.6
         axes.plot(
-            rates, times, color=COLOR[name], linewidth=width, marker=MARKER[name], markersize=5, label=system.title
+            rates,
+            times,
+            color=COLOR[name],
+            linewidth=width,
+            marker=MARKER[name],
+            markersize=5,
+            label=ENGINES[name].title,
         )
         if not own[-1].keeps_up:
             axes.plot(rates[-1], times[-1], marker="x", markersize=11, color=theme.text, linestyle="none")

@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.batching.grid import Grid
 from benchmarks.batching.load import NAIVE_REQUESTS, Mixed, Point
-from benchmarks.batching.published import FLASH_SERVE
-from benchmarks.batching.systems import NAIVE, SYSTEMS
+from benchmarks.batching.workload import OURS, SERVED, SYSTEMS
+from benchmarks.common.engines import CONTINUOUS, ENGINES, NAIVE, STATIC
 from benchmarks.common.results import rounded
 from benchmarks.common.tables import markdown
 
@@ -28,7 +28,6 @@ class Findings:
     versions: dict[str, str] = field(default_factory=dict)
     mixed: Mixed | None = None
     points: list[Point] = field(default_factory=list)
-    published: dict[str, Any] | None = None
 
     @property
     def subtitle(self) -> str:
@@ -55,7 +54,6 @@ def as_json(found: Findings) -> dict[str, Any]:
             "grid": {"prompt": found.grid.prompt, "measured": found.grid.as_json()},
             "mixed": mixed,
             "load": [point.as_json() for point in found.points],
-            "published": found.published,
         }
     )
 
@@ -76,32 +74,30 @@ def as_markdown(found: Findings) -> str:
         lines += _mixed_lines(found.mixed)
     if found.points:
         lines += _load_lines(found.points)
-    if found.published is not None:
-        lines += _published_lines(found.published)
     return "\n".join(lines) + "\n"
 
 
 def _rate_lines(grid: Grid) -> list[str]:
     requests, output = max(grid.requests), max(grid.outputs)
     rows = [["tokens/s (times one by one)", *(f"batch {batch}" for batch in grid.batches)]]
-    for name, system in SYSTEMS.items():
+    for name in SYSTEMS:
         cells = []
         for batch in grid.batches if name != NAIVE else [1]:
             rate, times = grid.rate(name, requests, batch, output), grid.speedup(name, requests, batch, output)
             cells.append(f"{rate:.0f} ({times:.1f}×)" if rate >= 99.5 else f"{rate:.1f} ({times:.1f}×)")
-        rows.append([system.title, *cells, *["-"] * (len(grid.batches) - len(cells))])
+        rows.append([ENGINES[name].title, *cells, *["-"] * (len(grid.batches) - len(cells))])
     return ["", f"## {requests} requests of {grid.prompt} tokens in, {output} out", "", *markdown(rows)]
 
 
 def _speedup_lines(grid: Grid) -> list[str]:
     lines = ["", "## Times one by one, for each number of requests, batch and output length"]
-    for name in ("served", "static", "continuous"):
+    for name in (SERVED, STATIC, CONTINUOUS):
         rows = [["output, requests", *(f"batch {batch}" for batch in grid.batches)]]
         for output in grid.outputs:
             for requests in grid.requests:
                 cells = [f"{grid.speedup(name, requests, batch, output):.1f}" for batch in grid.batches]
                 rows.append([f"{output} out, {requests}", *cells])
-        lines += ["", f"{SYSTEMS[name].title}:", "", *markdown(rows)]
+        lines += ["", f"{ENGINES[name].title}:", "", *markdown(rows)]
     lines += ["", (
         "Equal lengths pass in waves that cost the same: one wave of a static batch was measured, two of the others, "
         "and more requests have that rate. One by one was measured once per output length."
@@ -117,7 +113,7 @@ def _mixed_lines(mixed: Mixed) -> list[str]:
         times = f"{found['tokens_per_s'] / naive:.1f}" if naive else "-"
         shares = [f"{found[key]:.0%}" if key in found else "-" for key in ("wasted", "busy")]
         latency = [f"{found[key]:.1f}" if name != NAIVE else "-" for key in ("latency_p50_s", "latency_p95_s")]
-        rows.append([SYSTEMS[name].title, f"{found['tokens_per_s']:.1f}", times, *shares, *latency])
+        rows.append([ENGINES[name].title, f"{found['tokens_per_s']:.1f}", times, *shares, *latency])
     lines = [
         "",
         f"## {len(mixed.work)} requests of mixed lengths at once, batch {mixed.batch}",
@@ -127,7 +123,7 @@ def _mixed_lines(mixed: Mixed) -> list[str]:
         "",
         *markdown(rows),
     ]
-    if "kv" in (ours := mixed.systems.get("offline", {})):
+    if "kv" in (ours := mixed.systems.get(OURS, {})):
         rows = [["KV memory that is set aside for running requests", "used"]]
         rows += [[name, f"{share:.1%}"] for name, share in ours["kv"].items()]
         lost = f"{ours['kv_lost_tokens']:.1f} tokens per request are lost to blocks of {ours['block_size']}"
@@ -141,25 +137,8 @@ def _load_lines(points: Sequence[Point]) -> list[str]:
         keys = ("normalised_p50_ms", "normalised_p95_ms", "ttft_p50_ms", "ttft_p95_ms")
         offered = f"{point.offered:g}" + ("" if point.keeps_up else " (too much)")
         latency = [f"{point.latency[key]:.0f}" for key in keys]
-        rows.append([SYSTEMS[point.system].title, offered, f"{point.tokens_per_s:.1f}", *latency])
+        rows.append([ENGINES[point.system].title, offered, f"{point.tokens_per_s:.1f}", *latency])
     return ["", "## Mixed lengths arriving at random: throughput and latency", "", *markdown(rows), "", (
         "Milliseconds per output token: from a request's arrival to its last token, waiting included, divided by its "
         "tokens. What gives all tokens at once has its first token at the end."
-    )]  # fmt: skip
-
-
-def _published_lines(found: dict[str, Any]) -> list[str]:
-    other, naive = found["torchweave"], found["transformers_one_by_one_tokens_per_s"]
-    static = found["transformers_static_tokens_per_s"]
-    rows = [
-        ["TinyLlama-1.1B's shape, CPU, 4 users", "tokens/s", "first token, s"],
-        ["flashserve through Triton", f"{found['tokens_per_s']:.1f}", f"{found['ttft_s']:.2f}"],
-        ["TorchWeave, as published", f"{other['tokens_per_s']}", f"{other['ttft_s']}"],
-        ["transformers, static batch of 4, here", f"{static:.1f}", "-"],
-        ["transformers, one by one, here", f"{naive:.1f}", "-"],
-    ]
-    return ["", "## Beside what others published", "", *markdown(rows), "", (
-        f"{found['prompt']} tokens in, {found['output']} out. TorchWeave's machine and lengths are not known. "
-        f"Flash-Serve claims at least {FLASH_SERVE:g} times Hugging Face; here it is "
-        f"{found['tokens_per_s'] / naive:.1f} times one by one and {found['tokens_per_s'] / static:.1f} times static."
     )]  # fmt: skip

@@ -4,37 +4,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from benchmarks.common.engines import CONTINUOUS, NAIVE, STATIC
+from benchmarks.common.protocol import Requests
+
+OURS, SERVED = "flashserve", "flashserve-served"
+SYSTEMS = (NAIVE, STATIC, CONTINUOUS, OURS, SERVED)
+"""The compared engines, in the order of the tables."""
 
 
-@dataclass(frozen=True)
-class Workload:
-    """Requests in the order of their arrival."""
-
-    prompts: list[list[int]]
-    outputs: list[int]
-    """Tokens that each request asks for, and gets: there is no end token."""
-    arrivals: list[float]
-    """Seconds after the beginning."""
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    @property
-    def total_output(self) -> int:
-        return sum(self.outputs)
-
-    def head(self, count: int) -> Workload:
-        return Workload(self.prompts[:count], self.outputs[:count], self.arrivals[:count])
-
-
-def equal_lengths(count: int, prompt: int, output: int, vocab_size: int) -> Workload:
+def equal_lengths(count: int, prompt: int, output: int, vocab_size: int) -> Requests:
     """All at once, all of one length."""
     rng = random.Random(prompt)
-    return Workload(_prompts(rng, [prompt] * count, vocab_size), [output] * count, [0.0] * count)
+    return Requests(_prompts(rng, [prompt] * count, vocab_size), [output] * count, [0.0] * count)
 
 
-def mixed_lengths(count: int, rate: float | None, vocab_size: int, scale: float = 1.0, seed: int = 0) -> Workload:
+def mixed_lengths(count: int, rate: float | None, vocab_size: int, scale: float = 1.0, seed: int = 0) -> Requests:
     """Prompts of 16 to 256 tokens and outputs of 8 to 128, most of them short (uniform in the logarithm, as lengths of
     chats roughly are). rate: requests per second, at random times (Poisson); None: all at once.
 
@@ -50,7 +35,7 @@ def mixed_lengths(count: int, rate: float | None, vocab_size: int, scale: float 
     for _ in range(count):
         arrivals.append(clock)
         clock += rng.expovariate(rate) if rate else 0.0
-    return Workload(prompts, outputs, arrivals)
+    return Requests(prompts, outputs, arrivals)
 
 
 def _prompts(rng: random.Random, lengths: Sequence[int], vocab_size: int) -> list[list[int]]:

@@ -43,10 +43,6 @@ def model_folder(text: str) -> Path:
     return Path(text).resolve()
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-
-
 def run_parts(doc: str | None, program: str, parts: dict[str, ModuleType]) -> None:
     """Run one part of a question. Each is a module with ``add_arguments(parser)`` and ``run(args)``."""
     parser = new_parser(doc, program)

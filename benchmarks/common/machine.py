@@ -1,17 +1,15 @@
 """A CPU machine: what it is, and what it can do at most.
 
-    python -m benchmarks.common.machine BYTES THREADS CACHE      # the ceilings, as JSON
+    python -m benchmarks.common.machine BYTES THREADS      # the ceilings, as JSON
 
 Comparisons call it once a round, as a process of its own: a virtual machine's bandwidth changes from minute to minute.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -25,42 +23,6 @@ from benchmarks.common.timing import best_seconds
 
 CEILINGS_TIMEOUT_S = 120.0
 
-READ_C = r"""
-#include <omp.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <time.h>
-typedef uint64_t v8 __attribute__((vector_size(64)));
-static double now(void) { struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec + t.tv_nsec * 1e-9; }
-volatile uint64_t sink[1024];
-int main(int count, char **arguments) {
-  size_t bytes = strtoull(arguments[1], 0, 10) / (1 << 20) * (1 << 20), threads = strtoull(arguments[2], 0, 10);
-  char *data;
-  if (count != 3 || !bytes || posix_memalign((void **)&data, 2 << 20, bytes)) return 1;
-  madvise(data, bytes, MADV_HUGEPAGE);
-  memset(data, 1, bytes);
-  double best = 1e9, end = now() + 1.0;
-  while (now() < end) {
-    double start = now();
-    #pragma omp parallel num_threads(threads)
-    {
-      size_t me = omp_get_thread_num(), part = bytes / threads / 256 * 256;
-      const v8 *p = (const v8 *)(data + me * part);
-      v8 a = {0}, b = {0}, c = {0}, d = {0};
-      for (size_t i = 0; i < part / 64; i += 4) { a += p[i]; b += p[i + 1]; c += p[i + 2]; d += p[i + 3]; }
-      a += b + c + d;
-      sink[me * 8 % 1024] = a[0] + a[1] + a[2] + a[3] + a[4] + a[5] + a[6] + a[7];
-    }
-    double seconds = now() - start;
-    if (seconds < best) best = seconds;
-  }
-  printf("%f\n", bytes / best / 1e9);
-}
-"""
-
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -70,6 +32,9 @@ class Ceilings:
     """All cores reading as many bytes as the model's weights, again and again."""
     gemm_tflop_s: float
     """bfloat16, 2048 x 2048 x 2048, torch."""
+
+    def __str__(self) -> str:
+        return f"{self.read_gb_s:.1f} GB/s read, {self.gemm_tflop_s:.2f} TFLOP/s in bfloat16"
 
     @property
     def rates(self) -> tuple[float, float]:
@@ -96,44 +61,26 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def available_memory() -> int:
-    """Bytes that new processes may use."""
-    return int(psutil.virtual_memory().available)
-
-
-def measure_ceilings(weight_bytes: int, threads: int, cache: Path) -> Ceilings:
+def measure_ceilings(weight_bytes: int, threads: int) -> Ceilings:
     """In a process of its own, so that no thread of it is left."""
-    command = [sys.executable, "-m", "benchmarks.common.machine", str(weight_bytes), str(threads), str(cache)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=CEILINGS_TIMEOUT_S, cwd=ROOT)
+    command = [sys.executable, "-m", "benchmarks.common.machine", str(weight_bytes), str(threads)]
+    # Huge pages, as our weights have.
+    environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=CEILINGS_TIMEOUT_S, cwd=ROOT, env=environment
+    )
     if done.returncode != 0:
         raise RuntimeError(f"cannot measure the machine's ceilings:\n{done.stderr[-2000:]}")
     return Ceilings(**json.loads(done.stdout))
 
 
-def read_bandwidth(size: int, threads: int, cache: Path) -> float:
-    """GB/s; a small C program where there is a compiler, else torch."""
-    program = _reader(cache)
-    if program is not None:
-        return float(subprocess.run([program, str(size), str(threads)], capture_output=True, check=True).stdout)
+def read_bandwidth(size: int, threads: int) -> float:
+    """GB/s of a dot product: two streams that are read, and next to nothing else."""
     import torch
 
     torch.set_num_threads(threads)
-    data = torch.ones(size // 4, dtype=torch.int32)
-    return size / best_seconds(data.sum) / 1e9
-
-
-def _reader(cache: Path) -> Path | None:
-    """The compiled READ_C, or None."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    program = cache / f"read-bandwidth-{hashlib.sha256(READ_C.encode()).hexdigest()[:12]}"
-    if program.exists() or compiler is None:
-        return program if program.exists() else None
-    cache.mkdir(parents=True, exist_ok=True)
-    source = program.with_suffix(".c")
-    source.write_text(READ_C)
-    command = [compiler, "-O3", "-march=native", "-fopenmp", "-o", str(program), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    return program if done.returncode == 0 else None
+    first, second = torch.ones(2, size // 8)
+    return size / best_seconds(lambda: first.dot(second)) / 1e9
 
 
 def gemm_tflop_s(threads: int) -> float:
@@ -146,8 +93,8 @@ def gemm_tflop_s(threads: int) -> float:
 
 
 def main() -> None:
-    size, threads, cache = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    print(json.dumps({"read_gb_s": read_bandwidth(size, threads, cache), "gemm_tflop_s": gemm_tflop_s(threads)}))
+    size, threads = int(sys.argv[1]), int(sys.argv[2])
+    print(json.dumps({"read_gb_s": read_bandwidth(size, threads), "gemm_tflop_s": gemm_tflop_s(threads)}))
 
 
 if __name__ == "__main__":

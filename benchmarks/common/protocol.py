@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import sys
-import time
 import traceback
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Workload:
+class EngineSetup:
     """What an engine is told when it loads."""
 
     model: str
@@ -42,13 +41,40 @@ class Workload:
             "max_model_len": self.max_len,
             "max_num_seqs": self.max_requests,
             "num_threads": self.threads,
+            **self.options,
         }
 
 
 @dataclass(frozen=True)
+class Requests:
+    """In the order of their arrival."""
+
+    prompts: list[list[int]]
+    outputs: list[int]
+    """Tokens that each request asks for, and gets: there is no end token."""
+    arrivals: list[float]
+    """Seconds after the beginning."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest, prompt and output together."""
+        return max(len(prompt) + output for prompt, output in zip(self.prompts, self.outputs, strict=True))
+
+    def head(self, count: int | None) -> Requests:
+        return Requests(self.prompts[:count], self.outputs[:count], self.arrivals[:count])
+
+    def at_most(self, output: int) -> Requests:
+        """The same prompts, all at once and with short answers."""
+        return Requests(self.prompts, [min(output, tokens) for tokens in self.outputs], [0.0] * len(self))
+
+
+@dataclass(frozen=True)
 class Run:
-    """What became of a workload. Times count in seconds from the moment its first request was handed over; lists have
-    an entry for each request, and are empty where an engine's interface, or a comparison, has no use for them."""
+    """What became of requests. Times count in seconds from the moment the first was handed over; lists have an entry
+    for each request, and are empty where an engine's interface has no use for them."""
 
     seconds: float
     """To the last token."""
@@ -75,15 +101,18 @@ class PeerEngine(ABC):
     """One engine, kept loaded between runs. Whatever it raises is reported in the table."""
 
     settings: dict[str, Any]
-    """What it was given beside the workload, for the report."""
+    """What it was given beside the requests, for the report."""
     versions: dict[str, str]
 
     @abstractmethod
-    def load(self, work: Workload) -> None: ...
+    def load(self, setup: EngineSetup) -> None: ...
 
     @abstractmethod
-    def run(self, *args: Any, **kwargs: Any) -> Run:
-        """One workload; each comparison has its own arguments."""
+    def run(self, requests: Requests, batch: int, mode: str) -> Run:
+        """Have all requests answered, at most ``batch`` at once; mode: how, where an engine has several ways.
+
+        Offline engines that compute no latencies take all requests at once and with the first one's output length.
+        """
 
     def close(self) -> None:  # noqa: B027 (nothing to do where the process's end does it)
         """Ends what the engine started."""
@@ -112,10 +141,7 @@ def serve(engine: PeerEngine) -> None:
 
 
 def _answer(engine: PeerEngine, request: dict[str, Any]) -> dict[str, Any]:
-    started = time.perf_counter()
     if request["op"] == "load":
-        engine.load(Workload(**request["work"]))
-        seconds = time.perf_counter() - started
-        return {"seconds": seconds, "settings": engine.settings, "versions": engine.versions}
-    run = engine.run(**{name: value for name, value in request.items() if name != "op"})
-    return asdict(run)
+        engine.load(EngineSetup(**request["setup"]))
+        return {"settings": engine.settings, "versions": engine.versions}
+    return asdict(engine.run(Requests(**request["requests"]), request["batch"], request["mode"]))

@@ -48,12 +48,10 @@ def rounded(value: Any) -> Any:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which that share of them lies, interpolated as numpy does."""
-    ordered = sorted(values)
-    position = share * (len(ordered) - 1)
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+    """The value below which that share of them lies, in whole percents, interpolated as numpy does."""
+    if len(values) < 2:
+        return values[0]
+    return statistics.quantiles(values, n=100, method="inclusive")[round(100 * share) - 1]
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,9 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from benchmarks.common.results import ROOT
 
@@ -22,62 +19,27 @@ KILL_TIMEOUT_S = 5.0
 
 
 class WorkerError(Exception):
-    """The engine could not do what it was asked to; the text is the reason for the table."""
+    """No answer; the text is the reason for the table."""
+
+
+class EngineError(WorkerError):
+    """The engine could not do what it was asked to."""
 
 
 class WorkerGone(WorkerError):
-    """So could not the process: it ended, or did not answer in time, and was killed."""
-
-
-class Guard:
-    """Ends the workers' groups if this process ends without having done so, killed even.
-
-    A signal at the parent's death would not do: paused processes take none but SIGKILL, which would leave their
-    children behind.
-    """
-
-    _PROGRAM = """
-import os, signal, sys, time
-groups = set()
-for line in sys.stdin:
-    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
-for number in (signal.SIGTERM, signal.SIGCONT, signal.SIGKILL):
-    for group in groups:
-        try:
-            os.killpg(group, number)
-        except ProcessLookupError:
-            pass
-    time.sleep(5 if groups and number == signal.SIGCONT else 0)
-"""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", self._PROGRAM], stdin=subprocess.PIPE, text=True, start_new_session=True
-        )
-
-    def watch(self, group: int) -> None:
-        self._say(f"+{group}")
-
-    def forget(self, group: int) -> None:
-        self._say(f"-{group}")
-
-    def _say(self, line: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+    """The process ended, or did not answer in time and was killed."""
 
 
 class Worker:
-    """One engine's process, in a process group of its own."""
+    """One engine's process, in a process group of its own.
 
-    def __init__(self, command: list[str], environment: dict[str, str], log: Path, guard: Guard) -> None:
+    If this process ends without having ended its workers, killed even, a running one sees the end of its stdin. A
+    paused one cannot; but its group, of this session still, is orphaned then, and the kernel sends the stopped members
+    of such a group SIGHUP and SIGCONT.
+    """
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
         self.log = log
-        self._guard = guard
         with log.open("wb") as sink:
             self.process = subprocess.Popen(
                 command,
@@ -86,13 +48,12 @@ class Worker:
                 stderr=sink,
                 env=environment,
                 cwd=ROOT,
-                start_new_session=True,
+                preexec_fn=os.setpgrp,  # process_group= came with Python 3.11
             )
-        guard.watch(self.process.pid)
         self._buffer = b""
 
     def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """The answer to a request. Raises WorkerError with the engine's own error, WorkerGone if none comes."""
+        """The answer to a request. Raises EngineError with the engine's own error, WorkerGone if none comes."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -104,7 +65,7 @@ class Worker:
             self.kill()
             raise WorkerGone(f"no answer to {request['op']!r} within {timeout_s:.0f} s") from None
         if "error" in answer:
-            raise WorkerError(_one_line(answer["error"]))
+            raise EngineError(_one_line(answer["error"]))
         return answer
 
     def _read_line(self, deadline: float) -> bytes:
@@ -154,21 +115,10 @@ class Worker:
                 self.process.wait(KILL_TIMEOUT_S)
         self._signal(signal.SIGKILL)
         self.process.wait()
-        self._guard.forget(self.process.pid)
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, number)
-
-    def cpu_seconds(self) -> float:
-        """CPU time that its processes have used so far, children in other sessions included."""
-        total = 0.0
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(self.process.pid)
-            for each in (process, *process.children(recursive=True)):
-                with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
-                    total += sum(each.cpu_times()[:2])
-        return total
 
 
 def _one_line(text: str) -> str:

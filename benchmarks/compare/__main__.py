@@ -17,21 +17,19 @@ that cannot be installed or fails is in the table with its reason. Result: a tab
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 from benchmarks.common.arguments import CACHE, CORES, new_parser, numbers
-from benchmarks.common.machine import Ceilings, describe_machine, measure_ceilings
+from benchmarks.common.engines import DEFAULT, OFFLINE
+from benchmarks.common.machine import describe_machine, measure_ceilings
+from benchmarks.common.processes import Processes, fit_together
 from benchmarks.common.random_model import make_random_model
 from benchmarks.common.results import result_folder
-from benchmarks.common.shapes import CPU_SHAPES, ModelCost
-from benchmarks.compare.engines import DEFAULT, ENGINES, OFFLINE
-from benchmarks.compare.measure import Arena, Cell, Record, Setup
+from benchmarks.common.shapes import CPU_SHAPES, SHAPES, ModelCost
+from benchmarks.compare.measure import OURS, Cell, Record, measure_round
 from benchmarks.compare.report import Findings, table, write
 
 TTFT_PROMPT = 1000
@@ -61,100 +59,53 @@ def parse_arguments() -> argparse.Namespace:
     add("--users", type=int, default=16, help="concurrent users of --served (default: %(default)s)")
     add("--loops", type=int, default=1, help="requests that each user sends, one after the other (default: 1)")
     add("--threads", type=int, default=CORES, help="threads of each engine (default: all cores)")
-    add(
-        "--keep",
-        choices=("auto", "yes", "no"),
-        default="auto",
-        help="keep engines loaded between their turns, rather "
-        "than start them for each; auto: if memory allows (default)",
-    )
-    add("--limit", type=float, default=600.0, help="seconds after which a run is given up (default: %(default)s)")
     add("--cache", type=Path, default=CACHE, help="where peers and models are kept")
     add("--out", type=Path, default=result_folder("compare"), help="where results go (default: %(default)s)")
     return parser.parse_args()
 
 
-def offline_cells(args: argparse.Namespace) -> tuple[Cell, ...]:
-    cells = [Cell(prompt, requests, args.output) for prompt in args.prompt for requests in args.requests]
-    return (*cells, Cell(TTFT_PROMPT, 1, 1)) if args.ttft else tuple(cells)
+def cells_of(args: argparse.Namespace) -> list[Cell]:
+    cells = [Cell(prompt, requests, args.output, requests) for prompt in args.prompt for requests in args.requests]
+    if args.ttft:
+        cells.append(Cell(TTFT_PROMPT, 1, 1, 1))
+    if args.served:
+        cells.append(Cell(args.prompt[-1], args.users * args.loops, args.output, args.users, served=True))
+    return cells
+
+
+def chosen_engines(args: argparse.Namespace) -> list[str]:
+    chosen = [name for name in OFFLINE if name in args.engines or (args.int8 and name == "flashserve-int8")]
+    return chosen + [f"{name}-served" for name in (OURS, "vllm") if args.served and name in chosen]
 
 
 def main() -> None:
     args = parse_arguments()
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     started = time.monotonic()
-    cache = args.cache.expanduser().resolve()
-    (cache / "logs").mkdir(parents=True, exist_ok=True)
-    model = make_random_model(args.shape, cache / "models" / args.shape)
-    config = json.loads((model / "config.json").read_text())
-    cost = ModelCost.of(config)
-    keep = None if args.keep == "auto" else args.keep == "yes"
-    setup = Setup(
-        model=model,
-        vocab_size=config["vocab_size"],
-        weight_bytes=cost.weight_bytes,
-        kv_bytes_per_token=cost.kv_bytes_per_token,
-        cache=cache,
-        threads=args.threads,
-        cells=offline_cells(args),
-        limit_s=args.limit,
-        users=args.users,
-        max_requests=max(args.requests),
-    )
-    chosen = [name for name in OFFLINE if name in args.engines or (args.int8 and name == "flashserve-int8")]
-    ceilings: list[Ceilings] = []
-    records = _measure(Arena(setup, [ENGINES[name] for name in chosen], keep), args.rounds, cost, ceilings)
-    served, served_cell = {}, None
-    if args.served:
-        served_cell = Cell(args.prompt[-1], args.users * args.loops, args.output)
-        wanted = ["flashserve", "flashserve-served"] if "flashserve" in chosen else []
-        wanted += ["vllm-served"] if "vllm" in chosen else []
-        arena = Arena(
-            replace(setup, cells=(served_cell,), max_requests=args.users), [ENGINES[name] for name in wanted], keep
-        )
-        served = _measure(arena, args.rounds, cost, [])
+    cache, vocab_size = args.cache.expanduser().resolve(), SHAPES[args.shape]["vocab_size"]
     found = Findings(
         shape=args.shape,
-        date=time.strftime("%Y-%m-%d-%H%M"),
         machine=describe_machine(),
         # Not where things lie on this machine: that says nothing about the figures.
         settings={name: value for name, value in vars(args).items() if not isinstance(value, Path)},
-        cost=cost,
-        ceilings=ceilings,
-        cells=setup.cells,
-        records=records,
-        served=served,
-        served_cell=served_cell,
+        cost=ModelCost.of(SHAPES[args.shape]),
+        cells=cells_of(args),
+        records={name: Record(name) for name in chosen_engines(args)},
     )
+    model = make_random_model(args.shape, cache / "models" / args.shape)
+    work = [(cell.batch, cell.work(vocab_size)) for cell in found.cells]
+    keep = fit_together(found.cost, len(found.records))
+    print(f"engines are {'loaded all the time' if keep else 'started for each turn'}", flush=True)
+    with Processes(model, cache, work, threads=args.threads, keep=keep) as processes:
+        for number in range(1, args.rounds + 1):
+            processes.rest()
+            found.ceilings.append(measure_ceilings(found.cost.weight_bytes, args.threads))
+            print(f"round {number} of {args.rounds}: {found.ceilings[-1]}", flush=True)
+            measure_round(processes, list(found.records.values()), found.cells, number)
     print(table(found))
     print(f"\n{(time.monotonic() - started) / 60:.0f} minutes in all")
     for path in write(found, args.out.expanduser().resolve()):
         print(f"wrote {path}")
-
-
-def _measure(arena: Arena, rounds: int, cost: ModelCost, ceilings: list[Ceilings]) -> dict[str, Record]:
-    """All rounds of one arena; the machine's ceilings are added to ``ceilings``, one a round."""
-    setup = arena.setup
-    names = ", ".join(record.engine.title for record in arena.records.values())
-    print(f"{names}: {'loaded all the time' if arena.keep else 'started for each turn'}", flush=True)
-    try:
-        arena.prepare()
-        for number in arena.measure(rounds):
-            measured = measure_ceilings(cost.weight_bytes, setup.threads, setup.cache)
-            ceilings.append(measured)
-            print(
-                f"round {number} of {rounds}: {measured.read_gb_s:.1f} GB/s read, {measured.gemm_tflop_s:.2f} TFLOP/s",
-                flush=True,
-            )
-    except BaseException:
-        arena.close(at_once=True)
-        raise
-    arena.close()
-    return arena.records
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import argparse
 
 import torch
 
-from benchmarks.common.arguments import CACHE, CORES
+from benchmarks.common.arguments import CORES
 from benchmarks.common.machine import read_bandwidth
 from benchmarks.common.paged import BLOCK_SIZE, make_batch
 from benchmarks.common.shapes import CPU_SHAPES, SHAPES, causal_flops, head_size
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     timer = Timer(cpu, args.seconds)
     kv_dtype = getattr(torch, args.kv_dtype)
     print(f"{args.isa}, {args.threads} threads, KV {args.kv_dtype}; all layers")
-    print(f"plain read: {read_bandwidth(256 << 20, args.threads, CACHE):.0f} GB/s")
+    print(f"plain read: {read_bandwidth(256 << 20, args.threads):.0f} GB/s")
     torch.set_num_threads(1)
     cases = [(rows, 1, length) for rows, length in DECODES] + [(rows, length, length) for rows, length in PREFILLS]
     num_blocks = max(rows * -(-seq_len // BLOCK_SIZE) for rows, _, seq_len in cases)

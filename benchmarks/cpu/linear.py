@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.common.arguments import CACHE, CORES, numbers
+from benchmarks.common.arguments import CORES, numbers
 from benchmarks.common.machine import read_bandwidth
 from benchmarks.common.shapes import CPU_SHAPES, SHAPES, linear_shapes
 from benchmarks.common.timing import wall_seconds
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     dtype = torch.bfloat16 if quantize else getattr(torch, args.dtype)
     torch.set_num_threads(args.threads)
     pool = Pool(args.isa, args.threads)
-    ceiling = read_bandwidth(512 << 20, args.threads, CACHE)
+    ceiling = read_bandwidth(512 << 20, args.threads)
     print(f"{args.shape}, {args.dtype}, {args.isa}, {args.threads} threads; memory reads at {ceiling:.1f} GB/s")
     print("layer        K      N  rows       ms   GB/s of read  TFLOP/s  / torch")
     for name in args.layers:

@@ -1,9 +1,14 @@
-"""An engine core on a runner that computes nothing, full of requests."""
+"""An engine core on a runner that computes nothing, full of requests, and the time of its decode steps."""
 
 from __future__ import annotations
 
+import gc
+import statistics
 import time
+from collections.abc import Callable
 
+from benchmarks.common.results import percentile
+from benchmarks.common.timing import wall_seconds
 from flashserve.engine.core import EngineCore
 from flashserve.protocol import GenerateRequest, SamplingParams
 from flashserve.runner.null_runner import NullRunner
@@ -32,7 +37,20 @@ def make_core(running: int, prompt_len: int, steps: int, waiting: int = 0) -> En
     return core
 
 
-def start_decoding(core: EngineCore, running: int) -> None:
-    """Step until every row decodes."""
+def time_decodes(core: EngineCore, running: int, steps: int, step: Callable[[], object]) -> dict[str, float]:
+    """What a call of ``step`` takes once every row decodes. What is there by then is kept from the collector, as the
+    engine process keeps what it has loaded."""
     while (stats := core.scheduler.stats()).running < running or stats.generation_tokens < running:
         core.step()
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    times_ms = [1000 * wall_seconds(step) for _ in range(steps)]
+    median = statistics.median(times_ms)
+    return {
+        "median_ms": median,
+        "p99_ms": percentile(times_ms, 0.99),
+        "max_ms": max(times_ms),
+        "us_per_request": 1000 * median / running,
+    }

@@ -7,16 +7,12 @@ the stub does. Prints the distribution of the time between two steps' ends.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import multiprocessing
 import socket
-import statistics
 
-from benchmarks.common.arguments import add_json
-from benchmarks.common.results import percentile, write_json
-from benchmarks.common.timing import wall_seconds
-from benchmarks.engine.core import make_core, start_decoding
+from benchmarks.common.results import rounded
+from benchmarks.engine.core import make_core, time_decodes
 from flashserve.ipc.channel import Channel, ChannelClosed
 from flashserve.protocol import EngineMessage, StubMessage
 
@@ -25,45 +21,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=256, help="requests that run at once (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4000, help="decode steps to time (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=128, help="prompt tokens of each (default: %(default)s)")
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    step_ms = _time_steps(args.requests, args.prompt, args.steps)
-    figures = {
-        "requests": args.requests,
-        "median_ms": round(statistics.median(step_ms), 3),
-        "p99_ms": round(percentile(step_ms, 0.99), 3),
-        "max_ms": round(max(step_ms), 3),
-        "us_per_request_and_step": round(statistics.median(step_ms) * 1000 / args.requests, 2),
-    }
-    print(json.dumps(figures, indent=2))
-    if args.json:
-        write_json(args.json, figures)
-
-
-def _time_steps(num_requests: int, prompt_len: int, steps: int) -> list[float]:
-    """Milliseconds of each decode step, messages included."""
     ours, theirs = socket.socketpair()
     receiver = multiprocessing.get_context("fork").Process(target=_receive_until_closed, args=(theirs,), daemon=True)
     receiver.start()
     theirs.close()
     channel: Channel[StubMessage] = Channel(ours, StubMessage)
-    core = make_core(num_requests, prompt_len, steps)
-    start_decoding(core, num_requests)
-    gc.collect()
-    gc.freeze()
-    gc.disable()
+    core = make_core(args.requests, args.prompt, args.steps)
 
     def step() -> None:
         for message in channel.receive(0):
             core.handle(message)
         channel.send(core.step())
 
-    durations = [1000 * wall_seconds(step) for _ in range(steps)]
+    figures = time_decodes(core, args.requests, args.steps, step)
     channel.close()
     receiver.join(5)
-    return durations
+    print(json.dumps(rounded({"requests": args.requests, **figures}), indent=2))
 
 
 def _receive_until_closed(sock: socket.socket) -> None:

@@ -7,15 +7,13 @@ means that the microseconds per request and step stay about the same down the ta
 from __future__ import annotations
 
 import argparse
-import gc
-import statistics
 import time
 
-from benchmarks.common.arguments import add_json, numbers
-from benchmarks.common.results import percentile, rounded, write_json
+from benchmarks.common.arguments import numbers
+from benchmarks.common.results import rounded
 from benchmarks.common.tables import markdown
 from benchmarks.common.timing import wall_seconds
-from benchmarks.engine.core import PARAMS, make_core, start_decoding
+from benchmarks.engine.core import PARAMS, make_core, time_decodes
 from flashserve.protocol import Abort, GenerateRequest
 
 PROMPT = 32
@@ -26,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--running", type=numbers, default=[64, 256, 1024, 4096], help="default: 64,256,1024,4096")
     parser.add_argument("--waiting", type=numbers, default=[1, 1000, 100_000], help="default: 1,1000,100000")
     parser.add_argument("--steps", type=int, default=200, help="decode steps to time (default: %(default)s)")
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,17 +45,11 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"\nµs per request and step: {min(each)} to {max(each)}, a factor of {max(each) / min(each):.1f} over the table"
     )
-    if args.json:
-        write_json(args.json, figures)
 
 
 def _measure(running: int, waiting: int, steps: int) -> dict[str, float]:
     core = make_core(running, PROMPT, steps, waiting)
-    start_decoding(core, running)
-    gc.collect()
-    gc.freeze()  # the engine process does the same once it is loaded
-    gc.disable()
-    step_ms = [1000 * wall_seconds(core.step) for _ in range(steps)]
+    figures = time_decodes(core, running, steps, core.step)
     first = running + waiting
 
     def arrive_and_leave() -> None:
@@ -68,15 +59,5 @@ def _measure(running: int, waiting: int, steps: int) -> dict[str, float]:
             core.handle(GenerateRequest(number, prompt, PARAMS, arrival=time.monotonic()))
             core.handle(Abort([number]))
 
-    arrival_s = wall_seconds(arrive_and_leave)
-    gc.enable()
-    gc.unfreeze()
-    median = statistics.median(step_ms)
-    return {
-        "running": running,
-        "waiting": waiting,
-        "median_ms": median,
-        "p99_ms": percentile(step_ms, 0.99),
-        "us_per_request": 1000 * median / running,
-        "us_per_arrival": 1e6 * arrival_s / ARRIVALS,
-    }
+    return {"running": running, "waiting": waiting, **figures,
+            "us_per_arrival": 1e6 * wall_seconds(arrive_and_leave) / ARRIVALS}  # fmt: skip

@@ -11,13 +11,14 @@ import argparse
 import asyncio
 import json
 import statistics
-import time
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from benchmarks.common.arguments import add_json, model_folder
-from benchmarks.common.results import write_json
+from benchmarks.common.arguments import model_folder
+from benchmarks.common.peers.run_flashserve_served import stream_tokens
+from benchmarks.common.protocol import Requests, Run
 from benchmarks.common.serving import serving
+from benchmarks.common.streaming import run_users
 from flashserve_client import AsyncClient
 
 PROMPT_TOKENS = 128
@@ -25,21 +26,10 @@ CASES = {"one by one": ("null:9", 400), "merged": ("null", 1500)}
 """Device, and output tokens of each stream: steps of 9 ms are at most 7,111 tokens/s."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """One batch of concurrent streams."""
-
-    tokens_per_s: float
-    responses_per_s: float
-    tokens_per_response: float
-    """Median."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=model_folder, help="whose tokenizer is used: a folder, or smollm2-135m")
     parser.add_argument("--streams", type=int, default=64, help="concurrent requests (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="after one that warms up (default: %(default)s)")
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,34 +38,27 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name}: device {device}, {args.streams} streams of {tokens} tokens", flush=True)
         figures[name] = {"device": device, "streams": args.streams, **_measure(args, device, tokens)}
     print(json.dumps(figures, indent=2))
-    if args.json:
-        write_json(args.json, figures)
 
 
 def _measure(args: argparse.Namespace, device: str, tokens: int) -> dict[str, Any]:
     settings = {"model": str(args.model), "device": device, "max_model_len": 1800}
     with serving({"m": settings}) as urls:
         runs = [asyncio.run(_run_streams(urls.grpc, args.streams, tokens)) for _ in range(args.rounds + 1)][1:]
+    # The rate is that of all tokens over the time to the last one.
+    sizes = [[size for responses in run.responses for _, size in responses] for run in runs]
     return {
         "tokens_per_s": round(statistics.median(run.tokens_per_s for run in runs)),
-        "responses_per_s": round(statistics.median(run.responses_per_s for run in runs)),
-        "tokens_per_response_median": statistics.median(run.tokens_per_response for run in runs),
+        "responses_per_s": round(
+            statistics.median(len(each) / run.seconds for each, run in zip(sizes, runs, strict=True))
+        ),
+        "tokens_per_response_median": statistics.median(map(statistics.median, sizes)),
     }
 
 
 async def _run_streams(url: str, streams: int, max_tokens: int) -> Run:
-    """All streams at once; the rate is that of all tokens over the time to the last one."""
-    sizes: list[int] = []
-
-    async def consume(client: AsyncClient, prompt: list[int]) -> None:
-        stream = client.stream(prompt, model="m", max_tokens=max_tokens, temperature=0, ignore_eos=True)
-        sizes.extend([delta.completion_tokens async for delta in stream])
-
+    """All streams at once."""
     prompts = [[(7 * row + 13 * i) % 500 + 20 for i in range(PROMPT_TOKENS)] for row in range(streams)]
-    async with AsyncClient(url) as client:
-        await client.generate(prompts[0], model="m", max_tokens=1)
-        started = time.perf_counter()
-        await asyncio.gather(*(consume(client, prompt) for prompt in prompts))
-        seconds = time.perf_counter() - started
-    carrying = [size for size in sizes if size]
-    return Run(sum(sizes) / seconds, len(carrying) / seconds, statistics.median(carrying))
+    async with AsyncClient(url, model="m") as client:
+        await client.generate(prompts[0], max_tokens=1)
+        requests = Requests(prompts, [max_tokens] * streams, [0.0] * streams)
+        return await run_users(streams, requests, partial(stream_tokens, client))

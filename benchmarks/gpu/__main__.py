@@ -30,11 +30,10 @@ from benchmarks.gpu.report import TARGETS, Budget, Report, result_file
 # A lent machine may have torch and nothing of ours.
 sys.path[:0] = [str(ROOT / "backend"), str(ROOT / "kernels")]
 
-SECTIONS = ("ceilings", "attention", "kernels", *GPU_SHAPES, "transformers", "torch-compile")
+SECTIONS = ("ceilings", "attention", "kernels", *GPU_SHAPES, "transformers")
 PEER_WORKLOAD = (256, 128, 128)
 KERNEL_KEYS = (
-    "correct", "error", "torch_error", "same_tokens", "us", "gb_s", "tflop_s", "of_ceiling", "torch_us", "sdpa_us",
-    "ours_us",
+    "correct", "error", "same_tokens", "us", "gb_s", "tflop_s", "of_ceiling", "torch_us", "sdpa_us",
 )  # fmt: skip
 
 
@@ -124,7 +123,7 @@ def measure(section: str, args: argparse.Namespace, report: Report, budget: Budg
         from benchmarks.gpu.models import ModelBench
 
         ModelBench(report, budget, timer, section, TINY_SHAPE if args.tiny else SHAPES[section], tiny=args.tiny).run()
-    elif args.tiny and section in ("transformers", "torch-compile"):
+    elif args.tiny and section == "transformers":
         report.put(section, "missing", "not in a tiny run")
     elif section == "transformers":
         measure_peer(report, budget)
@@ -139,11 +138,8 @@ def measure_ops(section: str, tiny: bool, dtype: Any, report: Report, budget: Bu
     sizes = kernels.Sizes.tiny() if tiny else kernels.Sizes()
     if section == "kernels":
         kernels.measure_kernels(report, timer, sizes, dtype)
-    elif section == "attention":
-        attention.measure_attention(report, budget, timer, dtype, attention.TINY_CASES if tiny else attention.CASES)
     else:
-        attention.measure_flex(report, budget, timer, dtype, attention.CASES[1])
-        kernels.measure_compiled(report, budget, timer, sizes, dtype)
+        attention.measure_attention(report, budget, timer, dtype, attention.TINY_CASES if tiny else attention.CASES)
 
 
 def measure_peer(report: Report, budget: Budget) -> None:
@@ -171,7 +167,7 @@ def show(report: Report, section: str) -> None:
     for name, value in report.sections.get(section, {}).items():
         if isinstance(value, float) and section == "ceilings" and name != "seconds":
             report.say(f"   {name} {value:.4g}")
-        elif isinstance(value, dict) and section in ("kernels", "attention", "torch-compile") and name != "failure":
+        elif isinstance(value, dict) and section in ("kernels", "attention") and name != "failure":
             row = {key: value[key] for key in KERNEL_KEYS if key in value}
             rows.append({"what": name, **({"failure": value["error"]} if "traceback" in value else row)})
     for line in keyed(rows) if rows else ():

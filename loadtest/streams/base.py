@@ -24,6 +24,19 @@ class Ask:
     """That timeout is meant to be hit."""
     cancel_after_tokens: int | None = None
     """Close the stream once so many tokens have come (chunks, where the server does not tell)."""
+    history: tuple[tuple[str, str], ...] = ()
+    """The conversation's earlier turns: prompt and answer."""
+
+    @property
+    def text(self) -> str:
+        """The whole conversation in one text: what it was before is its beginning, as prefix caches want it."""
+        return "".join(prompt + answer for prompt, answer in self.history) + self.prompt
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The same for chats."""
+        contents = [text for turn in self.history for text in turn] + [self.prompt]
+        return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
 
 
 class Stream(ABC):

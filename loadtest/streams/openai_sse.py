@@ -29,7 +29,7 @@ class OpenAIStream(Stream):
         self._headers = {"Accept": "text/event-stream", **({"Authorization": f"Bearer {key}"} if key else {})}
 
     def run(self, ask: Ask, record: Record) -> None:
-        prompt = {"messages": [{"role": "user", "content": ask.prompt}]} if self._chat else {"prompt": ask.prompt}
+        prompt = {"messages": ask.messages} if self._chat else {"prompt": ask.text}
         body = {
             "model": self.model,
             **prompt,
@@ -57,7 +57,7 @@ class OpenAIStream(Stream):
             for choice in chunk.get("choices") or ():
                 delta = (choice.get("delta") or {}) if self._chat else choice
                 has_text = any(delta.get(name) for name in (_TEXT_FIELDS if self._chat else ("text",)))
-                record.add_chunk(arrival, None, has_text)
+                record.add_chunk(arrival, None, has_text, delta.get("content" if self._chat else "text") or "")
         except (ValueError, TypeError, AttributeError):
             raise RequestFailed("INTERNAL", f"the server sent what is no chunk: {event[:80]!r}") from None
 

@@ -71,7 +71,7 @@ class TritonGrpcStream(Stream):
                 if message.error_message:
                     raise error_from_message(message.error_message)
                 chunk = parse_response(message.infer_response)
-                record.add_chunk(arrival, chunk.output_tokens, bool(chunk.text))
+                record.add_chunk(arrival, chunk.output_tokens, bool(chunk.text), chunk.text)
                 add_usage(record, chunk.input_tokens, chunk.output_tokens)
                 if chunk.finish_reason in NOT_FINISHED:  # one that has ended need not be left
                     cancel_if_due(ask, record)

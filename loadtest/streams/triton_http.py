@@ -36,7 +36,7 @@ class TritonHttpStream(Stream):
                     raise RequestFailed(error.code, error.message) from None
                 except ValueError:
                     raise RequestFailed("INTERNAL", f"the server sent what is not JSON: {data[:80]!r}") from None
-                record.add_chunk(arrival, chunk.output_tokens, bool(chunk.text))
+                record.add_chunk(arrival, chunk.output_tokens, bool(chunk.text), chunk.text)
                 add_usage(record, chunk.input_tokens, chunk.output_tokens)
                 if chunk.finish_reason in NOT_FINISHED:  # one that has ended need not be left
                     cancel_if_due(ask, record)
@@ -50,7 +50,7 @@ def triton_request(model: str, ask: Ask) -> InferRequest:
     params = {"max_tokens": ask.max_tokens, **ask.params}
     try:
         return generate_request(
-            ask.prompt, model=model, stream=True, timeout_s=None, priority=None, request_id=None, params=params
+            ask.text, model=model, stream=True, timeout_s=None, priority=None, request_id=None, params=params
         )
     except InvalidRequest as error:
         raise RequestFailed(error.code, error.message) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import json
 import os
 import re
@@ -15,9 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from harness import HTTP, ROOT, SOURCES, Server
 from null_models import null_model, write_null_model
+
+from flashserve.launcher.ports import free_port
 
 pytestmark = pytest.mark.slow
 # Locust runs in children only: importing it here would patch the standard library under all other tests.
@@ -188,6 +192,56 @@ def test_a_closed_loop_waits_for_its_answers(loaded: Server, tmp_path: Path) -> 
     assert page.count("data:image/png;base64,") == 8  # four pictures, light and dark
     assert "http" not in re.sub(r"(grpc|http)://(localhost|127\.0\.0\.1)", "", page).replace("triton-http", "")
     assert (tmp_path / "seconds.csv").read_text().startswith("second,phase,planned,sent,")
+
+
+@pytest.mark.parametrize("target", ["grpc", "http"])
+def test_a_conversation_repeats_what_was_said_and_finds_it_in_the_prefix_cache(
+    loaded: Server, tmp_path: Path, target: str
+) -> None:
+    url = {"grpc": f"grpc://{loaded.grpc}", "http": loaded.http}[target]
+    words = ["--model", "paced", "--users", "2", "--duration", "5", "--turns", "3", "--think-time", "0.1"]
+    wait_settled(loaded, "paced")
+    hits = loaded.metric("vllm:prefix_cache_hits_total", model_name="paced")
+    report = bench(tmp_path, url, *words, "--prompt-tokens", "200", "--output-tokens", "20", "--metrics-url", "none")
+    wait_settled(loaded, "paced")
+    hits = loaded.metric("vllm:prefix_cache_hits_total", model_name="paced") - hits
+    whole = report["whole"]
+    assert not report["errors"] and whole["counts"]["finished"] >= 12
+    # Three turns of 200 new tokens, with the answers before them.
+    lengths = whole["measures"]["prompt_tokens"]
+    assert lengths["min"] == pytest.approx(200, rel=0.2)
+    assert lengths["max"] > 2.5 * lengths["min"]
+    # The turns have about 200, 420 and 640 tokens, of which 0, 200 and 420 were there before.
+    assert hits / whole["counts"]["prompt_tokens"] > 0.3
+
+
+def test_locusts_web_page_has_the_token_latencies(loaded: Server) -> None:
+    port = free_port()
+    env = {**os.environ, "PYTHONPATH": ":".join([*SOURCES, str(ROOT)])}
+    command = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest" / "locustfile.py"), "--autostart",
+               "--users", "2", "--web-host", "127.0.0.1", "--web-port", str(port), "--model", "paced", "--duration",
+               "60", "--target", f"grpc://{loaded.grpc}", "--metrics-url", "none"]  # fmt: skip
+    page = f"http://127.0.0.1:{port}"
+    locust = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        rows: list[dict[str, float]] = []
+        while sum(row["requests"] for row in rows) < 5:
+            assert time.monotonic() < deadline and locust.poll() is None
+            time.sleep(0.5)
+            with contextlib.suppress(OSError, httpx.TransportError):  # it has not started yet
+                rows = HTTP.get(f"{page}/token-latencies/data").json()
+        full = max(rows, key=lambda row: row["requests"])
+        assert full["ttft_p50_ms"] <= full["ttft_p90_ms"] <= full["ttft_p99_ms"]
+        assert STEP_S * 500 < full["itl_p50_ms"] < STEP_S * 4000
+        assert "token-latencies" in HTTP.get(page).text  # the tab
+        (table,) = HTTP.get(f"{page}/stats/requests").json()["extended_stats"]
+        assert table["key"] == "token-latencies" and table["data"][-1].keys() == full.keys()
+        chart = HTTP.get(f"{page}/token-latencies")
+        assert chart.headers["content-type"].startswith("text/html") and "<svg" in chart.text
+    finally:
+        locust.terminate()
+        locust.wait(60)
 
 
 def test_a_trace_is_replayed_and_its_equal_blocks_are_found_in_the_prefix_cache(loaded: Server, tmp_path: Path) -> None:

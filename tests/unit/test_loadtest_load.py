@@ -14,11 +14,12 @@ import pytest
 
 from loadtest.arrivals import Spacing, parse_rate, parse_spacing, plan_arrivals
 from loadtest.lengths import parse_length
+from loadtest.record import Record
 from loadtest.search import Trial, best_of, find_rate, parse_range
 from loadtest.settings import Settings, add_options, settings_from
 from loadtest.streams import parse_target
 from loadtest.traces import read_trace
-from loadtest.workload import Prefixes, Trouble, Workload
+from loadtest.workload import Conversation, Prefixes, Trouble, Workload
 
 
 def plan(rate: str, spacing: str, duration: float = 200.0, seed: int = 1) -> list[float]:
@@ -115,6 +116,30 @@ def test_shared_prefixes_share() -> None:
     assert len({shared.ask(number).prompt for number in range(400)}) == 400
 
 
+def test_a_conversation_grows_until_its_last_turn_or_an_error() -> None:
+    talk = Conversation()
+    talk.begin(3)
+    for turn in range(3):
+        asked = workload(prefixes=Prefixes(tokens=30, share=1.0)).ask(turn, history=talk.history)
+        assert asked.text.endswith(asked.prompt) and len(asked.messages) == 2 * turn + 1
+        assert asked.text.startswith("".join(map("".join, talk.history)))
+        assert talk.turns_left == 3 - turn
+        talk.add(asked.prompt, Record("openai", 0.0, texts=[" answer", f" {turn}. "]))
+    assert not talk.turns_left
+    # The shared text is at its beginning only.
+    assert len({prompt[:120] for prompt, _ in talk.history}) == 3
+    talk.begin(3)
+    assert talk.history == ()
+    talk.add("hello", Record("openai", 0.0, texts=["hal"], error="timeout"))
+    assert not talk.turns_left
+
+
+def test_turns_are_drawn_for_each_conversation() -> None:
+    talks = workload(turns=parse_length("uniform:2-4"))
+    assert {talks.new_turns(number) for number in range(50)} == {2, 3, 4}
+    assert settings("--turns", "3", "--think-time", "1.5").workload.think_s == 1.5
+
+
 def test_some_clients_leave_and_some_have_no_patience() -> None:
     asks = [workload(trouble=Trouble(0.2, 4, 0.1, 0.5)).ask(number) for number in range(2000)]
     assert sum(ask.cancel_after_tokens == 4 for ask in asks) == pytest.approx(400, abs=70)
@@ -186,10 +211,11 @@ def test_the_measured_time_comes_from_the_course_where_there_is_one() -> None:
 @pytest.mark.parametrize(
     "words",
     ["--arrivals constant", "--trace-speed 2", "--shared-share 0.5", "--prefix-groups 3", "--cancel-after 3",
-     "--short-timeout 2", "--rate 5@10 --duration 11", "--rate 5@10 --warmup 10", "--metrics-url x"],
+     "--short-timeout 2", "--think-time 2", "--turns 2 --rate 5",
+     "--rate 5@10 --duration 11", "--rate 5@10 --warmup 10", "--metrics-url x"],
 )  # fmt: skip
 def test_an_option_that_would_have_no_effect_is_refused(words: str) -> None:
-    with pytest.raises(ValueError, match=r"needs|longer|leaves|must be"):
+    with pytest.raises(ValueError, match=r"needs|longer|leaves|must be|exclude"):
         settings(*words.split())
 
 

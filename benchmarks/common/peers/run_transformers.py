@@ -6,7 +6,7 @@ import math
 import time
 from typing import Any
 
-from benchmarks.common.protocol import PeerEngine, Run, Workload
+from benchmarks.common.protocol import EngineSetup, PeerEngine, Requests, Run, serve
 
 PAGE_SIZE = 32  # tokens; the default of 256 is a GPU's, and reserves that much for each request
 POLL_S = 0.001
@@ -15,39 +15,38 @@ POLL_S = 0.001
 class Transformers(PeerEngine):
     """`generate` with static batches, one request being a batch of 1, and its own continuous batching."""
 
-    def load(self, work: Workload) -> None:
+    def load(self, setup: EngineSetup) -> None:
         import torch
         import transformers
 
-        torch.set_num_threads(work.threads)
+        torch.set_num_threads(setup.threads)
         self.settings = {"dtype": "bfloat16", "attn_implementation": "sdpa", "page_size": PAGE_SIZE}
         self.versions = {"transformers": transformers.__version__, "torch": torch.__version__}
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            work.model, dtype=torch.bfloat16, attn_implementation="sdpa"
+            setup.model, dtype=torch.bfloat16, attn_implementation="sdpa"
         ).eval()
         self.manager: Any = None
         self.manager_for: tuple[int, int] = (0, 0)
 
-    def generate(
-        self, mode: str, batch: int, prompts: list[list[int]], outputs: list[int], arrivals: list[float]
-    ) -> Run:
-        """mode: "static" or "continuous"; outputs: tokens of each request; arrivals: seconds, ascending."""
-        if mode == "static":
-            self.close()  # the other mode's thread and cache
-            return self._static(batch, prompts, outputs, arrivals)
-        return self._continuous(batch, prompts, outputs, arrivals)
+    def run(self, requests: Requests, batch: int, mode: str) -> Run:
+        """mode: "static" or "continuous"."""
+        if mode == "continuous":
+            return self._continuous(batch, requests)
+        self.close()  # the other mode's thread and cache
+        return self._static(batch, requests)
 
-    def _static(self, batch: int, prompts: list[list[int]], outputs: list[int], arrivals: list[float]) -> Run:
+    def _static(self, batch: int, requests: Requests) -> Run:
         """Batches of what has arrived; each ends for all when its longest request has ended."""
-        starts, ends = [0.0] * len(prompts), [0.0] * len(prompts)
+        count, outputs = len(requests), requests.outputs
+        starts, ends = [0.0] * count, [0.0] * count
         token_ids: list[list[int]] = []
         begun, done = time.perf_counter(), 0
-        while done < len(prompts):
-            time.sleep(max(0.0, arrivals[done] - (time.perf_counter() - begun)))
+        while done < count:
+            time.sleep(max(0.0, requests.arrivals[done] - (time.perf_counter() - begun)))
             now = time.perf_counter() - begun
-            arrived = sum(arrival <= now for arrival in arrivals[done : done + batch])
+            arrived = sum(arrival <= now for arrival in requests.arrivals[done : done + batch])
             group = range(done, done + max(1, arrived))
-            rows = self._generate([prompts[i] for i in group], max(outputs[i] for i in group))
+            rows = self._generate([requests.prompts[i] for i in group], max(outputs[i] for i in group))
             token_ids += [row[: outputs[i]] for i, row in zip(group, rows, strict=True)]
             end = time.perf_counter() - begun
             for i in group:
@@ -73,18 +72,17 @@ class Transformers(PeerEngine):
             )
         return [row[longest:] for row in tokens.tolist()]
 
-    def _continuous(self, batch: int, prompts: list[list[int]], outputs: list[int], arrivals: list[float]) -> Run:
-        longest = max(len(prompt) + output for prompt, output in zip(prompts, outputs, strict=True))
-        if self.manager_for != (batch, longest):
-            self._start_manager(batch, longest)
+    def _continuous(self, batch: int, requests: Requests) -> Run:
+        if self.manager_for != (batch, requests.longest):
+            self._start_manager(batch, requests.longest)
         ids: list[str] = []
         done: dict[str, Any] = {}
         begun = time.perf_counter()
-        while len(done) < len(prompts):
-            if len(ids) < len(prompts) and time.perf_counter() - begun >= arrivals[len(ids)]:
+        while len(done) < len(requests):
+            if len(ids) < len(requests) and time.perf_counter() - begun >= requests.arrivals[len(ids)]:
                 i = len(ids)
                 add = self.manager.add_request
-                ids.append(add(prompts[i], max_new_tokens=outputs[i], record_timestamps=True))
+                ids.append(add(requests.prompts[i], max_new_tokens=requests.outputs[i], record_timestamps=True))
                 continue
             result = self.manager.get_result(timeout=POLL_S)
             if result is not None and result.is_finished():
@@ -122,3 +120,7 @@ class Transformers(PeerEngine):
         if self.manager is not None:
             self.manager.stop(block=True)
             self.manager, self.manager_for = None, (0, 0)
+
+
+if __name__ == "__main__":
+    serve(Transformers())

@@ -7,22 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
 import numpy as np
-
-NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+from gguf.utility import SafetensorsLocal
 
 
 def write_gguf(folder: Path, file: Path) -> None:
@@ -42,8 +32,9 @@ def write_gguf(folder: Path, file: Path) -> None:
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     for name, bits in read_safetensors(folder):
-        target = gguf_name(name)
+        target = names.get_name(name, try_suffixes=(".weight",))
         if target.endswith("norm.weight"):
             # llama.cpp keeps vectors in float32; the upper half of a float32 is the bfloat16.
             writer.add_tensor(target, (bits.astype(np.uint32) << 16).view(np.float32))
@@ -57,18 +48,6 @@ def write_gguf(folder: Path, file: Path) -> None:
     writer.close()
 
 
-def gguf_name(name: str) -> str:
-    whole = {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
-    }
-    if name in whole:
-        return whole[name]
-    _, _, layer, rest = name.split(".", 3)
-    return f"blk.{layer}.{NAMES[rest.removesuffix('.weight')]}.weight"
-
-
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
     """Hugging Face rotates (i, i + D/2), llama.cpp (2i, 2i + 1): reorder the rows of each head."""
     rows, columns = weight.shape
@@ -77,21 +56,13 @@ def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
     )
 
 
-def read_safetensors(folder: Path) -> list[tuple[str, np.ndarray]]:
+def read_safetensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Each tensor's name and its bfloat16 bits, memory-mapped."""
-    tensors = []
     for shard in sorted(folder.glob("*.safetensors")):
-        header_size = int(np.fromfile(shard, dtype="<u8", count=1)[0])
-        header = json.loads(np.fromfile(shard, dtype=np.uint8, count=header_size, offset=8).tobytes())
-        data = np.memmap(shard, dtype=np.uint8, mode="r", offset=8 + header_size)
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            if entry["dtype"] != "BF16":
-                raise SystemExit(f"{name} is {entry['dtype']}; only bfloat16 checkpoints are written")
-            begin, end = entry["data_offsets"]
-            tensors.append((name, data[begin:end].view(np.uint16).reshape(entry["shape"])))
-    return tensors
+        for name, tensor in SafetensorsLocal(shard).tensors.items():
+            if tensor.dtype != "BF16":
+                raise SystemExit(f"{name} is {tensor.dtype}; only bfloat16 checkpoints are written")
+            yield name, tensor.mmap_bytes().view(np.uint16).reshape(tensor.shape)
 
 
 if __name__ == "__main__":

@@ -60,67 +60,55 @@ class Preparation:
 EXPORT = ("optimum-cli", "export", "openvino", "--task", "text-generation-with-past", "--weight-format", "fp16")
 OPENVINO_EXPORT = Preparation("openvino", (*EXPORT, "--model", "{model}", "{out}"), "-openvino")
 GGUF_EXPORT = Preparation(
-    "llamacpp", ("python", "-m", "benchmarks.compare.peers.write_gguf", "{model}", "{out}"), ".gguf"
+    "llamacpp", ("python", "-m", "benchmarks.common.peers.write_gguf", "{model}", "{out}"), ".gguf"
 )
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A column of the comparison: a worker script of benchmarks/compare/peers and what it is told."""
+    """A line of a comparison: a worker script of benchmarks/common/peers, and what it is told."""
 
-    name: str
     title: str
     script: str
     environment: str | None = None
     """One of ENVIRONMENTS; None is flashserve's own."""
+    mode: str = ""
+    """How it batches, where it has several ways; engines that differ in nothing else share a process."""
     options: Mapping[str, Any] = field(default_factory=lambda: NOTHING)
     preparation: Preparation | None = None
     ours: bool = False
     served: bool = False
-    most_requests: int | None = None
-    """Where the rate does not depend on the number of requests: as many are run, and no more."""
-    start_timeout_s: float = 300.0
-    starts: int = 1
-    """How often it is started before it is measured: the second start finds what the first has cached."""
+    batch: int | None = None
+    """The only one that it has."""
+    start_timeout_s: float = 600.0
     pausable: bool = True
     """Whether its processes are stopped while others run: vLLM's scheduler, for one, spins when idle."""
 
+    @property
+    def process(self) -> str:
+        """The name of its process."""
+        return "-".join([self.script.removeprefix("run_"), *map(str, self.options.values())])
 
+
+NAIVE, STATIC, CONTINUOUS = "transformers-one-by-one", "transformers-static", "transformers-continuous"
 ENGINES = {
-    engine.name: engine
-    for engine in (
-        Engine("flashserve", "flashserve", "run_flashserve", ours=True),
-        Engine("flashserve-int8", "flashserve int8", "run_flashserve", options={"quantization": "int8"}, ours=True),
-        Engine("openvino", "OpenVINO GenAI", "run_openvino", "openvino", preparation=OPENVINO_EXPORT),
-        Engine("vllm", "vLLM-CPU", "run_vllm", "vllm", start_timeout_s=900.0),
-        Engine("llamacpp", "llama.cpp", "run_llama_cpp", "llamacpp", preparation=GGUF_EXPORT),
-        Engine(
-            "transformers-continuous",
-            "transformers, continuous batching",
-            "run_transformers",
-            options={"mode": "continuous"},
-        ),
-        Engine("transformers-static", "transformers, static batch", "run_transformers", options={"mode": "static"}),
-        Engine(
-            "transformers-one-by-one",
-            "transformers, one by one",
-            "run_transformers",
-            options={"mode": "one by one"},
-            most_requests=2,
-        ),
-        Engine(
-            "flashserve-served",
-            "flashserve, Triton gRPC",
-            "run_flashserve_served",
-            ours=True,
-            served=True,
-            starts=2,
-            # Its launcher watches the server's processes from a session of its own.
-            pausable=False,
-        ),
-        Engine("vllm-served", "vLLM-CPU, OpenAI SSE", "run_vllm_served", "vllm", served=True, start_timeout_s=900.0),
-    )
+    "flashserve": Engine("flashserve", "run_flashserve", ours=True),
+    "flashserve-int8": Engine("flashserve int8", "run_flashserve", options={"quantization": "int8"}, ours=True),
+    "openvino": Engine("OpenVINO GenAI", "run_openvino", "openvino", preparation=OPENVINO_EXPORT),
+    "vllm": Engine("vLLM-CPU", "run_vllm", "vllm", start_timeout_s=900.0),
+    "llamacpp": Engine("llama.cpp", "run_llama_cpp", "llamacpp", preparation=GGUF_EXPORT),
+    CONTINUOUS: Engine("transformers, continuous batching", "run_transformers", mode="continuous"),
+    STATIC: Engine("transformers, static batches", "run_transformers", mode="static"),
+    NAIVE: Engine("transformers, one by one", "run_transformers", mode="static", batch=1),
+    "flashserve-served": Engine(
+        "flashserve through Triton",
+        "run_flashserve_served",
+        ours=True,
+        served=True,
+        # Its launcher watches the server's processes from a session of its own; idle it uses no core.
+        pausable=False,
+    ),
+    "vllm-served": Engine("vLLM-CPU, OpenAI SSE", "run_vllm_served", "vllm", served=True, start_timeout_s=900.0),
 }
-
 OFFLINE = tuple(name for name, engine in ENGINES.items() if not engine.served)
 DEFAULT = tuple(name for name in OFFLINE if name != "flashserve-int8")

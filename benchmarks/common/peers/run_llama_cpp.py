@@ -7,20 +7,20 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-from benchmarks.common.protocol import PeerEngine, Run, Workload, serve
+from benchmarks.common.protocol import EngineSetup, PeerEngine, Requests, Run, serve
 
 BATCH_TOKENS = 2048  # n_batch's default in llama.cpp's tools
 UBATCH_TOKENS = 2048  # the default of 512 made prefills a third slower
 
 
 class LlamaCpp(PeerEngine):
-    def load(self, work: Workload) -> None:
+    def load(self, setup: EngineSetup) -> None:
         import llama_cpp
 
         self.lib: Any = llama_cpp
-        self.work = work
+        self.setup = setup
         llama_cpp.llama_backend_init()
-        self.model = llama_cpp.llama_model_load_from_file(work.model.encode(), llama_cpp.llama_model_default_params())
+        self.model = llama_cpp.llama_model_load_from_file(setup.model.encode(), llama_cpp.llama_model_default_params())
         if not self.model:
             raise RuntimeError("llama.cpp could not load the model; its log says why")
         vocab = llama_cpp.llama_model_get_vocab(self.model)
@@ -38,12 +38,13 @@ class LlamaCpp(PeerEngine):
         self.context: Any = None
         self.context_for: tuple[int, int] = (0, 0)
 
-    def run(self, prompts: list[list[int]], output_tokens: int) -> Run:
-        self._make_context(len(prompts), max(map(len, prompts)) + output_tokens)
+    def run(self, requests: Requests, batch: int, mode: str) -> Run:
+        prompts = requests.prompts
+        self._make_context(len(prompts), requests.longest)
         started = time.perf_counter()
         token_ids: list[list[int]] = [[] for _ in prompts]
         self._prefill(prompts, token_ids)
-        for step in range(1, output_tokens):
+        for step in range(1, requests.outputs[0]):
             rows = [(ids[-1], len(prompts[i]) + step - 1, i, True) for i, ids in enumerate(token_ids)]
             self._decode(rows, token_ids)
         seconds = time.perf_counter() - started
@@ -95,7 +96,7 @@ class LlamaCpp(PeerEngine):
         parameters.n_seq_max = requests
         parameters.n_batch = BATCH_TOKENS
         parameters.n_ubatch = UBATCH_TOKENS
-        parameters.n_threads = parameters.n_threads_batch = self.work.threads
+        parameters.n_threads = parameters.n_threads_batch = self.setup.threads
         self.context = lib.llama_init_from_model(self.model, parameters)
         if not self.context:
             raise RuntimeError("llama.cpp could not make a context; its log says why")
