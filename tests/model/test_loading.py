@@ -271,6 +271,17 @@ def test_hub_ids_say_what_to_do_without_a_network(monkeypatch, tmp_path):
         read_model_facts(EngineConfig(model="someone/some-model"), "cpu")
 
 
+def test_a_hub_id_is_looked_for_in_the_download_dir(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository = tmp_path / "hub" / "models--someone--some-model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    snapshot = repository / "snapshots" / ("0" * 40)
+    make_tiny_model("llama", snapshot)
+    facts = read_model_facts(EngineConfig("someone/some-model", download_dir=str(tmp_path / "hub")), "cpu")
+    assert facts.path == str(snapshot)
+
+
 def test_a_folder_without_config(tmp_path):
     assert "config.json" in refusal(tmp_path)
 

@@ -42,7 +42,7 @@ def read_model_facts(config: EngineConfig, device_kind: str) -> ModelFacts:
 
     Raises ConfigError where the model is missing, unsupported or incomplete.
     """
-    folder = resolve_folder(config.model, config.revision)
+    folder = resolve_folder(config.model, config.revision, config.download_dir)
     model_config, checkpoint = open_model(folder)
     architecture, model_class = find_architecture(model_config)
     try:
