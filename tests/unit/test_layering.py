@@ -26,6 +26,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "flashserve.coercion": (),
     "flashserve.memory": (),
     "flashserve.paths": (),
+    "flashserve.load_notes": ("flashserve.paths",),
     "flashserve.model_json": ("flashserve.errors", "flashserve.coercion"),
     "flashserve.config": ("flashserve.errors", "flashserve.model_json", "flashserve.paths"),
     "flashserve.sampling_params": ("flashserve.errors", "flashserve.protocol", "flashserve.coercion"),
@@ -68,6 +69,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "flashserve.text",
         "flashserve.ipc",
         "flashserve.coercion",
+        "flashserve.load_notes",
         "flashserve.paths",
         "flashserve.sampling_params",
         "flashserve.stub_processes",
@@ -79,6 +81,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "flashserve.launcher": (
         "flashserve",
         "flashserve.home",
+        "flashserve.load_notes",
         "flashserve.stub_processes",
         "flashserve.triton_http",
         "flashserve.memory",

@@ -15,10 +15,11 @@ from flashserve.launcher.console import Console
 from flashserve.launcher.control import ControlError, TritonControl
 from flashserve.launcher.ending import Guard
 from flashserve.launcher.health import Failure, HealthWatch
+from flashserve.launcher.loads import Loads
 from flashserve.launcher.orphans import Orphans
 from flashserve.launcher.ports import Endpoints
 from flashserve.launcher.process import ServerProcess
-from flashserve.launcher.reloads import Reloads
+from flashserve.launcher.reloads import SERVER_FAILED, Reloads
 from flashserve.launcher.restarts import Restarts
 from flashserve.launcher.signals import Signals
 from flashserve.launcher.stubs import LoadWatch, StubWatch
@@ -38,6 +39,7 @@ class Lives:
         endpoints: Endpoints,
         signals: Signals,
         console: Console,
+        loads: Loads,
         expected: Collection[str],
         max_restarts: int,
         answer_timeout_s: float,
@@ -52,8 +54,9 @@ class Lives:
         self._endpoints = endpoints
         self._signals = signals
         self._console = console
+        self._loads = loads
         self._expected = expected
-        self._control = TritonControl(endpoints.http_address)
+        self._control = TritonControl(endpoints.http_address, unlisted=loads.names)
         self._orphans = Orphans()
         self._restarts = Restarts(max_restarts)
         self._answer_timeout_s = answer_timeout_s
@@ -65,13 +68,19 @@ class Lives:
         while True:
             started = time.monotonic()
             self._ready_since = None
-            self.server = server = self._start(models)
+            # Tritonserver's own start knows repositories only.
+            of_clients = [name for name in models if self._loads.are_a_clients(name)]
+            self.server = server = self._start([name for name in models if name not in of_clients])
             self._guard.leader(server.pid)
             failure = self._wait_until_ready(server)
             if failure is None and not self._signals.received:
                 models = self._ready_models(models)
+            self._loads.started(name for name in models if name not in of_clients)
+            if failure is None and not self._signals.received:
                 announce(models, time.monotonic() - started)
-                failure, models = self._watch(server, models)
+                failure, models = self._watch(server, models, of_clients)
+                if failure is not None:
+                    self._loads.keep_files(models)
             if failure is None:
                 return 0
             if not self._goes_on_after(failure, server):
@@ -116,9 +125,13 @@ class Lives:
         except ControlError:  # it has just said that it is ready; the watch will find out
             return [name for name in asked if name != "*"]
 
-    def _watch(self, server: ServerProcess, names: Sequence[str]) -> tuple[Failure | None, list[str]]:
-        """Until a signal (None) or a failure; with the models that it had."""
-        reloads = Reloads(self._control, self._console)
+    def _watch(
+        self, server: ServerProcess, names: Sequence[str], of_clients: Sequence[str]
+    ) -> tuple[Failure | None, list[str]]:
+        """Until a signal (None) or a failure; with the models that it had. ``names`` are ready, ``of_clients`` are to
+        be brought back."""
+        reloads = Reloads(self._control, self._console, self._loads)
+        reloads.start(of_clients, SERVER_FAILED)
         metrics = TritonControl(self._endpoints.metrics_address)
         stubs, loads = StubWatch(server.pid, self._control), LoadWatch(server.pid, self._expected)
         health = HealthWatch(self._control, metrics, stubs, loads, reloads, names, self._answer_timeout_s)
