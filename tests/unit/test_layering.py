@@ -26,6 +26,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "flashserve.coercion": (),
     "flashserve.memory": (),
     "flashserve.paths": (),
+    "flashserve.progress": (),
     "flashserve.load_notes": ("flashserve.paths",),
     "flashserve.model_json": ("flashserve.errors", "flashserve.coercion"),
     "flashserve.config": ("flashserve.errors", "flashserve.model_json", "flashserve.paths"),
@@ -49,6 +50,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "flashserve.ipc": (
         "flashserve",
         "flashserve.home",
+        "flashserve.progress",
         "flashserve.config",
         "flashserve.protocol",
         "flashserve.errors",
@@ -82,6 +84,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "flashserve",
         "flashserve.home",
         "flashserve.load_notes",
+        "flashserve.progress",
         "flashserve.stub_processes",
         "flashserve.triton_http",
         "flashserve.memory",

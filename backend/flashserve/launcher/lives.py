@@ -7,6 +7,9 @@ and not without a limit.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import time
 from collections.abc import Callable, Collection, Sequence
 
@@ -22,7 +25,7 @@ from flashserve.launcher.process import ServerProcess
 from flashserve.launcher.reloads import SERVER_FAILED, Reloads
 from flashserve.launcher.restarts import Restarts
 from flashserve.launcher.signals import Signals
-from flashserve.launcher.stubs import LoadWatch, StubWatch
+from flashserve.launcher.stubs import FrozenStubs, LoadWatch, StubWatch
 
 POLL_S = 0.1
 REAP_WAIT_S = 2.0
@@ -72,6 +75,7 @@ class Lives:
             of_clients = [name for name in models if self._loads.are_a_clients(name)]
             self.server = server = self._start([name for name in models if name not in of_clients])
             self._guard.leader(server.pid)
+            self._frozen = FrozenStubs(server.pid, self._answer_timeout_s)
             failure = self._wait_until_ready(server)
             if failure is None and not self._signals.received:
                 models = self._ready_models(models)
@@ -116,6 +120,10 @@ class Lives:
 
     def _wait(self, server: ServerProcess) -> bool:
         """Sleep, and do what is due about once a second; True if a signal has come."""
+        for stub in self._frozen.find():
+            self._console.fail(f"the backend process {stub.pid} of model {stub.model} does not run: it is ended")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(stub.pid, signal.SIGKILL)
         self._orphans.reap((server.pid, self._guard.pid))
         return self._signals.wait(POLL_S)
 

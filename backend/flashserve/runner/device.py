@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +17,8 @@ import torch
 from flashserve.config import DeviceFacts
 from flashserve.errors import ConfigError
 from flashserve.memory import free_memory
+
+LOCK_POLL_S = 0.2
 
 
 def read_device_facts(device: str) -> DeviceFacts:
@@ -54,7 +58,11 @@ def loading_lock(device: torch.device) -> Iterator[None]:
         return
     path = Path(tempfile.gettempdir()) / f"flashserve-{os.getuid()}-{device.type}{device.index or 0}.lock"
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(LOCK_POLL_S)  # and not in the system: one that does not run at all counts as stopped
         yield
 
 
