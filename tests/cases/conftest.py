@@ -20,6 +20,7 @@ Each file is a kind: what it says must hold everywhere, and its tests are the pl
 | a bare environment is served, or told what it lacks | test_a_bare_environment.py |
 | a process holds what is its own | test_processes.py |
 | memory that the system gives back on demand is free | test_free_memory.py |
+| what is needed no more is given back | test_memory_is_given_back.py |
 """
 
 from __future__ import annotations

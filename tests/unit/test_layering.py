@@ -50,6 +50,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "flashserve.ipc": (
         "flashserve",
         "flashserve.home",
+        "flashserve.memory",
         "flashserve.progress",
         "flashserve.config",
         "flashserve.protocol",

@@ -25,6 +25,7 @@ from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError, FlashserveError, InternalError, Unavailable
 from flashserve.home import with_home
 from flashserve.ipc.channel import Channel, ChannelClosed
+from flashserve.memory import RETURNING
 from flashserve.progress import Progress
 from flashserve.protocol import EngineFailed, EngineLimits, EngineMessage, EngineReady, StepOutputs, StubMessage
 
@@ -250,4 +251,5 @@ def engine_environment() -> dict[str, str]:
     """The stub's environment, with our packages importable: the stub finds them beside model.py, a child may not."""
     package_dir = Path(flashserve.__file__).resolve().parent.parent
     paths = [str(package_dir), str(package_dir.parent / "kernels"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    return {**with_home(os.environ), "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    inherited = {name: value for name, value in with_home(os.environ).items() if RETURNING.get(name) != value}
+    return {**inherited, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
