@@ -6,6 +6,7 @@ Names are vLLM's engine arguments where the meaning is the same, so a vLLM backe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,9 @@ class EngineConfig:
     """Another folder or id with the tokenizer; default: the model's own."""
     revision: str | None = None
     """Git revision of a Hugging Face id."""
+    download_dir: str | None = None
+    """Where Hugging Face ids are downloaded to and looked for (a relative folder as for ``model``); default: the cache
+    that HF_HOME and HF_HUB_CACHE name."""
     dtype: str = "auto"
     """auto (the checkpoint's; float16 becomes bfloat16 on a CPU), float32, bfloat16, float16."""
     device: str = "auto"
@@ -99,6 +103,8 @@ class EngineConfig:
         config._check_ranges()
         if base is not None and (folder := base / native(config.model)).is_dir():
             config = replace(config, model=portable(folder.resolve()))
+        if base is not None and config.download_dir is not None:
+            config = replace(config, download_dir=portable(base / os.path.expanduser(native(config.download_dir))))
         return config
 
     def _check_ranges(self) -> None:

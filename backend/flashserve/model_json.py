@@ -70,19 +70,24 @@ ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "num_lookahead_slots": (0,),
     "calculate_kv_scales": (False,),
     "otlp_traces_endpoint": (),
+    # A request's priority always counts here; vLLM's "fcfs" is for requests that have none.
+    "scheduling_policy": ("fcfs", "priority"),
+    # A download leaves out the second copies that vLLM's default names, and nothing else.
+    "ignore_patterns": ([], ["original/**/*"], "original/**/*"),
+    "reasoning_parser": ("",),
 }
 
 # Keys of vLLM whose values change nothing here: how vLLM logs, where it swaps, how it captures, names that are
 # Triton's. They are named in the engine's start line.
 NO_EFFECT = frozenset(
     (
-        *("disable_log_requests", "max_log_len", "served_model_name", "download_dir"),
+        *("disable_log_requests", "max_log_len", "served_model_name"),
         *("swap_space", "max_logprobs", "distributed_executor_backend", "worker_use_ray", "engine_use_ray"),
         *("max_seq_len_to_capture", "max_context_len_to_capture", "compilation_config", "cuda_graph_sizes"),
         *("disable_custom_all_reduce", "max_parallel_loading_workers", "ray_workers_use_nsight", "async_scheduling"),
         *("use_v2_block_manager", "disable_async_output_proc", "multi_step_stream_outputs", "preemption_mode"),
         *("max_num_partial_prefills", "max_long_partial_prefills", "long_prefill_token_threshold"),
-        *("scheduling_policy", "scheduler_delay_factor", "prefix_caching_hash_algo", "use_tqdm_on_load"),
+        *("scheduler_delay_factor", "prefix_caching_hash_algo", "use_tqdm_on_load"),
         *("guided_decoding_backend", "structured_outputs_config", "tokenizer_revision", "code_revision"),
         *("tokenizer_pool_size", "tokenizer_pool_type", "limit_mm_per_prompt", "mm_processor_kwargs"),
         *("disable_mm_preprocessor_cache", "max_loras", "max_lora_rank", "max_cpu_loras", "lora_dtype"),
@@ -92,10 +97,10 @@ NO_EFFECT = frozenset(
         *("disable_hybrid_kv_cache_manager", "kv_sharing_fast_prefill", "mamba_cache_dtype", "mamba_ssm_cache_dtype"),
         *("disable_chunked_mm_input", "mm_processor_cache_gb", "mm_processor_cache_type", "mm_encoder_tp_mode"),
         *("interleave_mm_strings", "media_io_kwargs", "skip_mm_profiling", "video_pruning_rate"),
-        *("allowed_local_media_path", "allowed_media_domains", "ignore_patterns", "safetensors_load_strategy"),
+        *("allowed_local_media_path", "allowed_media_domains", "safetensors_load_strategy"),
         *("pt_load_map_location", "data_parallel_backend", "aggregate_engine_logging"),
         *("guided_decoding_disable_fallback", "guided_decoding_disable_any_whitespace"),
-        *("guided_decoding_disable_additional_properties", "reasoning_parser", "show_hidden_metrics_for_version"),
+        *("guided_decoding_disable_additional_properties", "show_hidden_metrics_for_version"),
     )
 )
 

@@ -35,6 +35,12 @@ class Stub:
             return re.fullmatch(rf"{re.escape(model)}_\d+(_\d+)?", self.instance) is not None
         return folder == model
 
+    @property
+    def model(self) -> str:
+        """The model's name; for messages, as a model's folder may have another."""
+        folder = Path(self.model_path).parent.parent.name
+        return self.instance if COPY.fullmatch(folder) else folder
+
     def replaces(self, other: Stub) -> bool:
         """True if it is a later start of the same instance: a model that changes while it is served is loaded anew
         before the old one is unloaded."""

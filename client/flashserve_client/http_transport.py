@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
-from urllib.parse import quote
 from urllib.request import getproxies, proxy_bypass
 
 import httpx
 from httpx_sse import EventSource, ServerSentEvent, SSEError
 
-from .errors import ConnectionFailed, FlashserveError, InternalError, Timeout, error_from_message
+from .errors import ConnectionFailed, FlashserveError, InternalError, InvalidRequest, Timeout, error_from_message
 from .request import InferRequest
 from .results import ModelInfo
 from .transport import Address, Chunk
 
 _UNARY_TIMEOUT_S = 10.0
 _LOAD_TIMEOUT_S = 600.0  # a large model reads for minutes
+
+# Triton 2.51 does not decode paths: the model of /v2/models/a%40b is called "a%40b". So a name is sent as it is, which
+# HTTP allows for visible ASCII, and Triton's own search for the verb ends at a slash.
+_PATH_SEGMENT = re.compile(r"[!-\"$-.0->@-~]+")
 
 # Statuses that a proxy in between gives; tritonserver answers errors of requests with 400 and a JSON body.
 _STATUS_CODES = {404: "NOT_FOUND", 429: "UNAVAILABLE", 502: "UNAVAILABLE", 503: "UNAVAILABLE", 504: "UNAVAILABLE"}
@@ -51,7 +55,7 @@ class HttpTransport:
         return (await self._send("GET", "/v2/health/live")).status_code == 200
 
     async def model_ready(self, model: str) -> bool:
-        return (await self._send("GET", f"/v2/models/{quote(model, safe='')}/ready")).status_code == 200
+        return (await self._send("GET", model_path(model, "ready"))).status_code == 200
 
     async def models(self) -> list[ModelInfo]:
         response = await self._send("POST", "/v2/repository/index", content=b"{}")
@@ -72,7 +76,7 @@ class HttpTransport:
         await self.client.aclose()
 
     async def _control(self, model: str, verb: str) -> None:
-        path = f"/v2/repository/models/{quote(model, safe='')}/{verb}"
+        path = f"/v2/repository{model_path(model, verb).removeprefix('/v2')}"
         response = await self._send("POST", path, content=b"{}", timeout_s=_LOAD_TIMEOUT_S)
         if response.status_code != 200:
             raise _response_error(response)
@@ -82,7 +86,7 @@ class HttpTransport:
     ) -> httpx.Response:
         timeout = httpx.Timeout(timeout_s, connect=self.client.timeout.connect)
         try:
-            return await self.client.request(method, path, content=content, timeout=timeout)
+            return await self.client.request(method, path, content=content, timeout=timeout, extensions=as_it_is(path))
         except httpx.HTTPError as error:
             raise transport_error(error, self.url) from None
 
@@ -106,7 +110,7 @@ class JsonReader:
         transport = self._transport
         path, body = request_path(self._request, "generate"), request_body(self._request)
         try:
-            response = await transport.client.post(path, content=body)
+            response = await transport.client.post(path, content=body, extensions=as_it_is(path))
         except httpx.HTTPError as error:
             raise transport_error(error, transport.url) from None
         return parse_event(_json_or_raise(response))
@@ -148,7 +152,8 @@ class SseReader:
     async def _open(self) -> AsyncGenerator[ServerSentEvent, None]:
         client = self._transport.client
         path, body = request_path(self._request, "generate_stream"), request_body(self._request)
-        request = client.build_request("POST", path, content=body, headers={"Accept": "text/event-stream"})
+        headers = {"Accept": "text/event-stream"}
+        request = client.build_request("POST", path, content=body, headers=headers, extensions=as_it_is(path))
         self._response = await client.send(request, stream=True)
         if self._response.status_code != 200:
             await self._response.aread()
@@ -210,7 +215,19 @@ def _response_error(response: httpx.Response) -> FlashserveError:
 
 
 def request_path(request: InferRequest, verb: str) -> str:
-    return f"/v2/models/{quote(request.model, safe='')}/{verb}"
+    return model_path(request.model, verb)
+
+
+def model_path(model: str, verb: str) -> str:
+    """The path of a request about a model. Raises InvalidRequest for a name that no path can say."""
+    if not model.isascii() or not _PATH_SEGMENT.fullmatch(model):
+        raise InvalidRequest(f"the model name {model!r} cannot be sent over HTTP, use grpc://")
+    return f"/v2/models/{model}/{verb}"
+
+
+def as_it_is(path: str) -> dict[str, Any]:
+    """httpx's extension by which a path reaches the server unquoted."""
+    return {"target": path.encode("ascii")}
 
 
 def request_body(request: InferRequest) -> bytes:

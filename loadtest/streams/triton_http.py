@@ -25,7 +25,10 @@ class TritonHttpStream(Stream):
 
     def run(self, ask: Ask, record: Record) -> None:
         request = triton_request(self.model, ask)
-        path, body = request_path(request, "generate_stream"), request_body(request)
+        try:
+            path, body = request_path(request, "generate_stream"), request_body(request)
+        except InvalidRequest as error:
+            raise RequestFailed(error.code, error.message) from None
         with self._pool.post(path, body, {"Accept": "text/event-stream"}, ask.timeout_s) as (status, pieces, wire):
             if status != 200:
                 raise _refusal(status, b"".join(pieces))

@@ -11,6 +11,7 @@ Each file is a kind: what it says must hold everywhere, and its tests are the pl
 | any path that the system takes is served | test_paths.py |
 | nothing of a user's path or name reaches a shell | test_nothing_of_a_user_reaches_a_shell.py |
 | a process is healthy when it answers, not when it exists | test_a_process_is_healthy_when_it_answers.py |
+| a reload serves what was loaded | test_a_reload_serves_what_was_loaded.py |
 | a deadline holds whoever keeps it | test_a_deadline_holds.py |
 | each stream is told its end | test_every_stream_is_told_its_end.py |
 | what was inherited stays, what died is reaped | test_what_was_inherited_stays.py, test_nothing_dead_stays.py |
@@ -19,6 +20,7 @@ Each file is a kind: what it says must hold everywhere, and its tests are the pl
 | a bare environment is served, or told what it lacks | test_a_bare_environment.py |
 | a process holds what is its own | test_processes.py |
 | memory that the system gives back on demand is free | test_free_memory.py |
+| what is needed no more is given back | test_memory_is_given_back.py |
 """
 
 from __future__ import annotations

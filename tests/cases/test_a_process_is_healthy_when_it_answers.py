@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ from harness import HTTP, Server, wait_until
 from null_models import null_model, write_null_model
 from test_launcher import ask, standin
 
+from flashserve import progress
 from flashserve.launcher import health, stubs
 from flashserve.launcher.control import ControlError, TritonControl
 from flashserve.launcher.health import HealthWatch
 from flashserve.launcher.restarts import Restarts
-from flashserve.launcher.stubs import LoadWatch
+from flashserve.launcher.stubs import FrozenStubs, LoadWatch
+from flashserve.progress import Progress
 from flashserve.stub_processes import Stub
 
 ANEW = "started anew with the models that it had"
@@ -87,6 +91,32 @@ def test_a_stub_killed_while_its_model_loads_does_not_hold_up_the_start_for_ever
         os.kill(server.stubs("demo")[0].pid, signal.SIGKILL)  # the one that completes the configuration
         server.wait_ready()
         assert re.search("model demo cannot become ready: (its process died|it has no process)", server.log)
+        assert ask(server) == ["one", "two", "three"]
+        server.stop()
+        server.assert_nothing_left()
+    finally:
+        server.destroy()
+
+
+def test_a_stub_that_does_not_run_is_ended_and_its_model_comes_back(two_models: Server) -> None:
+    (stub,) = two_models.stubs("demo")
+    (bystander,) = two_models.stubs("other")
+    os.kill(stub.pid, signal.SIGSTOP)
+    two_models.wait_for_log(f"the backend process {stub.pid} of model demo does not run: it is ended", 30)
+    two_models.wait_for_log("model demo: ready again", 60)
+    assert ask(two_models) == ["one", "two", "three"]
+    assert two_models.stubs("other") == [bystander]  # which had nothing to do, and yet ran
+
+
+def test_nor_does_one_that_is_stopped_while_its_model_loads_hold_up_the_start() -> None:
+    server = standin({"demo": {"load_s": 3}}, arguments=["--answer-timeout", "3"])
+    try:
+        server.start(wait=False)
+        assert wait_until(lambda: any(stub.instance == "demo_0" for stub in server.stubs("demo")), 30, poll_s=0.01)
+        (stub,) = server.stubs("demo")
+        os.kill(stub.pid, signal.SIGSTOP)
+        server.wait_ready()
+        assert f"the backend process {stub.pid} of model demo does not run: it is ended" in server.log
         assert ask(server) == ["one", "two", "three"]
         server.stop()
         server.assert_nothing_left()
@@ -164,6 +194,52 @@ def test_a_model_that_became_ready_starts_anew_when_it_loads_again(living: list[
     living.clear()
     looks(watch, clock, [], 100)
     assert looks(watch, clock, ["a"], 15) == [None] * 15
+
+
+# --- when stillness counts as death -----------------------------------------------------------------------------
+
+
+PARENT = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import os, time\\nwhile os.getppid() != 1: time.sleep(0.05)"])
+print("ready", flush=True)
+while True:
+    time.sleep(0.05)
+"""
+
+
+def test_a_process_that_was_stopped_is_still_while_its_child_runs() -> None:
+    """The engine of a stopped stub goes on."""
+    process = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None and process.stdout.readline()
+        alone, both = Progress(process.pid), Progress(process.pid, with_children=True)
+        assert not wait_until(lambda: alone.idle_s() > 1 or both.idle_s() > 1, 2, poll_s=0.5)
+        process.send_signal(signal.SIGSTOP)
+        assert wait_until(lambda: alone.idle_s() > 1, 10, poll_s=0.5)
+        assert both.idle_s() < 1
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("look_every_s", "looks", "limit_s", "ends"),
+    [(1, 59, 60, False), (1, 62, 60, True), (1, 1000, 0, False), (300, 20, 60, False)],
+    ids=["not yet", "over the limit", "never", "nobody looked meanwhile, as in a paused container"],
+)
+def test_stillness_counts_after_its_limit(
+    living: list[Stub], monkeypatch: pytest.MonkeyPatch, look_every_s: int, looks: int, limit_s: float, ends: bool
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(progress, "_ran", lambda pid, with_children: ["1000"])
+    living.append(Stub(5, "/r/a/1/model.py", "a_0"))
+    frozen = FrozenStubs(1, limit_s, clock)
+    found = []
+    for _ in range(looks):
+        clock.now += look_every_s
+        found += frozen.find()
+    assert bool(found) == ends
 
 
 # --- when silence counts as death -------------------------------------------------------------------------------

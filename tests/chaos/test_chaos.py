@@ -13,7 +13,15 @@ RUN = Path(__file__).with_name("run.py")
 
 @pytest.mark.server
 def test_half_a_minute_of_chaos_leaves_every_answer_right_and_nothing_behind() -> None:
-    command = [sys.executable, str(RUN), "--minutes", "0.4", "--seed", "3", "--bound", "15"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    run("--minutes", "0.4", "--seed", "3", "--bound", "15")
+
+
+@pytest.mark.server
+def test_streams_end_with_their_server_and_it_comes_back_from_death() -> None:
+    run("--ends", "1")
+
+
+def run(*options: str) -> None:
+    done = subprocess.run([sys.executable, str(RUN), *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     assert "nothing was wrong" in done.stdout

@@ -269,6 +269,17 @@ def test_hub_ids_say_what_to_do_without_a_network(monkeypatch, tmp_path):
         open_model(EngineConfig(model="someone/some-model"))
 
 
+def test_a_hub_id_is_looked_for_in_the_download_dir(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository = tmp_path / "hub" / "models--someone--some-model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    snapshot = repository / "snapshots" / ("0" * 40)
+    make_tiny_model("llama", snapshot)
+    files = open_model(EngineConfig("someone/some-model", download_dir=str(tmp_path / "hub")))
+    assert files.folder == snapshot
+
+
 def test_a_folder_without_config(tmp_path):
     assert "config.json" in refusal(tmp_path)
 

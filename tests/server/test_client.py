@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from harness import SOURCES, Server, wait_until
@@ -43,6 +44,17 @@ def url(request: pytest.FixtureRequest, server: Server) -> str:
 def client(url: str) -> Iterator[Client]:
     with Client(url, model="letters", timeout_s=30) as client:
         yield client
+
+
+def test_a_model_of_any_plain_name_answers_over_both_protocols(tmp_path: Path):
+    name = "a@b+c%41=d:e,f_g-h.i"
+    with Server({name: null_model(write_null_model(tmp_path / "null"))}) as server:
+        for protocol in PROTOCOLS:
+            with Client(address(server, protocol), model=name, timeout_s=30) as client:
+                assert client.health().model_ready
+                assert client.generate("hello", max_tokens=3).completion_tokens == 3
+                assert "".join(delta.text for delta in client.stream("hello", max_tokens=3))
+                client.load_model(name)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------

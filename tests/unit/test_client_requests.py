@@ -49,6 +49,28 @@ async def test_stream_asks_for_a_stream(peer: Peer):
     assert (asked.model, asked.request_id) == ("m", "mine")
 
 
+ANY_PLAIN_NAME = "a@b+c%41=d:e,f_g-h.i"
+
+
+async def test_a_models_name_is_sent_as_it_is(peer: Peer):
+    """Triton does not decode paths, so that a quoted name would be another model's."""
+    async with AsyncClient(peer.url, model=ANY_PLAIN_NAME) as client:
+        await client.generate("hello")
+        async for _ in client.stream("hello"):
+            pass
+        await client.load_model(ANY_PLAIN_NAME)
+    assert [asked.model for asked in peer.asked] == [ANY_PLAIN_NAME] * 2
+    assert peer.controlled == [f"load {ANY_PLAIN_NAME}"]
+
+
+@pytest.mark.parametrize("name", ["a b", "a/b", "a?b", "a#b", "模型", "a\r\nb"])
+async def test_a_name_that_no_path_can_say_is_refused(name: str):
+    async with AsyncClient("http://localhost:1", model="m") as client:
+        for call in (client.generate("hello", model=name), client.load_model(name), client.unload_model(name)):
+            with pytest.raises(InvalidRequest, match="cannot be sent over HTTP, use grpc://"):
+                await call
+
+
 async def test_token_ids_are_a_sampling_parameter(peer: Peer):
     async with AsyncClient(peer.url) as client:
         await client.generate([1, 2, 3])

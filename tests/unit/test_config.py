@@ -61,6 +61,13 @@ def test_a_relative_folder_is_resolved_against_the_version_folder(tmp_path):
     assert EngineConfig.from_file(tmp_path / "model.json").model == str(tmp_path / "weights")
 
 
+@pytest.mark.parametrize(("given", "used"), [("hub", "{folder}/hub"), ("/hub", "/hub"), ("~/hub", "/home/me/hub")])
+def test_downloads_go_to_the_folder_that_is_named(tmp_path, monkeypatch, given, used):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "model.json").write_text(json.dumps({"model": "org/name", "download_dir": given}))
+    assert EngineConfig.from_file(tmp_path / "model.json").download_dir == used.format(folder=tmp_path)
+
+
 def test_a_hub_id_stays_as_it_is(tmp_path):
     (tmp_path / "model.json").write_text(json.dumps({"model": "org/name"}))
     assert EngineConfig.from_file(tmp_path / "model.json").model == "org/name"

@@ -64,7 +64,6 @@ ASKS_FOR_NOTHING = {
     "disable_log_requests": "true",
     "swap_space": 4,
     "served_model_name": "name",
-    "download_dir": "/d",
     "max_logprobs": 20,
     "distributed_executor_backend": "mp",
     "max_seq_len_to_capture": 8192,
@@ -143,6 +142,8 @@ def test_but_no_other(values, used):
         {"tensor_parallel_size": 1, "pipeline_parallel_size": "1", "trust_remote_code": "false"},
         {"load_format": "safetensors", "enable_chunked_prefill": "True", "enable_lora": False},
         {"hf_overrides": {}, "cpu_offload_gb": 0, "speculative_config": {}},
+        {"scheduling_policy": "fcfs", "ignore_patterns": "original/**/*", "reasoning_parser": ""},
+        {"scheduling_policy": "priority", "ignore_patterns": []},
     ],
 )
 def test_what_is_done_anyway_is_not_worth_a_word(values):
@@ -159,6 +160,10 @@ def test_what_is_done_anyway_is_not_worth_a_word(values):
         ({"tensor_parallel_size": True}, "tensor_parallel_size=True is not supported; only 1 is"),
         ({"tensor_parallel_size": "2"}, "tensor_parallel_size='2' is not supported"),
         ({"model_impl": "transformers"}, "model_impl='transformers' is not supported; only 'auto' or 'vllm' is"),
+        ({"scheduling_policy": "sjf"}, "scheduling_policy='sjf' is not supported; only 'fcfs' or 'priority' is"),
+        ({"ignore_patterns": ["*.json"]}, "ignore_patterns=['*.json'] is not supported"),
+        ({"reasoning_parser": "deepseek_r1"}, "reasoning_parser='deepseek_r1' is not supported; only '' is"),
+        ({"download_dir": 5}, "download_dir must be a string, not 5"),
         ({"worker_cls": "my.Worker"}, "worker_cls='my.Worker' is not supported; only 'auto' is"),
         ({"decode_context_parallel_size": 2}, "decode_context_parallel_size=2 is not supported; only 1 is"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype must be one of"),

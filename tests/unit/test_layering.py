@@ -27,6 +27,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "flashserve.coercion": (),
     "flashserve.memory": (),
     "flashserve.paths": (),
+    "flashserve.progress": (),
+    "flashserve.load_notes": ("flashserve.paths",),
     "flashserve.model_json": ("flashserve.errors", "flashserve.coercion"),
     "flashserve.config": ("flashserve.errors", "flashserve.model_json", "flashserve.paths"),
     "flashserve.sampling_params": ("flashserve.errors", "flashserve.protocol", "flashserve.coercion"),
@@ -48,6 +50,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "flashserve.ipc": (
         "flashserve",
         "flashserve.home",
+        "flashserve.memory",
+        "flashserve.progress",
         "flashserve.config",
         "flashserve.protocol",
         "flashserve.errors",
@@ -68,6 +72,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "flashserve.text",
         "flashserve.ipc",
         "flashserve.coercion",
+        "flashserve.load_notes",
         "flashserve.paths",
         "flashserve.sampling_params",
         "flashserve.stub_processes",
@@ -79,6 +84,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "flashserve.launcher": (
         "flashserve",
         "flashserve.home",
+        "flashserve.load_notes",
+        "flashserve.progress",
         "flashserve.stub_processes",
         "flashserve.triton_http",
         "flashserve.memory",
@@ -245,7 +252,7 @@ def layer_table() -> str:
         for name, targets in shown.items()
         if targets
     ]
-    lines = textwrap.wrap(f"{', '.join(ground)} → nothing of ours", 112, break_on_hyphens=False)
+    lines = textwrap.wrap(f"{', '.join(ground)} → nothing of ours", 112, subsequent_indent="    ")
     return "\n".join([*(f"    {line}" for line in lines), *above, "    cli → all of them"])
 
 

@@ -111,6 +111,20 @@ def engine(supervisor: EngineSupervisor) -> psutil.Process:
     return psutil.Process(supervisor.pid)
 
 
+def test_an_engine_that_is_stopped_while_it_loads_is_ended(quick_engines: Callable[[str], None], folder: Path) -> None:
+    quick_engines("import signal; os.kill(os.getpid(), signal.SIGSTOP)")
+    supervisor = EngineSupervisor(EngineConfig.from_mapping(null_model(folder)), Listener(), max_idle_s=2.0)
+    with pytest.raises(InternalError, match="did not run for 2 s while it loaded the model and was ended"):
+        supervisor.start()
+
+
+def test_one_that_waits_and_looks_around_is_let(quick_engines: Callable[[str], None], folder: Path) -> None:
+    quick_engines("for _ in range(20): time.sleep(0.2)\nsys.exit(3)")
+    supervisor = EngineSupervisor(EngineConfig.from_mapping(null_model(folder)), Listener(), max_idle_s=2.0)
+    with pytest.raises(InternalError, match="ended with status 3"):
+        supervisor.start()
+
+
 def test_from_start_to_stop(supervise: Supervise) -> None:
     supervisor, listener = supervise()
     assert supervisor.start().max_model_len == 4096
@@ -161,6 +175,8 @@ def test_a_killed_engine_is_reported_at_once_and_replaced(supervise: Supervise) 
     assert engine(supervisor) != victim
     taken_ms = (time.monotonic() - killed) * 1000
     assert error.retry_after_ms > taken_ms / 4, "the estimate covers the back-off and a start like the first one"
+    while not listener.outputs.empty():  # of the first request, a step or two of it
+        listener.outputs.get()
     supervisor.send(request(3, max_tokens=1))
     assert listener.outputs.get(timeout=5).request_id == 3
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import os
 import signal
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from flashserve.config import EngineConfig
 from flashserve.errors import FlashserveError
 from flashserve.frontend import inherited, model_parameters, tensor_spec
+from flashserve.load_notes import NOTES_VARIABLE, LoadNote
 from flashserve.paths import native
 
 log = logging.getLogger("flashserve")
@@ -53,6 +56,7 @@ class TritonPythonModel:
             self._service = ModelService(
                 _placed(config, args), pb_utils, name, args["model_version"], engine, parameters
             )
+            _note_load(args)
         except FlashserveError as error:
             raise pb_utils.TritonModelException(f"{name}: {error.message}") from None
 
@@ -70,6 +74,16 @@ class TritonPythonModel:
         service = getattr(self, "_service", None)
         if service is not None:
             service.stop()
+
+
+def _note_load(args: dict[str, str]) -> None:
+    """Tell the launcher with what this model was loaded."""
+    notes = os.environ.get(NOTES_VARIABLE)
+    if notes:
+        try:
+            LoadNote(args["model_config"], args["model_repository"]).write(Path(notes), args["model_name"])
+        except OSError as error:
+            log.warning("what the model was loaded with could not be noted: %s", error)
 
 
 def _placed(config: EngineConfig, args: dict[str, str]) -> EngineConfig:

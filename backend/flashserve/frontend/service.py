@@ -8,11 +8,12 @@ from typing import Any
 
 from flashserve.coercion import shorten
 from flashserve.config import EngineConfig
-from flashserve.errors import FlashserveError, InternalError, Unavailable
+from flashserve.errors import FlashserveError, InternalError
 from flashserve.frontend.cancellation import CancellationWatcher
 from flashserve.frontend.drain import DrainWatcher
 from flashserve.frontend.engine_watch import EngineWatch
 from flashserve.frontend.generation import Generation
+from flashserve.frontend.health_check import HealthCheck
 from flashserve.frontend.metrics import Metrics, MetricsExportThread, TritonExporter, engine_infos
 from flashserve.frontend.model_parameters import ModelParameters
 from flashserve.frontend.request_log import log_end
@@ -44,10 +45,6 @@ class ModelService:
         parameters: ModelParameters,
     ) -> None:
         """``engine`` is the instance's index, which tells the series of a model's instances apart."""
-        self._pb = pb_utils
-        self._name = name
-        self._health_check = parameters.health_check
-        self._is_healthy = True
         self._server_watch = ServerWatch()
         self._builder = ResponseBuilder(pb_utils, parameters.plain_errors)
         metrics = Metrics()
@@ -77,6 +74,11 @@ class ModelService:
         self._drain = DrainWatcher(
             name, version, config.triton_http, config.drain_timeout_s, self._responder, self._supervisor.stop
         )
+        self._health_check: HealthCheck | None = None
+        if parameters.health_check:
+            self._health_check = HealthCheck(
+                lambda: self._supervisor.ready, lambda: self._drain.draining, lambda: pb_utils.unload_model(name)
+            )
         self._engine_watch = EngineWatch(self._responder, self._supervisor, metrics)
         self._responder.start(self._supervisor.send)
         for part in (self._server_watch, self._cancellation, self._drain, self._engine_watch):
@@ -90,8 +92,8 @@ class ModelService:
         """Parse a Triton request and set it going. Whatever is wrong with it becomes its response."""
         sender = request.get_response_sender()
         try:
-            if self._health_check:
-                self._check_health()
+            if self._health_check is not None:
+                self._health_check.check()
             parsed = parse(read_raw(request), self._context)
             if isinstance(parsed, ParsedRequest):
                 self._generate(parsed, sender)
@@ -102,21 +104,6 @@ class ModelService:
         except Exception:
             log.exception("request %s could not be parsed", shorten(request.request_id()))
             self._responder.refuse(sender, InternalError("the request could not be parsed"))
-
-    def _check_health(self) -> None:
-        """Unload the model if its engine has died. Raises Unavailable then, and until the model is gone."""
-        if self._supervisor.ready and self._is_healthy:
-            return
-        if self._is_healthy and not self._drain.draining:
-            self._is_healthy = False
-            log.error("the engine is not healthy: unloading the model, as ENABLE_VLLM_HEALTH_CHECK asks")
-            try:
-                self._pb.unload_model(self._name)  # does not wait for the end
-            except Exception as error:  # a server whose models are not controlled from outside keeps them
-                log.error("the model cannot be unloaded (%s): it serves again when its new engine is ready", error)
-                self._is_healthy = True
-        # The vLLM backend's words.
-        raise Unavailable("Model is unavailable due to unhealthy vLLM engine", retry_after_ms=1000)
 
     def _generate(self, parsed: ParsedRequest, sender: Any) -> None:
         internal_id = next(self._ids)

@@ -25,12 +25,15 @@ from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError, FlashserveError, InternalError, Unavailable
 from flashserve.home import with_home
 from flashserve.ipc.channel import Channel, ChannelClosed
+from flashserve.memory import RETURNING
+from flashserve.progress import Progress
 from flashserve.protocol import EngineFailed, EngineLimits, EngineMessage, EngineReady, StepOutputs, StubMessage
 
 log = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.2, 30.0
 STABLE_AFTER_S = 60.0  # an engine that ran this long starts the back-off anew
+LOADING_POLL_S, MAX_IDLE_S = 1.0, 60.0
 STOP_TIMEOUT_S = 2.0  # the engine ends within a step of its socket's closing; then it is killed
 
 
@@ -49,9 +52,11 @@ class EngineListener(Protocol):
 class EngineSupervisor:
     """One engine process after another."""
 
-    def __init__(self, config: EngineConfig, listener: EngineListener) -> None:
+    def __init__(self, config: EngineConfig, listener: EngineListener, max_idle_s: float = MAX_IDLE_S) -> None:
+        """An engine that does not run for ``max_idle_s`` while it loads the model is ended."""
         self._config = config
         self._listener = listener
+        self._max_idle_s = max_idle_s
         self._lock = threading.Lock()
         self._channel: Channel[EngineMessage] | None = None  # set while an engine is ready
         self._process: subprocess.Popen[bytes] | None = None
@@ -70,7 +75,7 @@ class EngineSupervisor:
         """Start the first engine and block until it is ready.
 
         Raises ConfigError if it cannot serve this configuration, InternalError if it died while starting. Loading
-        has no time limit: a large model on a slow disk takes minutes.
+        has no time limit, as a large model on a slow disk takes minutes; but an engine that does not run is ended.
         """
         self._thread.start()
         self._first_start.wait()
@@ -171,6 +176,7 @@ class EngineSupervisor:
             if self._stopping.is_set():
                 process.kill()
         try:
+            self._receive_until_ready(process, channel)
             while True:
                 for message in channel.receive():
                     self._dispatch(message, channel)
@@ -183,6 +189,16 @@ class EngineSupervisor:
                 self._channel = None
             channel.close()
         return self._reap(process)
+
+    def _receive_until_ready(self, process: subprocess.Popen[bytes], channel: Channel[EngineMessage]) -> None:
+        """A stopped process keeps its socket open and would be waited for without an end."""
+        progress = Progress(process.pid, with_children=True)
+        while self._channel is None:
+            for message in channel.receive(LOADING_POLL_S):
+                self._dispatch(message, channel)
+            if progress.idle_s() >= self._max_idle_s:
+                self._end_reason = f"did not run for {self._max_idle_s:.0f} s while it loaded the model and was ended"
+                process.kill()
 
     def _dispatch(self, message: EngineMessage, channel: Channel[EngineMessage]) -> None:
         if isinstance(message, StepOutputs):
@@ -235,4 +251,5 @@ def engine_environment() -> dict[str, str]:
     """The stub's environment, with our packages importable: the stub finds them beside model.py, a child may not."""
     package_dir = Path(flashserve.__file__).resolve().parent.parent
     paths = [str(package_dir), str(package_dir.parent / "kernels"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    return {**with_home(os.environ), "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    inherited = {name: value for name, value in with_home(os.environ).items() if RETURNING.get(name) != value}
+    return {**inherited, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}

@@ -77,7 +77,8 @@ def _add_serve(subparsers: Any) -> None:
         type=_seconds,
         default=DEFAULT_ANSWER_TIMEOUT_S,
         metavar="S",
-        help="after S seconds without an answer tritonserver counts as dead (default: %(default)g; 0: never)",
+        help="tritonserver that does not answer, and a stub that does not run, count as dead after S seconds "
+        "(default: %(default)g; 0: never)",
     )
     parser.add_argument(
         "--log-format", choices=("text", "json"), default="text", help="json: an object in each line (default: text)"

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from flashserve.triton_http import ask
+
+NO_PARAMETERS: Mapping[str, str] = MappingProxyType({})
 
 
 class ControlError(Exception):
@@ -16,9 +20,14 @@ class ControlError(Exception):
 class TritonControl:
     """Asks one server; opens a connection per call, so a restarted server is no special case."""
 
-    def __init__(self, address: str, timeout_s: float = 5.0) -> None:
+    def __init__(
+        self, address: str, timeout_s: float = 5.0, unlisted: Callable[[], Iterable[str]] = lambda: ()
+    ) -> None:
+        """``unlisted`` gives names that Triton's index may lack: it lists what the repositories hold, and a client may
+        have loaded a model all of whose files are its own."""
         self.address = address
         self.timeout_s = timeout_s
+        self._unlisted = unlisted
 
     def server_ready(self) -> bool:
         """True once every model that tritonserver was told to load is ready."""
@@ -33,9 +42,11 @@ class TritonControl:
         return self._status(f"/v2/models/{name}/ready") == 200
 
     def index(self) -> list[dict[str, str]]:
-        """Rows of name, version, state, reason: every model of the repository."""
+        """Rows of name, version, state, reason: every model of the repository, and ready ones beside it."""
         rows = self._call("POST", "/v2/repository/index", {})
-        return rows if isinstance(rows, list) else []
+        rows = rows if isinstance(rows, list) else []
+        unlisted = set(self._unlisted()) - {row["name"] for row in rows}
+        return rows + [{"name": name, "state": "READY"} for name in sorted(unlisted) if self.model_ready(name)]
 
     def ready_models(self) -> list[str]:
         """Names of the models that answer, sorted."""
@@ -46,9 +57,11 @@ class TritonControl:
         config = self._call("GET", f"/v2/models/{name}/config")
         return config if isinstance(config, dict) else {}
 
-    def load(self, name: str, timeout_s: float) -> None:
-        """Load or reload a model; returns once it is ready."""
-        self._call("POST", f"/v2/repository/models/{name}/load", {}, timeout_s)
+    def load(self, name: str, timeout_s: float, parameters: Mapping[str, str] = NO_PARAMETERS) -> None:
+        """Load or reload a model; returns once it is ready. ``parameters``: a configuration and files (in base64) that
+        take the place of the repository's."""
+        body = {"parameters": dict(parameters)} if parameters else {}
+        self._call("POST", f"/v2/repository/models/{name}/load", body, timeout_s)
 
     def unload(self, name: str, timeout_s: float = 30.0) -> None:
         """Start unloading a model; requests in flight still end."""

@@ -81,8 +81,10 @@ class HealthWatch:
         return list(dict.fromkeys([*ready, *self._reloads.pending]))
 
     def _run(self) -> None:
+        pending = self._reloads.pending
         while not self._stopping.wait(POLL_S):
-            if time.monotonic() - self._asked >= ASK_PERIOD_S:
+            before, pending = pending, self._reloads.pending
+            if time.monotonic() - self._asked >= ASK_PERIOD_S or pending != before:
                 self._ask()
             if self._failure is None:
                 loading = [name for name, state in self._states.items() if state == LOADING]

@@ -7,6 +7,9 @@ and not without a limit.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import time
 from collections.abc import Callable, Collection, Sequence
 
@@ -15,13 +18,14 @@ from flashserve.launcher.console import Console
 from flashserve.launcher.control import ControlError, TritonControl
 from flashserve.launcher.ending import Guard
 from flashserve.launcher.health import Failure, HealthWatch
+from flashserve.launcher.loads import Loads
 from flashserve.launcher.orphans import Orphans
 from flashserve.launcher.ports import Endpoints
 from flashserve.launcher.process import ServerProcess
-from flashserve.launcher.reloads import Reloads
+from flashserve.launcher.reloads import SERVER_FAILED, Reloads
 from flashserve.launcher.restarts import Restarts
 from flashserve.launcher.signals import Signals
-from flashserve.launcher.stubs import LoadWatch, StubWatch
+from flashserve.launcher.stubs import FrozenStubs, LoadWatch, StubWatch
 
 POLL_S = 0.1
 REAP_WAIT_S = 2.0
@@ -38,6 +42,7 @@ class Lives:
         endpoints: Endpoints,
         signals: Signals,
         console: Console,
+        loads: Loads,
         expected: Collection[str],
         max_restarts: int,
         answer_timeout_s: float,
@@ -52,8 +57,9 @@ class Lives:
         self._endpoints = endpoints
         self._signals = signals
         self._console = console
+        self._loads = loads
         self._expected = expected
-        self._control = TritonControl(endpoints.http_address)
+        self._control = TritonControl(endpoints.http_address, unlisted=loads.names)
         self._orphans = Orphans()
         self._restarts = Restarts(max_restarts)
         self._answer_timeout_s = answer_timeout_s
@@ -65,13 +71,20 @@ class Lives:
         while True:
             started = time.monotonic()
             self._ready_since = None
-            self.server = server = self._start(models)
+            # Tritonserver's own start knows repositories only.
+            of_clients = [name for name in models if self._loads.are_a_clients(name)]
+            self.server = server = self._start([name for name in models if name not in of_clients])
             self._guard.leader(server.pid)
+            self._frozen = FrozenStubs(server.pid, self._answer_timeout_s)
             failure = self._wait_until_ready(server)
             if failure is None and not self._signals.received:
                 models = self._ready_models(models)
+            self._loads.started(name for name in models if name not in of_clients)
+            if failure is None and not self._signals.received:
                 announce(models, time.monotonic() - started)
-                failure, models = self._watch(server, models)
+                failure, models = self._watch(server, models, of_clients)
+                if failure is not None:
+                    self._loads.keep_files(models)
             if failure is None:
                 return 0
             if not self._goes_on_after(failure, server):
@@ -107,6 +120,10 @@ class Lives:
 
     def _wait(self, server: ServerProcess) -> bool:
         """Sleep, and do what is due about once a second; True if a signal has come."""
+        for stub in self._frozen.find():
+            self._console.fail(f"the backend process {stub.pid} of model {stub.model} does not run: it is ended")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(stub.pid, signal.SIGKILL)
         self._orphans.reap((server.pid, self._guard.pid))
         return self._signals.wait(POLL_S)
 
@@ -116,9 +133,13 @@ class Lives:
         except ControlError:  # it has just said that it is ready; the watch will find out
             return [name for name in asked if name != "*"]
 
-    def _watch(self, server: ServerProcess, names: Sequence[str]) -> tuple[Failure | None, list[str]]:
-        """Until a signal (None) or a failure; with the models that it had."""
-        reloads = Reloads(self._control, self._console)
+    def _watch(
+        self, server: ServerProcess, names: Sequence[str], of_clients: Sequence[str]
+    ) -> tuple[Failure | None, list[str]]:
+        """Until a signal (None) or a failure; with the models that it had. ``names`` are ready, ``of_clients`` are to
+        be brought back."""
+        reloads = Reloads(self._control, self._console, self._loads)
+        reloads.start(of_clients, SERVER_FAILED)
         metrics = TritonControl(self._endpoints.metrics_address)
         stubs, loads = StubWatch(server.pid, self._control), LoadWatch(server.pid, self._expected)
         health = HealthWatch(self._control, metrics, stubs, loads, reloads, names, self._answer_timeout_s)

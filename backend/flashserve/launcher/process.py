@@ -19,6 +19,8 @@ from flashserve.launcher.ports import Endpoints
 from flashserve.launcher.reaper import ENDING_FILE, RUN_VARIABLE
 from flashserve.launcher.triton_arguments import CONTROL_MODE, EXPLICIT, LOAD_MODEL, TritonArguments
 from flashserve.launcher.workspace import Workspace, package_folders
+from flashserve.load_notes import NOTES_VARIABLE
+from flashserve.memory import RETURNING
 from flashserve.stub_processes import ENDING_VARIABLE
 
 HTTP_VARIABLE = "FLASHSERVE_TRITON_HTTP"
@@ -72,6 +74,9 @@ def environment(install: TritonInstall, workspace: Workspace, endpoints: Endpoin
     env[HTTP_VARIABLE] = endpoints.http_address
     env[RUN_VARIABLE] = workspace.run_id
     env[ENDING_VARIABLE] = str(workspace.folder / ENDING_FILE)
+    env[NOTES_VARIABLE] = str(workspace.load_notes)
+    for name, value in RETURNING.items():
+        env.setdefault(name, value)
     env["PYTHONUNBUFFERED"] = "1"
     return env
 

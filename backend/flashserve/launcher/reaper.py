@@ -9,7 +9,9 @@ Standard library only and no import of flashserve: it runs as ``python -I -S rea
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -33,6 +35,10 @@ POLL_S = 0.1
 # share.
 ENDING_FILE = "ending"
 SHARED_MEMORY = "/dev/shm"
+# In the run's folder: with what each model was loaded, as its stub has noted it (flashserve.load_notes).
+NOTES_FOLDER = "loads"
+# Triton's own folders, for files that clients gave and for models from a bucket.
+COPY = re.compile(r"/tmp/folder\w{6}")
 
 
 @dataclass
@@ -103,6 +109,20 @@ def clear(run: Run) -> None:
                 os.unlink(os.path.join(SHARED_MEMORY, name))
     with contextlib.suppress(OSError):
         os.unlink(os.path.join(run.folder, ENDING_FILE))
+    _remove_copies(run)
+
+
+def _remove_copies(run: Run) -> None:
+    """Files that clients gave with a load: a tritonserver that was killed leaves its copies of them."""
+    notes = os.path.join(run.folder, NOTES_FOLDER)
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        for name in os.listdir(notes):
+            model, suffix = os.path.splitext(name)
+            if suffix == ".json":
+                with open(os.path.join(notes, name), encoding="utf-8") as file:
+                    folder = json.load(file)["folder"]
+                if COPY.fullmatch(folder) and os.path.basename(folder) != model:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _tell_stubs(run: Run, deadline: float) -> None:

@@ -12,6 +12,7 @@ from flashserve.launcher.console import Console
 from flashserve.launcher.discover import require_triton
 from flashserve.launcher.ending import Guard, end
 from flashserve.launcher.lives import Lives
+from flashserve.launcher.loads import Loads
 from flashserve.launcher.ports import Endpoints
 from flashserve.launcher.process import ServerProcess
 from flashserve.launcher.restarts import DEFAULT_ANSWER_TIMEOUT_S, DEFAULT_MAX_RESTARTS
@@ -72,8 +73,9 @@ def serve(options: ServeOptions, console: Console | None = None) -> int:
             line = process.command(install, space, paths, endpoints, arguments.loading(load))
             return ServerProcess(line, env, console.show_log, options.verbose)
 
+        loads = Loads(space.load_notes, remote=any(map(repository.REMOTE.match, repositories)))
         restarts = (options.max_restarts, options.answer_timeout_s)
-        lives = Lives(start, run, guard, endpoints, signals, console, expected, *restarts)
+        lives = Lives(start, run, guard, endpoints, signals, console, loads, expected, *restarts)
         return lives.live(arguments.load, lambda names, seconds: _announce(console, endpoints, names, seconds))
     finally:
         end(run, guard, lives.server if lives else None, signals, console, lives is not None and lives.was_ready)

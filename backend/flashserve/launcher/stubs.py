@@ -7,12 +7,14 @@ from collections.abc import Callable, Collection
 
 from flashserve.launcher.control import ControlError, TritonControl
 from flashserve.launcher.repository import PYTHON_BACKENDS
+from flashserve.progress import Progress
 from flashserve.stub_processes import Stub, list_stubs
 
 # Looked at twice before it counts: an unload ends the stub a moment before the model's state says so.
 CONFIRMATIONS = 2
 # A model has one stub to complete its configuration and then those of its instances, milliseconds later.
 GONE_S = 10.0
+LOOK_PERIOD_S = 1.0
 NEVER_STARTED_S = 20.0  # or it died before anybody saw it
 
 
@@ -56,6 +58,27 @@ class StubWatch:
             int(group.get("count", 1)) * max(1, len(group.get("gpus", [])))
             for group in config.get("instance_group", [])
         )
+
+
+class FrozenStubs:
+    """Finds stubs that exist and do not run. Triton waits for them without a bound, while a model loads as later."""
+
+    def __init__(self, server: int, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """``limit_s``: so long one may be still; 0: for ever. Even an idle one looks for its parent every 0.3 s."""
+        self._server = server
+        self._limit_s = limit_s
+        self._clock = clock
+        self._looked = clock()
+        self._progress: dict[int, Progress] = {}
+
+    def find(self) -> list[Stub]:
+        """Those over the limit. It looks once a second, however often it is asked."""
+        if not self._limit_s or self._clock() - self._looked < LOOK_PERIOD_S:
+            return []
+        self._looked = self._clock()
+        stubs = list_stubs(self._server)
+        self._progress = {stub.pid: self._progress.get(stub.pid) or Progress(stub.pid, self._clock) for stub in stubs}
+        return [stub for stub in stubs if self._progress[stub.pid].idle_s() > self._limit_s]
 
 
 class LoadWatch:

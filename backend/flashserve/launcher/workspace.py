@@ -15,6 +15,7 @@ from pathlib import Path
 from flashserve.launcher import shell_words
 from flashserve.launcher.discover import TritonInstall
 from flashserve.launcher.errors import LauncherError
+from flashserve.launcher.reaper import NOTES_FOLDER
 from flashserve.launcher.repository import BACKEND_NAME, REMOTE, NamedModel
 from flashserve.stub_processes import STUB_NAME
 
@@ -49,6 +50,11 @@ class Workspace:
         return self.folder / "bin"
 
     @property
+    def load_notes(self) -> Path:
+        """What stubs note of their models' loads, and files that clients gave."""
+        return self.folder / NOTES_FOLDER
+
+    @property
     def repositories(self) -> Path:
         """Links to model repositories whose own paths no shell would take as they are."""
         return self.folder / "repositories"
@@ -57,7 +63,9 @@ class Workspace:
 def create() -> Workspace:
     """Make an empty folder with a name that is unique on this machine. Raises LauncherError if there is no place."""
     run_id = f"flashserve-{os.getpid()}-{secrets.token_hex(4)}"
-    return Workspace(run_id, Path(tempfile.mkdtemp(prefix=f"{run_id}-", dir=_place())))
+    workspace = Workspace(run_id, Path(tempfile.mkdtemp(prefix=f"{run_id}-", dir=_place())))
+    workspace.load_notes.mkdir()
+    return workspace
 
 
 def _place() -> str:

@@ -15,7 +15,7 @@ import torch
 from flashserve.errors import ConfigError
 from flashserve.layers.weight_source import WeightSource
 from flashserve.models.checkpoint import Checkpoint, CheckpointWeights
-from flashserve.models.source import find_tokenizer_file, read_tokenizers_end, resolve_folder
+from flashserve.models.source import find_tokenizer_file, read_tokenizers_end
 from flashserve_kernels import Ops
 
 log = logging.getLogger(__name__)
@@ -79,11 +79,10 @@ class ModelFiles(Protocol):
 class SafetensorsFolder:
     """Implements ModelFiles for a Hugging Face folder: config.json and safetensors files."""
 
-    def __init__(self, folder: Path, tokenizer: str | None = None) -> None:
-        """tokenizer: another folder, or a Hugging Face id, that has the tokenizer. Raises ConfigError where a file is
-        missing or broken."""
+    def __init__(self, folder: Path, tokenizer_folder: Path | None = None) -> None:
+        """tokenizer_folder: None for the same. Raises ConfigError where a file is missing or broken."""
         self.folder = folder
-        self._tokenizer_folder = folder if tokenizer is None else resolve_folder(tokenizer, None)
+        self._tokenizer_folder = tokenizer_folder or folder
         self.config: dict[str, Any] = _without_nulls(read_json(folder / "config.json"))
         self._checkpoint = Checkpoint(folder)
 

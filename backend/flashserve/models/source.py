@@ -16,8 +16,8 @@ _SECOND_COPIES = ["consolidated*", "original/*"]
 _CONVERTIBLE = ("vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
-def resolve_folder(model: str, revision: str | None) -> Path:
-    """The folder of ``model``: itself, or the download of a Hugging Face id.
+def resolve_folder(model: str, revision: str | None, download_dir: str | None) -> Path:
+    """The folder of ``model``: itself, or the download of a Hugging Face id, which goes to ``download_dir``.
 
     Raises ConfigError where there is neither.
     """
@@ -30,9 +30,14 @@ def resolve_folder(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(model, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=_SECOND_COPIES)
+        found: str = snapshot_download(
+            model,
+            revision=revision,
+            cache_dir=download_dir,
+            allow_patterns=_PATTERNS,
+            ignore_patterns=_SECOND_COPIES,
         )
+        return Path(found)
     except Exception as error:  # its errors range from HTTP statuses over missing caches to bad names
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(

@@ -16,8 +16,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TextIO
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ _SANITIZERS = (
     "-O1",  # halves the time to compile; it comes after -O3, so it counts
 )
 _COMPILE_TIMEOUT_S = 300
+_LOCK_POLL_S = 0.2
 
 
 class NativeUnavailable(Exception):
@@ -159,12 +162,21 @@ def build(isa: str, file: Path, sanitize: bool = False) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         # Engines that start together would each take all cores for what one of them needs to do.
         with file.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            while not _take(lock):
+                time.sleep(_LOCK_POLL_S)  # and not in the system: a process that does not run at all counts as stopped
             if not file.is_file():
                 log.info("compiling the native kernels for %s (once, some seconds)", isa)
                 _compile(compiler, _flags(isa, sanitize), file)
     except OSError as error:
         raise NativeUnavailable(f"the native kernels could not be written to {file.parent}: {error}") from error
+
+
+def _take(lock: TextIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _compile(compiler: str, flags: tuple[str, ...], file: Path) -> None:

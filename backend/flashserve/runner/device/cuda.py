@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +19,7 @@ from flashserve.runner.device.cpu import available_cores
 from flashserve.runner.device_queue import CudaQueue
 from flashserve_kernels import Ops, select_ops
 
+LOCK_POLL_S = 0.2
 _ROW_LENGTHS = (*range(1, 10), 16, 17, 32, 33, 64, 65, 128)
 """On both sides of every bound by which attention's tiles are chosen."""
 
@@ -37,7 +40,11 @@ class CudaDevice:
         torch.cuda.set_device(self.torch_device)  # on which Triton starts kernels, wherever their tensors are
         path = Path(tempfile.gettempdir()) / f"flashserve-{os.getuid()}-cuda{self.torch_device.index}.lock"
         with path.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            while True:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(LOCK_POLL_S)  # and not in the system: one that does not run at all counts as stopped
             unmark_warm()
             yield
             mark_warm()
