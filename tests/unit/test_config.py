@@ -122,9 +122,9 @@ def test_other_engines_on_a_gpu_leave_what_is_free_and_do_not_count_towards_the_
 
 def test_a_gpu_without_bfloat16_runs_in_float16():
     old = replace(GPU, supports_bfloat16=False)
-    assert resolve(config(), replace(MODEL, dtype="bfloat16"), old).dtype == "float16"
+    assert resolve_dtype(config(), "bfloat16", old) == "float16"
     with pytest.raises(ConfigError, match="no bfloat16; use dtype float16"):
-        resolve(config(dtype="bfloat16"), MODEL, old)
+        resolve_dtype(config(dtype="bfloat16"), "bfloat16", old)
 
 
 def test_the_context_is_cut_to_the_cache_only_if_nobody_asked_for_it():
