@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 from flashserve import model_json
 from flashserve.errors import ConfigError
 from flashserve.paths import native, portable
+from flashserve.protocol import ModelCard
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class ModelFacts:
     weight_bytes: int
     """Size of the weights in that dtype."""
     eos_token_ids: tuple[int, ...]
-    tokenizer_file: str
+    card: ModelCard
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from flashserve.engine.process import engine_limits
 from flashserve.errors import InternalError, InvalidArgument
 from flashserve.protocol import Abort, FinishReason, GenerateRequest, RequestTimings, SamplingParams, TokenOutput
 from flashserve.sampling_params import parse_sampling_params
-from flashserve.text.generation_defaults import load_generation_defaults
+from flashserve.text.generation_defaults import read_generation_defaults
 from flashserve.text.output import TextStream
 from flashserve.text.tokenizer import Tokenizer
 
@@ -80,10 +80,11 @@ class LLM:
         """``settings`` are those of ``model.json`` (EngineConfig). Raises ConfigError, naming the setting."""
         config = EngineConfig.from_mapping({"model": str(model), **settings}, Path.cwd())
         self.resolved, self._core = load_engine(config)
-        self.tokenizer = Tokenizer.load(self.resolved.model.tokenizer_file, [self.resolved.model.path])
+        card = self.resolved.model.card
+        self.tokenizer = Tokenizer.from_card(card)
         self.limits = engine_limits(self.resolved)
-        folder = Path(self.resolved.model.path) if config.generation_config == "auto" else None
-        self._defaults = load_generation_defaults(folder, config.override_generation_config).parameters
+        own = card.generation_config if config.generation_config == "auto" else {}
+        self._defaults = read_generation_defaults(own, config.override_generation_config).parameters
         self._ids = itertools.count(1)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params] = None) -> list[Generated]:

@@ -7,7 +7,7 @@ processes of one machine share. This module imports nothing of ours.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -140,18 +140,27 @@ class EngineLimits(msgspec.Struct, frozen=True, array_like=True):
     eos_token_ids: tuple[int, ...]
     dtype: str
     device: str
-    model_path: str
-    """The folder with the model's files, after any download."""
-    tokenizer_file: str
-    """A tokenizer.json: the model's own, or one converted from its SentencePiece or BPE files."""
     stream_interval: int = 1
     """Tokens of a request that one response may hold while the server is busy."""
+
+
+class ModelCard(msgspec.Struct, frozen=True, array_like=True):
+    """What a model brings along beside its weights. The engine has read it; the stub opens no file of a model but the
+    tokenizer's."""
+
+    tokenizer_file: str
+    """A tokenizer.json: the model's own, or one converted from its SentencePiece or BPE files."""
+    tokenizer_config: dict[str, Any]
+    """tokenizer_config.json, with the chat templates put into place: "chat_template" is one, or several by name."""
+    generation_config: dict[str, Any]
+    """generation_config.json."""
 
 
 class EngineReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     """The model is loaded and warm."""
 
     limits: EngineLimits
+    card: ModelCard
 
 
 class EngineFailed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):

@@ -12,7 +12,7 @@ from flashserve.runner.device import CpuDevice
 from flashserve.runner.loading import load_runner
 from flashserve.runner.model_runner import ModelRunner
 from flashserve.scheduling.block_manager import BlockManager
-from flashserve.scheduling.output import SchedulerOutput, StepOutput
+from flashserve.scheduling.output import SchedulerOutput, StepResult
 
 
 def load_on_cpu(model: Path, **settings: Any) -> ModelRunner:
@@ -49,13 +49,13 @@ class Watch:
         for row in plan.rows:
             self._held[row.request_id] = row.start + row.num_tokens
         self._steps += 1
-        self._row_steps += sum(row.samples for row in plan.rows)
+        self._row_steps += sum(row.num_logits for row in plan.rows)
         self._used += sum(self._held.values())
         self._running += len(self._held)
         self._allocated += (self.blocks.num_blocks - self.blocks.num_free) * self._block_size
         return self._runner.submit(plan)
 
-    def wait(self, handle: Any) -> StepOutput:
+    def wait(self, handle: Any) -> StepResult:
         return self._runner.wait(handle)
 
     def close(self) -> None:

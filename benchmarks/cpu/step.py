@@ -50,7 +50,7 @@ def _measure(runner: ModelRunner, batch: int, context: int) -> None:
     admissions = [Admission(i, i, greedy, 0, context, ()) for i in range(batch)]
     rows = [
         ScheduledRow(i, i, 0, context, [3 + (7 * i + j) % 30000 for j in range(context)],
-                     list(range(i * blocks, (i + 1) * blocks)), True)
+                     list(range(i * blocks, (i + 1) * blocks)), 1)
         for i in range(batch)
     ]  # fmt: skip
     together = max(1, BUDGET // context)
@@ -63,7 +63,7 @@ def _measure(runner: ModelRunner, batch: int, context: int) -> None:
     _report(f"{batch} x {context} prompt", seconds, _shares(runner, (last * context, last, last)), batch * context)
     seconds = []
     for number in range(STEPS):
-        decodes = [ScheduledRow(i, i, context + number, 1, [], [], True) for i in range(batch)]
+        decodes = [ScheduledRow(i, i, context + number, 1, [], [], 1) for i in range(batch)]
         seconds.append(_step(runner, SchedulerOutput(0, [], decodes, batch, [])))
     _report(f"{batch} x 1 decode", seconds, _shares(runner, (batch, batch, batch)), batch)
 

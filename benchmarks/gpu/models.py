@@ -21,11 +21,11 @@ from benchmarks.gpu.report import Budget, Report, profile_figures
 from flashserve.config import EngineConfig
 from flashserve.engine.core import build_core
 from flashserve.models.registry import find_architecture
-from flashserve.protocol import GenerateRequest, SamplingParams
+from flashserve.protocol import GenerateRequest, ModelCard, SamplingParams
 from flashserve.runner.device import open_device
 from flashserve.runner.loading import load_runner
 from flashserve.runner.model_runner import ModelRunner
-from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput, StepOutput
+from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput, StepResult
 from flashserve_kernels import Ops
 
 MAX_MODEL_LEN = 8192 + 64
@@ -68,7 +68,7 @@ class RandomWeights:
 class RandomFiles:
     """Implements ModelFiles: a model that lies in no folder."""
 
-    folder, dtype, tokenizer_file = Path("random"), "bfloat16", ""
+    folder, dtype, card = Path("random"), "bfloat16", ModelCard("", {}, {})
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
@@ -107,7 +107,7 @@ class TimedRunner:
         self.steps += 1
         return self._runner.submit(plan)
 
-    def wait(self, handle: Any) -> StepOutput:
+    def wait(self, handle: Any) -> StepResult:
         started = time.perf_counter()
         handle.tokens.result()
         self.wait_s += time.perf_counter() - started
@@ -272,7 +272,7 @@ class ModelBench:
 
         def row(index: int, blocks: list[int]) -> ScheduledRow:
             tokens = [rng.randrange(vocab) for _ in range(queries)] if queries > 1 else []
-            return ScheduledRow(index, index, context - queries, queries, tokens, blocks, True)
+            return ScheduledRow(index, index, context - queries, queries, tokens, blocks, 1)
 
         tables = [[order[(index * wanted + i) % num_blocks] for i in range(wanted)] for index in range(rows)]
         admissions = [Admission(index, index, GREEDY, 0, context, ()) for index in range(rows)]

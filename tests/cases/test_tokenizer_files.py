@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from flashserve import LLM
+from flashserve.model_card import read_model_card
 from flashserve.text.tokenizer import Tokenizer
 from model_facts import facts_of
 from tiny_models import make_tiny_model, write_byte_level_tokenizer
@@ -17,7 +18,7 @@ def automatic(folder):
 
 
 def load(folder):
-    return Tokenizer.load(folder / "tokenizer.json")
+    return Tokenizer.from_card(read_model_card(folder))
 
 
 @pytest.mark.parametrize("special", [True, False])

@@ -77,7 +77,7 @@ class Driver:
                 wanted = -(-(computed[i] + count) // block_size)
                 new_blocks = [free_blocks.pop() for _ in range(wanted - num_blocks[i])]
                 num_blocks[i] = wanted
-                rows.append(ScheduledRow(i, slots[i], computed[i], count, token_ids, new_blocks, count >= rest))
+                rows.append(ScheduledRow(i, slots[i], computed[i], count, token_ids, new_blocks, int(count >= rest)))
                 computed[i] += count
             for i, new in zip(chosen, self.run(admissions, rows), strict=True):
                 generated[i] += new

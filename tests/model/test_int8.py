@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flashserve.errors import ConfigError
+from flashserve.model_card import read_model_card
 from flashserve.protocol import SamplingParams
 from flashserve.runner.staging import array_fields, num_bytes, tensor_fields
 from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput
@@ -36,7 +37,7 @@ def bits_per_token(driver, token_ids: list[int]) -> float:
 def all_logits(runner, tokens: list[int]) -> torch.Tensor:
     """The logits of every token of one prompt, [T, V] float32."""
     blocks = list(range(-(-len(tokens) // 16)))
-    row = ScheduledRow(0, 0, 0, len(tokens), tokens, blocks, True)
+    row = ScheduledRow(0, 0, 0, len(tokens), tokens, blocks, 1)
     admission = Admission(0, 0, SamplingParams(temperature=0), 0, len(tokens), ())
     step = runner._builder.arrange(SchedulerOutput(0, [admission], [row], len(tokens), []))
     buffer = torch.zeros(num_bytes(step.sizes), dtype=torch.uint8)
@@ -48,7 +49,7 @@ def all_logits(runner, tokens: list[int]) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def text() -> list[int]:
     """Python that the demo model has not seen: the engine's own."""
-    tokenizer = Tokenizer.load(str(DEMO / "tokenizer.json"), [str(DEMO)])
+    tokenizer = Tokenizer.from_card(read_model_card(DEMO))
     files = sorted((ROOT / "backend" / "flashserve").rglob("*.py"))
     return tokenizer.encode("\n".join(file.read_text(encoding="utf-8") for file in files))[: 24 * WINDOW + 1]
 

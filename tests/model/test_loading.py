@@ -44,7 +44,7 @@ def test_facts_of_a_model(tmp_path):
     assert (found.num_kv_heads, found.head_dim, found.dtype) == (2, 16, "bfloat16")
     assert found.weight_bytes == sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
     assert found.eos_token_ids == (0,)
-    assert found.tokenizer_file == str(folder / "tokenizer.json")
+    assert found.card.tokenizer_file == str(folder / "tokenizer.json")
     assert facts_of(folder, dtype="float32").weight_bytes == 2 * found.weight_bytes
 
 

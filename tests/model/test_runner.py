@@ -22,25 +22,25 @@ def test_samples_come_in_the_plans_order_and_only_for_rows_that_sample(folder, d
     expected = [tokens[0] for tokens in greedy_reference(folder, prompts, 1)]
     admissions = [Admission(i, 7 - i, GREEDY, 0, len(prompt), ()) for i, prompt in enumerate(prompts)]
     rows = [
-        ScheduledRow(0, 7, 0, 30, prompts[0], [10, 11], True),
-        ScheduledRow(1, 6, 0, 40, prompts[1][:40], [1, 2, 3, 4], False),
-        ScheduledRow(2, 5, 0, 1, prompts[2], [20], True),
-        ScheduledRow(3, 4, 0, 4, prompts[3], [30], True),
+        ScheduledRow(0, 7, 0, 30, prompts[0], [10, 11], 1),
+        ScheduledRow(1, 6, 0, 40, prompts[1][:40], [1, 2, 3, 4], 0),
+        ScheduledRow(2, 5, 0, 1, prompts[2], [20], 1),
+        ScheduledRow(3, 4, 0, 4, prompts[3], [30], 1),
     ]
     driver = drive(folder)
     assert driver.run(admissions, rows) == [[expected[0]], [], [expected[2]], [expected[3]]]
     # The chunk's rest, a single known token at its end, beside a row that reads its own last sample.
-    rest = ScheduledRow(1, 6, 40, 9, prompts[1][40:49], [], False)
+    rest = ScheduledRow(1, 6, 40, 9, prompts[1][40:49], [], 0)
     assert driver.run([], [rest]) == [[]]
-    last = ScheduledRow(1, 6, 49, 1, prompts[1][49:], [], True)
-    decode = ScheduledRow(2, 5, 1, 1, [], [], True)
+    last = ScheduledRow(1, 6, 49, 1, prompts[1][49:], [], 1)
+    decode = ScheduledRow(2, 5, 1, 1, [], [], 1)
     second = greedy_reference(folder, [prompts[2]], 2)[0][1]
     assert driver.run([], [decode, last]) == [[second], [expected[1]]]
 
 
 def test_a_step_without_any_sample(folder, drive, random_prompts):
     prompt = random_prompts([64])[0]
-    row = ScheduledRow(0, 0, 0, 64, prompt, [3, 2, 1, 0], False)
+    row = ScheduledRow(0, 0, 0, 64, prompt, [3, 2, 1, 0], 0)
     assert drive(folder).run([Admission(0, 0, GREEDY, 0, 100, ())], [row]) == [[]]
 
 

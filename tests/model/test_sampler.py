@@ -88,8 +88,8 @@ def test_recomputation_after_preemption_counts_min_tokens_from_the_prompt(folder
     params = SamplingParams(temperature=0, min_tokens=5)
     for banned in (plain[4], plain[5]):
         admission = Admission(1, 3, params, 0, len(prompt), (banned,))
-        row = ScheduledRow(1, 3, 0, len(known), known, [5, 9], True)
+        row = ScheduledRow(1, 3, 0, len(known), known, [5, 9], 1)
         fifth = driver.run([admission], [row])[0]
         assert (fifth == [plain[4]]) == (banned != plain[4])
-    sixth = driver.run([], [ScheduledRow(1, 3, len(known), 1, plain[4:5], [], True)])[0]
+    sixth = driver.run([], [ScheduledRow(1, 3, len(known), 1, plain[4:5], [], 1)])[0]
     assert sixth == [plain[5]]

@@ -29,7 +29,7 @@ def gpt2_folder(tmp_path, monkeypatch):
 
 
 def tokenizer_file(folder, **settings) -> str:
-    return facts_of(folder, **settings).tokenizer_file
+    return facts_of(folder, **settings).card.tokenizer_file
 
 
 def test_vocab_and_merges_are_converted_once(gpt2_folder, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from flashserve.protocol import FinishReason, GenerateRequest, SamplingParams, TokenOutput
 from flashserve.scheduling.block_manager import BlockManager
-from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput, StepOutput
+from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput, StepResult
 from flashserve.scheduling.scheduler import Scheduler, SchedulerConfig
 
 VOCAB_SIZE = 97
@@ -97,7 +97,7 @@ class Step:
     """The handle of a submitted step."""
 
     number: int
-    output: StepOutput
+    output: StepResult
     written: list[tuple[int, int]]
 
 
@@ -132,11 +132,11 @@ class FakeRunner:
         written = self._write(plan.rows)
         samples = [self._attend(row) for row in plan.rows]
         self._check_decodes_go_on(plan)
-        step = Step(plan.step, StepOutput(samples), written)
+        step = Step(plan.step, StepResult(samples), written)
         self._in_flight.append(step)
         return step
 
-    def wait(self, handle: Step) -> StepOutput:
+    def wait(self, handle: Step) -> StepResult:
         check(self._in_flight.popleft() is handle, "steps are waited for in their order", handle.number)
         return handle.output
 
@@ -146,7 +146,7 @@ class FakeRunner:
     def fail(self, step: Step) -> None:
         """The step failed: nobody knows what its KV holds, nor what a step behind it computes from that."""
         for spoiled in list(self._in_flight)[self._in_flight.index(step) :]:
-            spoiled.output = StepOutput([[NONSENSE] if ids else [] for ids in spoiled.output.token_ids])
+            spoiled.output = StepResult([[NONSENSE] if ids else [] for ids in spoiled.output.token_ids])
             for block, offset in spoiled.written:
                 self.kv[block][offset] = None
         self._in_flight.remove(step)
@@ -206,7 +206,7 @@ class FakeRunner:
         check(row.num_tokens >= 1 and len(slot.table) * self.block_size >= end, "blocks are missing", row, slot.table)
         known = slot.oracle.num_prompt + self.sampled[row.request_id]
         check(end <= known, "tokens that nobody knows yet", row, known)
-        check(row.samples == (end == known), "must sample exactly at the last known token", row, known)
+        check(row.num_logits == (end == known), "must sample exactly at the last known token", row, known)
         check(end < slot.oracle.limit, "a row after the length limit", row)
         # A decode row brings no token: the runner reads its own last sample.
         tokens = row.token_ids or [slot.last_sample]
@@ -220,7 +220,7 @@ class FakeRunner:
             expected = chain[index * size : min(slot.end, (index + 1) * size)]
             found = self.kv[slot.table[index]][: len(expected)]
             check(found == expected, "wrong or missing KV", row, index, slot.table[index])
-        if not row.samples:
+        if not row.num_logits:
             return []
         self.sampled[row.request_id] += 1
         slot.last_sample = slot.oracle.sample(slot.end - 1)

@@ -10,14 +10,13 @@ from flashserve.errors import ConfigError
 from flashserve.frontend.request_parser import ParserContext, RawRequest, parse
 from flashserve.protocol import EngineLimits
 from flashserve.text.chat_template import ChatTemplate
-from flashserve.text.generation_defaults import load_generation_defaults
+from flashserve.text.generation_defaults import read_generation_defaults
 from flashserve.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(byte_level())
 LIMITS = EngineLimits(
     max_model_len=100, max_num_seqs=8, max_num_batched_tokens=64, block_size=16, num_blocks=99,
-    vocab_size=TOKENIZER.vocab_size, eos_token_ids=(0,), dtype="float32", device="cpu", model_path="/m",
-    tokenizer_file="/m/tokenizer.json",
+    vocab_size=TOKENIZER.vocab_size, eos_token_ids=(0,), dtype="float32", device="cpu",
 )  # fmt: skip
 PROMPTS = {
     "text_input": "abc",
@@ -26,62 +25,60 @@ PROMPTS = {
 PROMPT_TOKENS = len(TOKENIZER.encode("abc"))
 
 
-def max_tokens(folder, prompt, own=None, overrides=None, **parameters):
+def max_tokens(prompt, own=None, overrides=None, **parameters):
     """The parsed request's, by a model whose generation_config.json holds ``own``."""
-    if own is not None:
-        (folder / "generation_config.json").write_text(json.dumps(own))
     template = ChatTemplate("{{ messages[0].content }}", {})
-    context = ParserContext(TOKENIZER, template, LIMITS, load_generation_defaults(folder, overrides))
+    context = ParserContext(TOKENIZER, template, LIMITS, read_generation_defaults(own or {}, overrides))
     inputs = {prompt: np.array([PROMPTS[prompt].encode()], dtype=object)}
     return parse(RawRequest(inputs, parameters), context).params.max_tokens
 
 
-def test_a_text_gets_16_and_a_chat_the_context(tmp_path):
-    assert max_tokens(tmp_path, "text_input") == 16
-    assert max_tokens(tmp_path, "chat_request") == LIMITS.max_model_len - PROMPT_TOKENS
+def test_a_text_gets_16_and_a_chat_the_context():
+    assert max_tokens("text_input") == 16
+    assert max_tokens("chat_request") == LIMITS.max_model_len - PROMPT_TOKENS
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_the_models_own_default_comes_first(tmp_path, prompt):
-    assert max_tokens(tmp_path, prompt, {"max_new_tokens": 9}) == 9
-    assert max_tokens(tmp_path, prompt, {"max_new_tokens": 9, "max_length": 30}) == 9
-    assert max_tokens(tmp_path, prompt, {"max_new_tokens": 9}, overrides={"max_new_tokens": 11}) == 11
+def test_the_models_own_default_comes_first(prompt):
+    assert max_tokens(prompt, {"max_new_tokens": 9}) == 9
+    assert max_tokens(prompt, {"max_new_tokens": 9, "max_length": 30}) == 9
+    assert max_tokens(prompt, {"max_new_tokens": 9}, overrides={"max_new_tokens": 11}) == 11
 
 
-def test_a_text_may_fill_the_models_max_length(tmp_path):
-    assert max_tokens(tmp_path, "text_input", {"max_length": 30}) == 30 - PROMPT_TOKENS
-    assert max_tokens(tmp_path, "text_input", {"max_length": 4096}) == LIMITS.max_model_len - PROMPT_TOKENS
-    assert max_tokens(tmp_path, "text_input", {"max_length": 1}) == 16, "no room: the file means something else"
-    assert max_tokens(tmp_path, "chat_request", {"max_length": 30}) == LIMITS.max_model_len - PROMPT_TOKENS
+def test_a_text_may_fill_the_models_max_length():
+    assert max_tokens("text_input", {"max_length": 30}) == 30 - PROMPT_TOKENS
+    assert max_tokens("text_input", {"max_length": 4096}) == LIMITS.max_model_len - PROMPT_TOKENS
+    assert max_tokens("text_input", {"max_length": 1}) == 16, "no room: the file means something else"
+    assert max_tokens("chat_request", {"max_length": 30}) == LIMITS.max_model_len - PROMPT_TOKENS
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_the_request_comes_before_all(tmp_path, prompt):
-    assert max_tokens(tmp_path, prompt, {"max_new_tokens": 9, "max_length": 30}, max_tokens=50) == 50
+def test_the_request_comes_before_all(prompt):
+    assert max_tokens(prompt, {"max_new_tokens": 9, "max_length": 30}, max_tokens=50) == 50
 
 
-def test_min_tokens_raise_the_default(tmp_path):
-    assert max_tokens(tmp_path, "text_input", min_tokens=40) == 40
+def test_min_tokens_raise_the_default():
+    assert max_tokens("text_input", min_tokens=40) == 40
 
 
-def test_null_means_nothing_and_nonsense_is_refused(tmp_path):
-    assert max_tokens(tmp_path, "text_input", {"max_length": None, "max_new_tokens": None}) == 16
+def test_null_means_nothing_and_nonsense_is_refused():
+    assert max_tokens("text_input", {"max_length": None, "max_new_tokens": None}) == 16
     for value in (0, "30", True, 1.5):
         with pytest.raises(ConfigError, match="max_length must be a positive integer"):
-            max_tokens(tmp_path, "text_input", {"max_length": value})
+            max_tokens("text_input", {"max_length": value})
 
 
-def test_model_json_comes_before_the_file_and_also_without_it(tmp_path):
-    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_k": 20}))
+def test_model_json_comes_before_the_file_and_also_without_it():
+    own = {"temperature": 0.6, "top_k": 20}
     overrides = {"temperature": 0.1, "max_new_tokens": 5}
     both = {"temperature": 0.1, "top_k": 20, "max_tokens": 5}
-    assert load_generation_defaults(tmp_path, overrides).parameters == both
-    assert load_generation_defaults(None, overrides).parameters == {"temperature": 0.1, "max_tokens": 5}
+    assert read_generation_defaults(own, overrides).parameters == both
+    assert read_generation_defaults({}, overrides).parameters == {"temperature": 0.1, "max_tokens": 5}
 
 
 @pytest.mark.parametrize("override", [{"repetition_penalty": 1.2}, {"temprature": 0.5}, {"eos_token_id": 5}])
 def test_an_override_that_is_not_honoured_is_refused(override):
     """Unlike what the model's own file says, which somebody else wrote."""
     with pytest.raises(ConfigError, match=f"override_generation_config: {next(iter(override))}="):
-        load_generation_defaults(None, override)
-    assert load_generation_defaults(None, {"repetition_penalty": 1.0, "temprature": None}).parameters == {}
+        read_generation_defaults({}, override)
+    assert read_generation_defaults({}, {"repetition_penalty": 1.0, "temprature": None}).parameters == {}

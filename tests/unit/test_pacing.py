@@ -9,9 +9,9 @@ from flashserve.scheduling.output import ScheduledRow, SchedulerOutput
 
 
 def step(decodes: int, prompt_tokens: int) -> SchedulerOutput:
-    rows = [ScheduledRow(i, i, 100, 1, [], [], True) for i in range(decodes)]
+    rows = [ScheduledRow(i, i, 100, 1, [], [], 1) for i in range(decodes)]
     if prompt_tokens:
-        rows.append(ScheduledRow(99, 99, 0, prompt_tokens, [1] * prompt_tokens, [], True))
+        rows.append(ScheduledRow(99, 99, 0, prompt_tokens, [1] * prompt_tokens, [], 1))
     return SchedulerOutput(1, [], rows, decodes + prompt_tokens, [])
 
 

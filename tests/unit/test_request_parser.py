@@ -22,7 +22,8 @@ from flashserve.frontend.request_parser import (
     read_raw,
 )
 from flashserve.frontend.tensor_spec import INPUT_BY_NAME, INPUTS
-from flashserve.protocol import EngineLimits
+from flashserve.model_card import read_model_card
+from flashserve.protocol import EngineLimits, EngineReady
 from flashserve.text.chat_template import ChatTemplate
 from flashserve.text.tokenizer import Tokenizer
 
@@ -31,8 +32,7 @@ TOKENIZER = Tokenizer(byte_level())
 LLAMA = Tokenizer(sentencepiece())
 LIMITS = EngineLimits(
     max_model_len=100, max_num_seqs=8, max_num_batched_tokens=64, block_size=16, num_blocks=99,
-    vocab_size=TOKENIZER.vocab_size + 5, eos_token_ids=(0,), dtype="float32", device="cpu", model_path="/m",
-    tokenizer_file="/m/tokenizer.json",
+    vocab_size=TOKENIZER.vocab_size + 5, eos_token_ids=(0,), dtype="float32", device="cpu",
 )  # fmt: skip
 CONTEXT = ParserContext(TOKENIZER, ChatTemplate(TEMPLATE, {}), LIMITS, now=lambda: 1000.0)
 
@@ -372,31 +372,31 @@ def test_a_tensor_that_cannot_be_read_is_an_invalid_argument():
         read_raw(request)
 
 
-def limits_of(folder: Any) -> EngineLimits:
+def engine_of(folder: Any) -> EngineReady:
     byte_level().save(str(folder / "tokenizer.json"))
-    values = {name: getattr(LIMITS, name) for name in LIMITS.__struct_fields__}
-    return EngineLimits(**{**values, "model_path": str(folder), "tokenizer_file": str(folder / "tokenizer.json")})
+    return EngineReady(LIMITS, read_model_card(folder))
 
 
-def test_a_context_is_made_from_the_models_files(tmp_path):
-    limits = limits_of(tmp_path)
+def test_a_context_is_made_from_what_the_engine_sends(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.25, "max_new_tokens": 9}')
-    context = ParserContext.load(EngineConfig(model="m"), limits)
+    engine = engine_of(tmp_path)
+    context = ParserContext.of_engine(EngineConfig(model="m"), engine)
     request = parsed(context, chat_request='{"messages": [{"role": "user", "content": "hi"}]}')
     assert request.prompt_text == "<|im_start|>user:hi<|im_end|>"
     assert (request.params.temperature, request.params.max_tokens) == (0.25, 9)
-    neutral = ParserContext.load(EngineConfig(model="m", generation_config="vllm"), limits)
+    neutral = ParserContext.of_engine(EngineConfig(model="m", generation_config="vllm"), engine)
     assert parsed(neutral, text_input="a").params.temperature == 1.0
 
 
 def test_impossible_defaults_stop_the_model_from_loading(tmp_path):
-    limits = limits_of(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"temperature": -1}')
+    engine = engine_of(tmp_path)
     with pytest.raises(ConfigError, match=r"generation_config\.json.*: temperature must be a number"):
-        ParserContext.load(EngineConfig(model="m"), limits)
+        ParserContext.of_engine(EngineConfig(model="m"), engine)
     with pytest.raises(ConfigError, match=r"override_generation_config.*: top_p must be a number"):
-        ParserContext.load(EngineConfig(model="m", override_generation_config={"temperature": 1, "top_p": 7}), limits)
+        config = EngineConfig(model="m", override_generation_config={"temperature": 1, "top_p": 7})
+        ParserContext.of_engine(config, engine)
 
 
 # --- anything ------------------------------------------------------------------------------------------------

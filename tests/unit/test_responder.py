@@ -18,6 +18,7 @@ from flashserve.frontend.metrics import Metrics
 from flashserve.frontend.request_parser import OutputFlags, ParsedRequest
 from flashserve.frontend.responder import Responder
 from flashserve.frontend.responses import ResponseBuilder
+from flashserve.model_card import read_model_card
 from flashserve.protocol import Abort, GenerateRequest, SamplingParams, Stats, StepOutputs, TokenOutput
 from flashserve.text.output import TextStream
 from flashserve.text.tokenizer import Tokenizer
@@ -87,7 +88,7 @@ class Sender:
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     write_byte_level_tokenizer(folder)
-    return Tokenizer.load(str(folder / "tokenizer.json"), [str(folder)])
+    return Tokenizer.from_card(read_model_card(folder))
 
 
 class Rig:

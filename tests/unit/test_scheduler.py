@@ -70,7 +70,7 @@ def test_a_long_prompt_is_computed_in_chunks_of_the_budget(run_ahead: bool) -> N
     request = engine.add(100, max_tokens=2)
     engine.run()
     rows = [row for plan in engine.plans for row in plan.rows]
-    assert [(row.start, row.num_tokens, row.samples) for row in rows] == [
+    assert [(row.start, row.num_tokens, row.num_logits) for row in rows] == [
         (0, 32, False),
         (32, 32, False),
         (64, 32, False),

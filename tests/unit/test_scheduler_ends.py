@@ -8,7 +8,7 @@ import pytest
 from fake_runner import EOS, MiniEngine
 
 from flashserve.errors import INTERNAL
-from flashserve.scheduling.output import StepOutput
+from flashserve.scheduling.output import StepResult
 
 BOTH_ORDERS = pytest.mark.parametrize("run_ahead", [False, True], ids=["synchronous", "run-ahead"])
 
@@ -99,7 +99,7 @@ def test_an_end_token_that_comes_before_min_tokens_does_not_end() -> None:
     plan = engine.scheduler.schedule(0.0)
     assert plan is not None
     for count in range(1, 5):
-        engine.scheduler.update(plan, StepOutput([[5]]), 0.0)
+        engine.scheduler.update(plan, StepResult([[5]]), 0.0)
         (output,) = engine.scheduler.take_outputs()
         assert output.finish_reason == (None if count <= 3 else "stop")
         plan = engine.scheduler.schedule(0.0) or plan
@@ -161,7 +161,7 @@ def prefilling_request(engine: MiniEngine) -> int:
     engine.step()
     engine.step()
     row = engine.row(request)
-    assert row is not None and not row.samples
+    assert row is not None and not row.num_logits
     return request
 
 

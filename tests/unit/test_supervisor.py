@@ -30,6 +30,7 @@ from flashserve.protocol import (
     EngineLimits,
     EngineReady,
     GenerateRequest,
+    ModelCard,
     SamplingParams,
     StepOutputs,
     TokenOutput,
@@ -325,6 +326,6 @@ def test_an_engine_that_talks_nonsense_is_replaced(supervise: Supervise, quick_e
 
 def ready_message() -> str:
     """An EngineReady as it goes over the wire, in base64."""
-    limits = EngineLimits(4096, 8, 512, 16, 256, 512, (0,), "float32", "null", "", "")
-    payload = msgspec.msgpack.encode(EngineReady(limits))
+    limits = EngineLimits(4096, 8, 512, 16, 256, 512, (0,), "float32", "null")
+    payload = msgspec.msgpack.encode(EngineReady(limits, ModelCard("", {}, {})))
     return base64.b64encode(LENGTH.pack(len(payload)) + payload).decode()

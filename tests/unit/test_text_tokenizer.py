@@ -8,7 +8,8 @@ import pytest
 from small_tokenizers import byte_level, sentencepiece, word_piece
 
 from flashserve.errors import ConfigError, InvalidArgument
-from flashserve.text.generation_defaults import GenerationDefaults, load_generation_defaults
+from flashserve.model_card import read_model_card
+from flashserve.text.generation_defaults import GenerationDefaults, read_generation_defaults
 from flashserve.text.tokenizer import MAX_OVERLONG_BYTES, Tokenizer
 
 
@@ -19,7 +20,7 @@ def folder(tmp_path):
 
 
 def test_encodes_and_decodes_like_the_library(folder):
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    tokenizer = Tokenizer.from_card(read_model_card(folder))
     text = "def fibonacci(n): # 👋🏽"
     assert tokenizer.encode(text) == byte_level().encode(text).ids
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -78,46 +79,52 @@ def test_a_tokenizer_that_refuses_a_text_makes_it_an_invalid_argument():
 
 def test_broken_files_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot load tokenizer\.json"):
-        Tokenizer.load(tmp_path / "tokenizer.json")
+        Tokenizer.from_card(read_model_card(tmp_path))
     byte_level().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text("[1]")
-    with pytest.raises(ConfigError, match=r"tokenizer_config\.json must hold a JSON object"):
-        Tokenizer.load(tmp_path / "tokenizer.json")
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json of .* must hold a JSON object"):
+        Tokenizer.from_card(read_model_card(tmp_path))
 
 
 def test_special_tokens_for_templates_come_as_text_or_written_out(folder):
     config = {"bos_token": {"content": "<s>", "lstrip": False}, "eos_token": "</s>", "pad_token": None, "other": 1}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    assert Tokenizer.load(folder / "tokenizer.json").special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert Tokenizer.from_card(read_model_card(folder)).special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
 
 
 def test_configuration_may_lie_in_the_models_folder(folder, tmp_path_factory):
     model = tmp_path_factory.mktemp("model")
     (model / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    assert Tokenizer.load(folder / "tokenizer.json", [model]).special_tokens == {"eos_token": "</s>"}
+    assert Tokenizer.from_card(read_model_card(model, folder / "tokenizer.json")).special_tokens == {
+        "eos_token": "</s>"
+    }
 
 
 def test_template_files_win_over_the_configuration(folder):
     (folder / "tokenizer_config.json").write_text('{"chat_template": "old"}')
-    assert Tokenizer.load(folder / "tokenizer.json").config["chat_template"] == "old"
+    assert Tokenizer.from_card(read_model_card(folder)).config["chat_template"] == "old"
     (folder / "chat_template.jinja").write_text("new")
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
-    templates = Tokenizer.load(folder / "tokenizer.json").config["chat_template"]
+    templates = Tokenizer.from_card(read_model_card(folder)).config["chat_template"]
     assert templates == {"default": "new", "tool_use": "tools"}
 
 
 def test_generation_defaults_are_the_samplings_and_no_more(tmp_path):
-    assert load_generation_defaults(tmp_path) == GenerationDefaults()
+    assert read_generation_defaults(read_model_card(tmp_path).generation_config) == GenerationDefaults()
     (tmp_path / "generation_config.json").write_text(
         json.dumps({"do_sample": False, "temperature": 0.6, "top_k": 20, "max_new_tokens": 99, "min_p": None, "eos": 1})
     )
-    assert load_generation_defaults(tmp_path).parameters == {"temperature": 0.6, "top_k": 20, "max_tokens": 99}
+    assert read_generation_defaults(read_model_card(tmp_path).generation_config).parameters == {
+        "temperature": 0.6,
+        "top_k": 20,
+        "max_tokens": 99,
+    }
 
 
 def test_defaults_that_are_not_supported_are_logged(tmp_path, caplog):
     (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.1}')
-    assert load_generation_defaults(tmp_path) == GenerationDefaults()
+    assert read_generation_defaults(read_model_card(tmp_path).generation_config) == GenerationDefaults()
     assert "repetition_penalty=1.1" in caplog.text
 
 

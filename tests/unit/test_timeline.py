@@ -13,7 +13,7 @@ STATS = Stats(running=2, waiting=3, free_blocks=6, total_blocks=10, steps=7, pro
 
 
 def plan(*sizes):
-    rows = [ScheduledRow(i, i, 0, size, [], [], True) for i, size in enumerate(sizes)]
+    rows = [ScheduledRow(i, i, 0, size, [], [], 1) for i, size in enumerate(sizes)]
     return SchedulerOutput(1, [], rows, sum(sizes), [])
 
 

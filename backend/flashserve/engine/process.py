@@ -81,7 +81,7 @@ def _run(config: EngineConfig, channel: Channel[StubMessage]) -> int:
         core.pacing = PrefillPacing(resolved.max_num_batched_tokens)
     core.timeline = timeline = Timeline()
     signal.signal(signal.SIGUSR2, lambda *_: timeline.write(trace_file(os.getpid())))  # flashserve trace
-    channel.send(EngineReady(engine_limits(resolved)))
+    channel.send(EngineReady(engine_limits(resolved), resolved.model.card))
     gc.collect()
     gc.freeze()  # the model's objects never become garbage: later collections need not visit them
     gc.disable()
@@ -124,8 +124,6 @@ def engine_limits(resolved: ResolvedConfig) -> EngineLimits:
         eos_token_ids=resolved.model.eos_token_ids,
         dtype=resolved.dtype,
         device=resolved.device.name,
-        model_path=resolved.model.path,
-        tokenizer_file=resolved.model.tokenizer_file,
         stream_interval=resolved.stream_interval,
     )
 

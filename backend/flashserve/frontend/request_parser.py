@@ -17,8 +17,7 @@ from flashserve.coercion import bool_of, shorten
 from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError, InvalidArgument
 from flashserve.frontend.tensor_spec import INPUT_BY_NAME, INPUTS
-from flashserve.paths import native
-from flashserve.protocol import EngineLimits, SamplingParams
+from flashserve.protocol import EngineLimits, EngineReady, SamplingParams
 from flashserve.sampling_params import (
     PARAMETERS,
     Parameters,
@@ -28,7 +27,7 @@ from flashserve.sampling_params import (
     parse_sampling_params,
 )
 from flashserve.text.chat_template import ChatRequest, ChatTemplate
-from flashserve.text.generation_defaults import GenerationDefaults, load_generation_defaults
+from flashserve.text.generation_defaults import GenerationDefaults, read_generation_defaults
 from flashserve.text.strict_json import parse_object
 from flashserve.text.tokenizer import Tokenizer
 
@@ -80,11 +79,11 @@ class ParserContext:
     now: Callable[[], float] = time.monotonic
 
     @classmethod
-    def load(cls, config: EngineConfig, limits: EngineLimits) -> ParserContext:
-        """Read the model's tokenizer, chat template and sampling defaults. Raises ConfigError."""
-        tokenizer = Tokenizer.load(limits.tokenizer_file, [limits.model_path])
-        folder = native(limits.model_path) if config.generation_config == "auto" else None
-        defaults = load_generation_defaults(folder, config.override_generation_config)
+    def of_engine(cls, config: EngineConfig, engine: EngineReady) -> ParserContext:
+        """The model's tokenizer, chat template and sampling defaults. Raises ConfigError."""
+        tokenizer = Tokenizer.from_card(engine.card)
+        own = engine.card.generation_config if config.generation_config == "auto" else {}
+        defaults = read_generation_defaults(own, config.override_generation_config)
         try:
             parse_sampling_params({}, defaults.parameters)
         except InvalidArgument as error:
@@ -94,7 +93,7 @@ class ParserContext:
             ) from error
         assert tokenizer.longest_token  # computed now (30 ms for 150k tokens), not for the first request
         chat_template = ChatTemplate(tokenizer.config.get("chat_template"), tokenizer.special_tokens)
-        return cls(tokenizer, chat_template, limits, defaults)
+        return cls(tokenizer, chat_template, engine.limits, defaults)
 
     @property
     def max_prompt_tokens(self) -> int:

@@ -53,14 +53,14 @@ class ModelService:
         observers += [self._tracing.record] if self._tracing is not None else []
         self._responder = Responder(self._builder, metrics, observers)
         self._supervisor = EngineSupervisor(config, self._responder)
-        limits = self._supervisor.start()
+        ready = self._supervisor.start()
         try:
-            self._context = ParserContext.load(config, limits)
+            self._context = ParserContext.of_engine(config, ready)
             labels = {"model": name, "version": version, "model_name": name, "engine": engine}
             self._metrics_thread = MetricsExportThread(
                 TritonExporter(metrics, pb_utils, labels),
                 metrics.hurry,
-                engine_infos(limits.block_size, limits.num_blocks),
+                engine_infos(ready.limits.block_size, ready.limits.num_blocks),
                 has_predecessor,
                 lambda: self._server_watch.server_lives,
             )

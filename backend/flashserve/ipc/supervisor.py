@@ -27,7 +27,7 @@ from flashserve.home import with_home
 from flashserve.ipc.channel import Channel, ChannelClosed
 from flashserve.memory import RETURNING
 from flashserve.progress import Progress
-from flashserve.protocol import EngineFailed, EngineLimits, EngineMessage, EngineReady, StepOutputs, StubMessage
+from flashserve.protocol import EngineFailed, EngineMessage, EngineReady, StepOutputs, StubMessage
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class EngineSupervisor:
         self._stopping = threading.Event()
         self._first_start = threading.Event()
         self._start_error: FlashserveError | None = None
-        self._limits: EngineLimits | None = None
+        self._ready_message: EngineReady | None = None
         self._spawned = 0.0
         self._retry_at = 0.0
         self._load_seconds = 0.0
@@ -71,7 +71,7 @@ class EngineSupervisor:
         self._end_reason: str | None = None
         self._thread = threading.Thread(target=self._run, name="engine-supervisor", daemon=True)
 
-    def start(self) -> EngineLimits:
+    def start(self) -> EngineReady:
         """Start the first engine and block until it is ready.
 
         Raises ConfigError if it cannot serve this configuration, InternalError if it died while starting. Loading
@@ -79,10 +79,10 @@ class EngineSupervisor:
         """
         self._thread.start()
         self._first_start.wait()
-        if self._limits is None:
+        if self._ready_message is None:
             self.stop()
             raise self._start_error or InternalError("the engine was stopped while it started")
-        return self._limits
+        return self._ready_message
 
     @property
     def ready(self) -> bool:
@@ -147,7 +147,7 @@ class EngineSupervisor:
         while not self._stopping.is_set():
             self._spawned = time.monotonic()
             reason = self._live_once()
-            if self._limits is None:  # the first start failed: the model does not load, nobody tries again
+            if self._ready_message is None:  # the first start failed: the model does not load, nobody tries again
                 self._start_error = self._start_error or InternalError(reason)
                 self._first_start.set()
                 return
@@ -206,7 +206,7 @@ class EngineSupervisor:
             self._owed_since = time.monotonic() if has_work else None
             self._listener.on_outputs(message)
         elif isinstance(message, EngineReady):
-            self._limits = message.limits
+            self._ready_message = message
             self._load_seconds = time.monotonic() - self._spawned
             self._owed_since = None
             with self._lock:
@@ -231,7 +231,7 @@ class EngineSupervisor:
         if reason is not None:
             return f"the engine process {reason}"
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        hint = " (out of memory?)" if status == -signal.SIGKILL and self._limits is None else ""
+        hint = " (out of memory?)" if status == -signal.SIGKILL and self._ready_message is None else ""
         return f"the engine process {how}{hint}"
 
 

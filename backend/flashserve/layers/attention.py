@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from flashserve.layers.linear import Linear
 from flashserve.layers.norm import RMSNorm
+from flashserve.layers.rotary import RotaryEmbedding
 from flashserve_kernels import AttentionBatch, CacheLayer, Ops
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What the layers of a step share."""
+
+    attention: AttentionBatch
+    cos_sin: Mapping[RotaryEmbedding, Tensor]
+    """[T, head_dim] float32 of the step's positions, computed once for all layers that have the embedding."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +36,25 @@ class Attention:
     """Tokens that a query sees, itself included; None: all earlier ones."""
     q_norm: RMSNorm | None = None
     k_norm: RMSNorm | None = None
+    rotary: RotaryEmbedding | None = None
+    """None: positions come from elsewhere."""
+    scale: float | None = None
+    """Of the scores; None: ``head_dim ** -0.5``."""
+    softcap: float | None = None
+    """``c · tanh(score / c)``."""
 
-    def __call__(self, x: Tensor, cos_sin: Tensor | None, cache: CacheLayer, batch: AttentionBatch) -> Tensor:
-        """x: [T, hidden]; cos_sin: [T, head_dim] float32, None without rotary positions. Returns [T, hidden]."""
+    def __call__(self, x: Tensor, cache: CacheLayer, step: StepBatch) -> Tensor:
+        """x: [T, hidden]. Returns [T, hidden]."""
+        batch = step.attention
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = self.qkv_proj(x).view(-1, heads + 2 * kv_heads, self.head_dim)
         q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
         if self.q_norm is not None and self.k_norm is not None:
             self.q_norm(q, out=q)
             self.k_norm(k, out=k)
-        if cos_sin is not None:
-            self.ops.rope_and_cache(qkv, heads, cos_sin, cache, batch.slot_mapping)
+        if self.rotary is not None:
+            self.ops.rope_and_cache(qkv, heads, step.cos_sin[self.rotary], cache, batch.slot_mapping)
         else:
             self.ops.write_kv(k, v, cache, batch.slot_mapping)
-        return self.o_proj(self.ops.paged_attention(q, cache, batch, self.head_dim**-0.5, self.window))
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        return self.o_proj(self.ops.paged_attention(q, cache, batch, scale, self.window, self.softcap))

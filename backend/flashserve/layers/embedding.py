@@ -39,20 +39,27 @@ class LMHead:
 
 
 def load_embedding_and_head(
-    weights: WeightSource, embedding_name: str, head_name: str | None, vocab_size: int, hidden_size: int
+    weights: WeightSource,
+    embedding_name: str,
+    head_name: str | None,
+    vocab_size: int,
+    hidden_size: int,
+    scale: float = 1.0,
 ) -> tuple[Embedding, LMHead]:
-    """Both layers; ``head_name`` None ties them.
+    """Both layers; ``head_name`` None ties them. scale: what embedded tokens, not the head, are multiplied with.
 
     A tied table would be in memory twice where the head is packed (21% of a 135M model). There the lookup reads
     the file's memory map, which costs only the rows that are used, if the file has the model's dtype.
     """
     shape, ops = (vocab_size, hidden_size), weights.ops
     own_name = head_name or embedding_name
-    if head_name is None and not ops.packs(weights.dtype):
+    if head_name is None and scale == 1.0 and not ops.packs(weights.dtype):
         table = weights.read(embedding_name, shape)
         return Embedding(ops, table), LMHead(ops, ops.pack_linear(table, quantization=weights.quantization))
-    mapped = weights.mapped(embedding_name, shape) if head_name is None else None
+    mapped = weights.mapped(embedding_name, shape) if head_name is None and scale == 1.0 else None
     table = weights.read(embedding_name, shape) if mapped is None else mapped
+    if scale != 1.0:
+        table.mul_(scale)
     head = load_packed(weights, shape, lambda weight: weights.read_into(own_name, weight))
     return Embedding(ops, table), LMHead(ops, head)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashserve.errors import ConfigError
 from flashserve.layers.attention import Attention
+from flashserve.layers.decoder_layer import DecoderLayer, DecoderStack
 from flashserve.layers.embedding import load_embedding_and_head
 from flashserve.layers.linear import Linear
 from flashserve.layers.mlp import GatedMLP
@@ -17,7 +18,7 @@ from flashserve.layers.norm import RMSNorm
 from flashserve.layers.rotary import RopeSettings, RotaryEmbedding, read_rope_settings, scaled_context_len
 from flashserve.layers.weight_source import WeightSource
 from flashserve.models.model_input import ModelInput, ModelShape
-from flashserve_kernels import AttentionBatch, CacheLayer
+from flashserve_kernels import CacheLayer
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class DecoderSpec:
     qk_norm: bool
     windows: tuple[int | None, ...]
     """Per layer: tokens that a query sees, itself included; None: all earlier ones."""
+    embedding_scale: float = 1.0
+    """What embedded tokens are multiplied with."""
 
     @classmethod
     def read(
@@ -88,14 +91,49 @@ class Decoder:
 
     def __init__(self, config: dict[str, Any], weights: WeightSource, context_len: int) -> None:
         spec = self.read_spec(config)
-        self._ops = weights.ops
         head_name = None if spec.tied_head else "lm_head.weight"
         self.embed_tokens, self.lm_head = load_embedding_and_head(
-            weights, "model.embed_tokens.weight", head_name, spec.vocab_size, spec.hidden_size
+            weights, "model.embed_tokens.weight", head_name, spec.vocab_size, spec.hidden_size, spec.embedding_scale
         )
-        self.rotary = RotaryEmbedding(spec.rope, spec.head_dim, context_len, weights.ops, weights.device)
-        self.layers = [DecoderLayer(spec, weights, index) for index in range(spec.num_layers)]
-        self.norm = RMSNorm(weights, "model.norm", spec.hidden_size, spec.norm_eps)
+        self.rotaries = self.make_rotaries(spec, weights, context_len)
+        layers = [self.make_layer(spec, weights, index) for index in range(spec.num_layers)]
+        norm = RMSNorm(weights, "model.norm", spec.hidden_size, spec.norm_eps)
+        self.stack = DecoderStack(weights.ops, layers, norm, self.rotaries)
+
+    def make_rotaries(self, spec: DecoderSpec, weights: WeightSource, context_len: int) -> list[RotaryEmbedding]:
+        """All that the model's layers use."""
+        return [RotaryEmbedding(spec.rope, spec.head_dim, context_len, weights.ops, weights.device)]
+
+    def make_layer(self, spec: DecoderSpec, weights: WeightSource, index: int) -> DecoderLayer:
+        """One layer with the usual names of its tensors."""
+        prefix, hidden, eps = f"model.layers.{index}.", spec.hidden_size, spec.norm_eps
+        return DecoderLayer(
+            RMSNorm(weights, f"{prefix}input_layernorm", hidden, eps),
+            self.make_attention(
+                spec, weights, f"{prefix}self_attn.", window=spec.windows[index], rotary=self.rotaries[0]
+            ),
+            RMSNorm(weights, f"{prefix}post_attention_layernorm", hidden, eps),
+            GatedMLP(weights, f"{prefix}mlp.", hidden, spec.intermediate_size, spec.mlp_bias),
+        )
+
+    @staticmethod
+    def make_attention(spec: DecoderSpec, weights: WeightSource, prefix: str, **options: Any) -> Attention:
+        """options: those of Attention that the spec does not say."""
+        hidden, head_dim = spec.hidden_size, spec.head_dim
+        q_size, kv_size = spec.num_heads * head_dim, spec.num_kv_heads * head_dim
+        return Attention(
+            ops=weights.ops,
+            qkv_proj=Linear(
+                weights, prefix, hidden, [("q_proj", q_size), ("k_proj", kv_size), ("v_proj", kv_size)], spec.qkv_bias
+            ),
+            o_proj=Linear(weights, prefix, q_size, [("o_proj", hidden)], spec.o_bias),
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=head_dim,
+            q_norm=RMSNorm(weights, f"{prefix}q_norm", head_dim, spec.norm_eps) if spec.qk_norm else None,
+            k_norm=RMSNorm(weights, f"{prefix}k_norm", head_dim, spec.norm_eps) if spec.qk_norm else None,
+            **options,
+        )
 
     @staticmethod
     def read_spec(config: dict[str, Any]) -> DecoderSpec:
@@ -112,51 +150,8 @@ class Decoder:
         return ("*.rotary_emb.inv_freq", *tied)
 
     def forward(self, inputs: ModelInput, kv_cache: Sequence[CacheLayer]) -> Tensor:
-        residual = None
         x = self.embed_tokens(inputs.token_ids)
-        cos_sin = self.rotary(inputs.positions)
-        for layer, cache in zip(self.layers, kv_cache, strict=True):
-            x, residual = layer(x, residual, cos_sin, cache, inputs.attention)
-        assert residual is not None
-        rows = inputs.logits_rows
-        return self.norm.add(self._ops.embedding(x, rows), self._ops.embedding(residual, rows))[0]
+        return self.stack(x, inputs.positions, inputs.attention, inputs.logits_rows, kv_cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)
-
-
-class DecoderLayer:
-    """One layer. The residual add after each half is left to the next norm, which does both in one op."""
-
-    def __init__(self, spec: DecoderSpec, weights: WeightSource, index: int) -> None:
-        prefix = f"model.layers.{index}."
-        hidden, head_dim = spec.hidden_size, spec.head_dim
-        q_size, kv_size = spec.num_heads * head_dim, spec.num_kv_heads * head_dim
-        attention = f"{prefix}self_attn."
-        shards = [("q_proj", q_size), ("k_proj", kv_size), ("v_proj", kv_size)]
-        self.input_norm = RMSNorm(weights, f"{prefix}input_layernorm", hidden, spec.norm_eps)
-        self.attention = Attention(
-            ops=weights.ops,
-            qkv_proj=Linear(weights, attention, hidden, shards, spec.qkv_bias),
-            o_proj=Linear(weights, attention, q_size, [("o_proj", hidden)], spec.o_bias),
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=head_dim,
-            window=spec.windows[index],
-            q_norm=RMSNorm(weights, f"{attention}q_norm", head_dim, spec.norm_eps) if spec.qk_norm else None,
-            k_norm=RMSNorm(weights, f"{attention}k_norm", head_dim, spec.norm_eps) if spec.qk_norm else None,
-        )
-        self.post_attention_norm = RMSNorm(weights, f"{prefix}post_attention_layernorm", hidden, spec.norm_eps)
-        self.mlp = GatedMLP(weights, f"{prefix}mlp.", hidden, spec.intermediate_size, spec.mlp_bias)
-
-    def __call__(
-        self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: CacheLayer, batch: AttentionBatch
-    ) -> tuple[Tensor, Tensor]:
-        """x: the last layer's output, [T, hidden], still to be added to ``residual``. Returns the same pair."""
-        if residual is None:
-            x, residual = self.input_norm(x), x
-        else:
-            x, residual = self.input_norm.add(x, residual)
-        x = self.attention(x, cos_sin, cache, batch)
-        x, residual = self.post_attention_norm.add(x, residual)
-        return self.mlp(x), residual

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable
 from functools import cached_property
@@ -14,8 +13,10 @@ import torch
 
 from flashserve.errors import ConfigError
 from flashserve.layers.weight_source import WeightSource
+from flashserve.model_card import read_json_object, read_model_card
 from flashserve.models.checkpoint import Checkpoint, CheckpointWeights
-from flashserve.models.source import find_tokenizer_file, read_tokenizers_end
+from flashserve.models.source import find_tokenizer_file, find_tokenizers_end
+from flashserve.protocol import ModelCard
 from flashserve_kernels import Ops
 
 log = logging.getLogger(__name__)
@@ -46,8 +47,8 @@ class ModelFiles(Protocol):
         ...
 
     @property
-    def tokenizer_file(self) -> str:
-        """A tokenizer.json: the model's own, or one converted from its older files."""
+    def card(self) -> ModelCard:
+        """Tokenizer, chat template, defaults."""
         ...
 
     def end_token_ids(self, vocab_size: int) -> tuple[int, ...]:
@@ -83,7 +84,9 @@ class SafetensorsFolder:
         """tokenizer_folder: None for the same. Raises ConfigError where a file is missing or broken."""
         self.folder = folder
         self._tokenizer_folder = tokenizer_folder or folder
-        self.config: dict[str, Any] = _without_nulls(read_json(folder / "config.json"))
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{folder} is not a model folder: it has no config.json")
+        self.config: dict[str, Any] = _without_nulls(read_json_object(folder / "config.json"))
         self._checkpoint = Checkpoint(folder)
 
     @property
@@ -91,21 +94,19 @@ class SafetensorsFolder:
         return self._checkpoint.dtype
 
     @cached_property
-    def tokenizer_file(self) -> str:
-        return find_tokenizer_file(self._tokenizer_folder)
+    def card(self) -> ModelCard:
+        return read_model_card(self.folder, find_tokenizer_file(self._tokenizer_folder))
 
     def end_token_ids(self, vocab_size: int) -> tuple[int, ...]:
         """Of generation_config.json, which instruction-tuned models extend, else of config.json; and, as in vLLM, the
         tokenizer's."""
-        file = self.folder / "generation_config.json"
-        value = read_json(file).get("eos_token_id") if file.is_file() else None
-        origin = file.name
+        value, origin = self.card.generation_config.get("eos_token_id"), "generation_config.json"
         if value is None:
             value, origin = self.config.get("eos_token_id", []), "config.json"
         ids = value if isinstance(value, list) else [value]
         if not all(type(one) is int for one in ids):
             raise ConfigError(f"eos_token_id in {origin} must be an integer or a list of them, not {value!r}")
-        of_tokenizer = read_tokenizers_end(self.tokenizer_file, self.folder)
+        of_tokenizer = find_tokenizers_end(self.card)
         ids = [*ids, *([] if of_tokenizer is None else [of_tokenizer])]
         beyond = [one for one in ids if not 0 <= one < vocab_size]
         if beyond:  # the sampler would write beyond the logits to rule them out
@@ -140,17 +141,4 @@ class SafetensorsFolder:
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return value
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a model folder. Raises ConfigError that names the file."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file.parent} is not a model folder: cannot read {file.name}") from error
-    except ValueError as error:
-        raise ConfigError(f"{file.name} of {file.parent.name} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{file.name} of {file.parent.name} must hold a JSON object")
     return value

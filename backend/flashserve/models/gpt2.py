@@ -9,13 +9,14 @@ from torch import Tensor
 
 from flashserve.errors import ConfigError
 from flashserve.layers.attention import Attention
+from flashserve.layers.decoder_layer import DecoderLayer, DecoderStack
 from flashserve.layers.embedding import load_embedding_and_head, load_table
 from flashserve.layers.linear import Linear
 from flashserve.layers.mlp import MLP
 from flashserve.layers.norm import LayerNorm
 from flashserve.layers.weight_source import WeightSource
 from flashserve.models.model_input import ModelInput, ModelShape
-from flashserve_kernels import AttentionBatch, CacheLayer
+from flashserve_kernels import CacheLayer
 
 # Both names mean the tanh form.
 _ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")
@@ -29,15 +30,14 @@ class GPT2LMHeadModel:
 
     def __init__(self, config: dict[str, Any], weights: WeightSource, context_len: int) -> None:
         hidden, eps = config["n_embd"], config.get("layer_norm_epsilon", 1e-5)
-        self._ops = weights.ops
         prefix = "transformer." if weights.has("transformer.wte.weight") else ""
         head_name = None if _is_tied(config) else "lm_head.weight"
         self.tokens, self.lm_head = load_embedding_and_head(
             weights, f"{prefix}wte.weight", head_name, config["vocab_size"], hidden
         )
         self.positions = load_table(weights, f"{prefix}wpe.weight", config["n_positions"], hidden)
-        self.layers = [GPT2Layer(config, weights, f"{prefix}h.{i}.", eps) for i in range(config["n_layer"])]
-        self.norm = LayerNorm(weights, f"{prefix}ln_f", hidden, eps)
+        layers = [_make_layer(config, weights, f"{prefix}h.{i}.", eps) for i in range(config["n_layer"])]
+        self.stack = DecoderStack(weights.ops, layers, LayerNorm(weights, f"{prefix}ln_f", hidden, eps))
 
     @staticmethod
     def read_shape(config: dict[str, Any]) -> ModelShape:
@@ -65,47 +65,29 @@ class GPT2LMHeadModel:
 
     def forward(self, inputs: ModelInput, kv_cache: Sequence[CacheLayer]) -> Tensor:
         x = self.positions.add_(self.tokens(inputs.token_ids), inputs.positions)
-        residual = None
-        for layer, cache in zip(self.layers, kv_cache, strict=True):
-            x, residual = layer(x, residual, cache, inputs.attention)
-        assert residual is not None
-        rows = inputs.logits_rows
-        return self.norm.add(self._ops.embedding(x, rows), self._ops.embedding(residual, rows))[0]
+        return self.stack(x, inputs.positions, inputs.attention, inputs.logits_rows, kv_cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)
 
 
-class GPT2Layer:
-    """One layer; the residual adds are left to the next norm."""
-
-    def __init__(self, config: dict[str, Any], weights: WeightSource, prefix: str, eps: float) -> None:
-        hidden, heads = config["n_embd"], config["n_head"]
-        inner = config.get("n_inner") or 4 * hidden
-        attention = f"{prefix}attn."
-        self.norm_1 = LayerNorm(weights, f"{prefix}ln_1", hidden, eps)
-        self.attention = Attention(
+def _make_layer(config: dict[str, Any], weights: WeightSource, prefix: str, eps: float) -> DecoderLayer:
+    hidden, heads = config["n_embd"], config["n_head"]
+    inner = config.get("n_inner") or 4 * hidden
+    attention = f"{prefix}attn."
+    return DecoderLayer(
+        LayerNorm(weights, f"{prefix}ln_1", hidden, eps),
+        Attention(
             ops=weights.ops,
             qkv_proj=Linear(weights, attention, hidden, [("c_attn", 3 * hidden)], bias=True, transposed=True),
             o_proj=Linear(weights, attention, hidden, [("c_proj", hidden)], bias=True, transposed=True),
             num_heads=heads,
             num_kv_heads=heads,
             head_dim=hidden // heads,
-        )
-        self.norm_2 = LayerNorm(weights, f"{prefix}ln_2", hidden, eps)
-        self.mlp = MLP(weights, f"{prefix}mlp.", hidden, inner)
-
-    def __call__(
-        self, x: Tensor, residual: Tensor | None, cache: CacheLayer, batch: AttentionBatch
-    ) -> tuple[Tensor, Tensor]:
-        """x: the last layer's output, [T, hidden], still to be added to ``residual``. Returns the same pair."""
-        if residual is None:
-            x, residual = self.norm_1(x), x
-        else:
-            x, residual = self.norm_1.add(x, residual)
-        x = self.attention(x, None, cache, batch)
-        x, residual = self.norm_2.add(x, residual)
-        return self.mlp(x), residual
+        ),
+        LayerNorm(weights, f"{prefix}ln_2", hidden, eps),
+        MLP(weights, f"{prefix}mlp.", hidden, inner),
+    )
 
 
 def _is_tied(config: dict[str, Any]) -> bool:

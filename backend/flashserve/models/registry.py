@@ -88,7 +88,7 @@ def read_model_facts(files: ModelFiles, config: EngineConfig, device: DeviceFact
         dtype=dtype,
         weight_bytes=files.num_elements(ignored) * WEIGHT_DTYPES[dtype].itemsize,
         eos_token_ids=files.end_token_ids(shape.vocab_size),
-        tokenizer_file=files.tokenizer_file,
+        card=files.card,
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
 import msgspec
 
 from flashserve.errors import ConfigError
+from flashserve.paths import native
+from flashserve.protocol import ModelCard
 
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 _SECOND_COPIES = ["consolidated*", "original/*"]
@@ -46,45 +47,37 @@ def resolve_folder(model: str, revision: str | None, download_dir: str | None) -
         ) from error
 
 
-def find_tokenizer_file(folder: Path) -> str:
+def find_tokenizer_file(folder: Path) -> Path:
     """The tokenizer.json of a folder, converted once from older files where there is none.
 
     Raises ConfigError where the folder has no tokenizer.
     """
     ready = folder / "tokenizer.json"
     if ready.is_file():
-        return str(ready)
+        return ready
     sources = [folder / name for name in _CONVERTIBLE if (folder / name).is_file()]
     if not sources:
         raise ConfigError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json)")
-    return str(_converted(folder, sources))
+    return _converted(folder, sources)
 
 
-def read_tokenizers_end(tokenizer_file: str, model_folder: Path) -> int | None:
+def find_tokenizers_end(card: ModelCard) -> int | None:
     """The id of ``eos_token`` in tokenizer_config.json, or None: tuned models name the end of a turn there, under a
-    config.json that still says what the base model's was. Raises ConfigError for a file that is not JSON."""
-    folders = dict.fromkeys((Path(tokenizer_file).parent, model_folder))
-    file = next((path for folder in folders if (path := folder / "tokenizer_config.json").is_file()), None)
-    if file is None:
-        return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        token = config.get("eos_token")
-        token = token.get("content") if isinstance(token, dict) else token
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"cannot read {file.name}: {error}") from error
+    config.json that still says what the base model's was. Raises ConfigError for a tokenizer that cannot be read."""
+    token = card.tokenizer_config.get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
     if not isinstance(token, str):
         return None
     try:
-        added = msgspec.json.decode(Path(tokenizer_file).read_bytes(), type=_TokenizerFile).added_tokens
+        added = msgspec.json.decode(native(card.tokenizer_file).read_bytes(), type=_TokenizerFile).added_tokens
     except (OSError, msgspec.MsgspecError) as error:
-        raise ConfigError(f"cannot read {tokenizer_file}: {error}") from error
+        raise ConfigError(f"cannot read {card.tokenizer_file}: {error}") from error
     index = next((one.id for one in added if one.content == token), None)
     if index is not None:
         return index
     import tokenizers  # an end that is a token like others; 49,152 tokens take 0.24 s and 33 MB to load
 
-    found: int | None = tokenizers.Tokenizer.from_file(tokenizer_file).token_to_id(token)
+    found: int | None = tokenizers.Tokenizer.from_file(card.tokenizer_file).token_to_id(token)
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from flashserve.scheduling.output import SchedulerOutput, StepOutput
+from flashserve.scheduling.output import SchedulerOutput, StepResult
 
 
 class Runner(Protocol):
@@ -18,7 +18,7 @@ class Runner(Protocol):
         """Start a step and return its handle. Raises only for faults, never for a request's content."""
         ...
 
-    def wait(self, handle: Any) -> StepOutput:
+    def wait(self, handle: Any) -> StepResult:
         """Block until the step's samples are on the host."""
         ...
 

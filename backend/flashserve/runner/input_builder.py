@@ -61,10 +61,10 @@ class InputBuilder:
         for admission in plan.admissions:
             self._slots.admit(admission)
         changed = [self._slots.append_blocks(row) for row in plan.rows if row.new_block_ids]
-        numbers = np.array([(r.slot, r.start, r.num_tokens, r.samples) for r in plan.rows], np.int64)
+        numbers = np.array([(r.slot, r.start, r.num_tokens, r.num_logits) for r in plan.rows], np.int64)
         order = np.lexsort((numbers[:, 1], numbers[:, 2] > 1))
-        slots, starts, lens, samples = numbers[order].T
-        sampling = np.flatnonzero(samples)
+        slots, starts, lens, num_logits = numbers[order].T
+        sampling = np.flatnonzero(num_logits)
         return Arrangement(
             rows=[plan.rows[index] for index in order.tolist()],
             slots=slots,
@@ -107,7 +107,7 @@ class InputBuilder:
     @staticmethod
     def _fill_token_ids(step: Arrangement, firsts: np.ndarray, out: np.ndarray) -> None:
         """The plan's tokens; -1 where a row brings none, which stands for the slot's own last sample."""
-        decodes = np.array([not row.token_ids for row in step.rows])
+        decodes = np.array([row.is_decode for row in step.rows])
         if decodes.all():
             out[:] = -1
             return

@@ -72,6 +72,6 @@ def _run_largest_step(model: CausalLM, resolved: ResolvedConfig, device: Device,
     sizes = StepSizes(sum(lens), len(lens), len(lens))
     steps = EagerSteps(step_model, builder, CpuQueue(), sizes, device.torch_device)
     # Their keys and values all go to block 0, over each other.
-    rows = [ScheduledRow(slot, slot, 0, length, [0] * length, [], True) for slot, length in enumerate(lens)]
+    rows = [ScheduledRow(slot, slot, 0, length, [0] * length, [], 1) for slot, length in enumerate(lens)]
     steps.logits(builder.arrange(SchedulerOutput(0, [], rows, sizes.tokens, [])))
     steps.sample()

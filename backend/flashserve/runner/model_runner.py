@@ -18,7 +18,7 @@ from flashserve.runner.slots import SlotTable
 from flashserve.runner.staging import StepSizes
 from flashserve.runner.step_model import StepModel
 from flashserve.runner.steps import EagerSteps, RecordedSteps, Steps
-from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput, StepOutput
+from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput, StepResult
 from flashserve_kernels import Ops
 
 
@@ -68,13 +68,13 @@ class ModelRunner:
             queue.run(lambda: self._ops.mask_tokens_(logits, *map(queue.to_device, early)))
         return StepHandle(len(plan.rows), step.plan_rows, queue.download(self._steps.sample()))
 
-    def wait(self, handle: StepHandle) -> StepOutput:
+    def wait(self, handle: StepHandle) -> StepResult:
         """The samples, on the host."""
         token_ids: list[list[int]] = [[] for _ in range(handle.num_rows)]
         tokens = handle.tokens.result()[: len(handle.sample_rows)].tolist()
         for row, token in zip(handle.sample_rows.tolist(), tokens, strict=True):
             token_ids[row] = [token]
-        return StepOutput(token_ids)
+        return StepResult(token_ids)
 
     def warm_up(self) -> None:
         """Run a prefill and some decode steps, so that the first request pays for no lazy initialisation."""
@@ -84,10 +84,10 @@ class ModelRunner:
         for temperature in (0.0, 1.0):
             params = SamplingParams(temperature=temperature, top_p=0.9)
             admission = Admission(0, 0, params, 0, num_tokens, ())
-            row = ScheduledRow(0, 0, 0, num_tokens, [i % vocab for i in range(num_tokens)], [0], True)
+            row = ScheduledRow(0, 0, 0, num_tokens, [i % vocab for i in range(num_tokens)], [0], 1)
             self.wait(self.submit(SchedulerOutput(0, [admission], [row], num_tokens, [])))
             # The same token again: its key and value are written once more to the same place.
-            decode = ScheduledRow(0, 0, num_tokens - 1, 1, [], [], True)
+            decode = ScheduledRow(0, 0, num_tokens - 1, 1, [], [], 1)
             self.wait(self.submit(SchedulerOutput(1, [], [decode], 1, [])))
         if self._device.row_lengths:
             self._compile_all_lengths()
@@ -132,7 +132,7 @@ class ModelRunner:
             for length in sorted({min(length, longest) for length in (*self._device.row_lengths, longest)}):
                 if length <= max_blocks * resolved.block_size:
                     # Its keys and values go to block 0, over each other.
-                    row = ScheduledRow(0, 0, 0, length, [0] * length, [], True)
+                    row = ScheduledRow(0, 0, 0, length, [0] * length, [], 1)
                     steps.logits(builder.arrange(SchedulerOutput(0, [], [row], length, [])))
                     steps.sample()
             self._device.synchronize()

@@ -10,7 +10,7 @@ import time
 
 from flashserve.config import DeviceFacts
 from flashserve.errors import ConfigError
-from flashserve.scheduling.output import SchedulerOutput, StepOutput
+from flashserve.scheduling.output import SchedulerOutput, StepResult
 
 NULL_DEVICE = DeviceFacts(kind="cpu", name="null", total_bytes=1 << 40, free_bytes=1 << 36, num_threads=1)
 PRINTABLE = range(40, 120)  # ids that are ASCII characters in a byte-level vocabulary: one character per token
@@ -25,13 +25,15 @@ class NullRunner:
         self._ids = [i for i in PRINTABLE if i < vocab_size] or [0]
         self._step_s = step_s
 
-    def submit(self, plan: SchedulerOutput) -> StepOutput:
+    def submit(self, plan: SchedulerOutput) -> StepResult:
         if self._step_s:
             time.sleep(self._step_s)
         ids = self._ids
-        return StepOutput([[ids[(row.start + row.num_tokens) % len(ids)]] if row.samples else [] for row in plan.rows])
+        return StepResult(
+            [[ids[(row.start + row.num_tokens) % len(ids)]] if row.num_logits else [] for row in plan.rows]
+        )
 
-    def wait(self, handle: StepOutput) -> StepOutput:
+    def wait(self, handle: StepResult) -> StepResult:
         return handle
 
     def close(self) -> None:

@@ -41,8 +41,13 @@ class ScheduledRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The tokens to compute; empty for a decode row: the runner reads its own last sample of the slot."""
     new_block_ids: list[int]
     """Appended to the slot's block table (the whole table with the first row after an admission)."""
-    samples: bool
-    """Whether the row's last token's logits are sampled: it is the last known token of its request."""
+    num_logits: int
+    """How many of the row's last tokens are sampled: 1 if it ends with the last known token of its request, else 0."""
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it computes what was sampled last, which only the runner knows."""
+        return not self.token_ids
 
 
 class SchedulerOutput(msgspec.Struct, frozen=True, array_like=True):
@@ -58,7 +63,7 @@ class SchedulerOutput(msgspec.Struct, frozen=True, array_like=True):
 
 
 @dataclass(frozen=True, slots=True)
-class StepOutput:
-    """The samples of a step: ``token_ids[i]`` belongs to ``rows[i]``; empty where the row does not sample."""
+class StepResult:
+    """The samples of a step: ``token_ids[i]`` belongs to ``rows[i]``, as many as the row has logits."""
 
     token_ids: list[list[int]]

@@ -94,8 +94,16 @@ class Request:
         remaining = 0 if self.passed_over > MAX_PASSED_OVER else self.num_remaining
         return (self.priority, remaining, self.arrival)
 
-    def finish_reason(self, token_id: int) -> FinishReason | None:
-        """Why the request ends with its newest token, or None."""
+    def take(self, token_ids: list[int]) -> tuple[list[int], FinishReason | None]:
+        """Append samples up to the one that ends the request. Returns those, and why it ended, if it did."""
+        for count, token_id in enumerate(token_ids, 1):
+            self.token_ids.append(token_id)
+            reason = self._finish_reason(token_id)
+            if reason is not None:
+                return token_ids[:count], reason
+        return token_ids, None
+
+    def _finish_reason(self, token_id: int) -> FinishReason | None:
         if token_id in self.end_token_ids and self.num_generated > self.params.min_tokens:
             return "stop"
         if len(self.token_ids) >= self.max_total_tokens:

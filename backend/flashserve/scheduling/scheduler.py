@@ -18,7 +18,7 @@ from operator import attrgetter
 from flashserve.errors import INTERNAL, UNAVAILABLE
 from flashserve.protocol import ErrorInfo, FinishReason, GenerateRequest, Stats, TokenOutput
 from flashserve.scheduling.block_manager import BlockManager, root_hash
-from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput, StepOutput
+from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput, StepResult
 from flashserve.scheduling.request import Request
 from flashserve.scheduling.waiting_queue import WaitingQueue
 
@@ -173,7 +173,7 @@ class Scheduler:
             request.num_computed_tokens = start + 1
             request.num_pending += 1
             assert request.slot is not None
-            rows.append(ScheduledRow(request.id, request.slot, start, 1, NO_IDS, new_blocks, True))
+            rows.append(ScheduledRow(request.id, request.slot, start, 1, NO_IDS, new_blocks, 1))
         return rows
 
     def _make_room_for_decodes(self) -> None:
@@ -292,18 +292,19 @@ class Scheduler:
         request.passed_over = 0
         request.num_computed_tokens = end
         self._register_blocks(request, start, end)
-        samples = end == len(request.token_ids)
-        if samples:
+        is_last = end == len(request.token_ids)
+        if is_last:
             request.num_pending += 1
             del self._prefilling[request.id]
             self._decoding[request.id] = request
         else:
             self._prefill_chunks += 1
-        return ScheduledRow(request.id, request.slot, start, count, request.token_ids[start:end], new_blocks, samples)
+        known = request.token_ids[start:end]
+        return ScheduledRow(request.id, request.slot, start, count, known, new_blocks, int(is_last))
 
     # --- update -------------------------------------------------------------------------------------------
 
-    def update(self, plan: SchedulerOutput, output: StepOutput, now: float) -> None:
+    def update(self, plan: SchedulerOutput, output: StepResult, now: float) -> None:
         """Take in the samples of a step: append, check for the end, report."""
         block_size = self.blocks.block_size
         outputs = self._outputs
@@ -314,21 +315,20 @@ class Scheduler:
             if request is None:
                 continue  # it ended while the step ran
             request.num_pending -= 1
-            request.token_ids.append(token_ids[0])
+            taken, reason = request.take(token_ids)
             request.last_token = now
-            self._generation_tokens += 1
+            self._generation_tokens += len(taken)
             timings = None
             if request.first_token is None:
                 request.first_token = now
                 self._prompt_tokens += request.num_prompt_tokens
                 timings = request.timings()
-            if request.slot is not None and row.num_tokens == 1 and (row.start + 1) % block_size == 0:
+            if request.slot is not None and row.is_decode and (row.start + 1) % block_size == 0:
                 self._register_blocks(request, row.start, row.start + 1)
-            reason = request.finish_reason(token_ids[0])
             if reason is None:
-                outputs.append(TokenOutput(row.request_id, token_ids, None, timings))
+                outputs.append(TokenOutput(row.request_id, taken, None, timings))
             else:
-                self._end(request, reason, token_ids)
+                self._end(request, reason, taken)
 
     def _register_blocks(self, request: Request, start: int, end: int) -> None:
         """Make the blocks findable that computing tokens ``start .. end - 1`` fills.

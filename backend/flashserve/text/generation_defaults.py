@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from flashserve.errors import ConfigError
-from flashserve.text.tokenizer import read_json_object
 
 log = logging.getLogger(__name__)
 
@@ -34,16 +32,17 @@ class GenerationDefaults:
     """Most tokens of prompt and output together, of a text without max_tokens."""
 
 
-def load_generation_defaults(folder: Path | None, overrides: Mapping[str, Any] | None = None) -> GenerationDefaults:
-    """A model folder's values, and over them ``overrides`` under the file's names; nothing without either.
+def read_generation_defaults(
+    generation_config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> GenerationDefaults:
+    """A model's values, and over them ``overrides`` under the file's names.
 
     As in vLLM, ``do_sample`` has no say: a model whose file names no temperature samples with temperature 1, also
-    if it says ``do_sample: false``. Raises ConfigError for a file that is not a JSON object; the caller checks the
-    values together with everything else.
+    if it says ``do_sample: false``. The caller checks the values together with everything else. Raises ConfigError for
+    overrides that have no effect here.
     """
     _check_overrides(overrides or {})
-    path = folder / "generation_config.json" if folder is not None else None
-    values = {**(read_json_object(path) if path is not None and path.is_file() else {}), **(overrides or {})}
+    values = {**generation_config, **(overrides or {})}
     for name, neutral in NEUTRAL.items():
         if values.get(name) not in (None, neutral):
             log.warning("the model's generation_config sets %s=%r, which is not supported", name, values[name])

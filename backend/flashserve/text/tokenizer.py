@@ -6,12 +6,9 @@ transformers' AutoTokenizer would load torch into the stub process: 359 MB with 
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -19,6 +16,7 @@ from tokenizers import AddedToken
 
 from flashserve.errors import ConfigError, InvalidArgument
 from flashserve.paths import native, portable
+from flashserve.protocol import ModelCard
 from flashserve.text.detokenizer import DetokenizerFactory, special_token_ids
 
 log = logging.getLogger(__name__)
@@ -43,19 +41,15 @@ class Tokenizer:
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
 
     @classmethod
-    def load(cls, tokenizer_file: str | os.PathLike[str], folders: Iterable[str | os.PathLike[str]] = ()) -> Tokenizer:
-        """Load a ``tokenizer.json``; the files beside it, else those in ``folders``, give its configuration.
-
-        Raises ConfigError.
-        """
-        path = native(tokenizer_file)
+    def from_card(cls, card: ModelCard) -> Tokenizer:
+        """Load a model's tokenizer. Raises ConfigError."""
+        path = native(card.tokenizer_file)
         try:
             tokenizer = tokenizers.Tokenizer.from_file(portable(path))
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"cannot load {path.name}: {error}") from error
-        config = load_tokenizer_config([path.parent, *map(native, folders)])
-        _add_configured_tokens(tokenizer, config.get("added_tokens_decoder"))
-        return cls(tokenizer, config)
+        _add_configured_tokens(tokenizer, card.tokenizer_config.get("added_tokens_decoder"))
+        return cls(tokenizer, card.tokenizer_config)
 
     @cached_property
     def longest_token(self) -> int:
@@ -132,36 +126,3 @@ def utf8(text: str, field: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise InvalidArgument(f"{field} has a lone surrogate at character {error.start}, so it is not text") from None
-
-
-def load_tokenizer_config(folders: Iterable[Path]) -> dict[str, Any]:
-    """``tokenizer_config.json`` of the first folder that has one, with its chat templates put into place.
-
-    Templates in files of their own win, as in transformers: ``chat_template.jinja`` and, under their own names,
-    ``additional_chat_templates/*.jinja``. Raises ConfigError for files that cannot be read.
-    """
-    folders = list(dict.fromkeys(folders))
-    config: dict[str, Any] = {}
-    for folder in folders:
-        if (folder / "tokenizer_config.json").is_file():
-            config = read_json_object(folder / "tokenizer_config.json")
-            break
-    for folder in folders:
-        files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-        if (folder / "chat_template.jinja").is_file():
-            files["default"] = folder / "chat_template.jinja"
-        if files:
-            config["chat_template"] = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-            break
-    return config
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object among the model's files. Raises ConfigError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"cannot read {path.name}: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path.name} must hold a JSON object")
-    return value
