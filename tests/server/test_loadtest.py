@@ -72,6 +72,11 @@ def buckets(server: Server, name: str, model: str) -> dict[float, float]:
             for labels, value in lines if f'model_name="{model}"' in labels}  # fmt: skip
 
 
+def fell_behind(report: dict[str, Any]) -> bool:
+    """Whether the report says that the load generator had no time to measure."""
+    return any("The load generator fell behind" in text for text in report["warnings"])
+
+
 def wait_settled(server: Server, model: str) -> None:
     """Until the server has passed its counters on: once a second while it is busy."""
     before: dict[str, float] = {}
@@ -102,7 +107,9 @@ def test_counts_and_times_are_the_servers(loaded: Server, tmp_path: Path, target
     assert gained["output_tokens"] == counts["output_tokens"] + len(targets)
     assert 0 < gained["prompt_tokens"] - counts["prompt_tokens"] < 1300 * len(targets)
     assert report["server"]["requests"] <= gained["finished"]
-    # What the load generator was late by, on a machine with other work, is in its times and not in the server's.
+    if fell_behind(report):
+        return  # a machine with other work: its times are its own, as the report says, and not the server's
+    # What the load generator was late by all the same is in its times.
     own = report["whole"]["measures"]["lateness"]["p90"] + report["generator_lag"]["p99"]
     for name, metric in names.items():
         after = buckets(loaded, metric, "paced")
@@ -171,12 +178,16 @@ def test_two_processes_measure_what_one_does(loaded: Server, tmp_path: Path) -> 
     assert two["options"]["processes"] == 2
     for phase in ("warmup", "edge", "steady"):
         counts = [report["phases"][phase]["counts"] for report in (one, two)]
-        for name in ("requests", "finished", "left", "failed", "prompt_tokens"):
+        # Whether one that means to leave does so before its answer is whole, is the server's to say.
+        assert len({found.get("finished", 0) + found.get("left", 0) for found in counts}) == 1, phase
+        for name in ("requests", "failed", "prompt_tokens"):
             assert counts[0].get(name, 0) == counts[1].get(name, 0), (phase, name)
     planned = [[row["planned"] for row in report["seconds"]] for report in (one, two)]
     assert planned[0] == planned[1]
     lengths = [report["histograms"]["output_tokens"]["index"] for report in (one, two)]
     assert lengths[0] == lengths[1]
+    if fell_behind(one) or fell_behind(two):
+        return
     for name in ("ttft", "itl", "tpot", "e2e"):
         found = [report["phases"]["steady"]["measures"][name]["p50"] for report in (one, two)]
         assert found[0] == pytest.approx(found[1], rel=0.35), name
