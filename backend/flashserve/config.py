@@ -104,8 +104,9 @@ class EngineConfig:
         config._check_ranges()
         if base is not None and (folder := base / native(config.model)).is_dir():
             config = replace(config, model=portable(folder.resolve()))
-        if base is not None and config.download_dir is not None:
-            config = replace(config, download_dir=portable(base / os.path.expanduser(native(config.download_dir))))
+        if config.download_dir:
+            download_dir = (base or Path.cwd()) / os.path.expanduser(native(config.download_dir))
+            config = replace(config, download_dir=portable(download_dir.resolve()))
         return config
 
     def _check_ranges(self) -> None:

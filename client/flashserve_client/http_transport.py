@@ -34,6 +34,7 @@ class HttpTransport:
 
     def __init__(self, address: Address, headers: Mapping[str, str], connect_timeout_s: float) -> None:
         self.url = address.url
+        proxy = _proxy(address)
         self.client = httpx.AsyncClient(
             base_url=address.url,
             headers=dict(headers),
@@ -44,9 +45,10 @@ class HttpTransport:
                 # httpx's default of 100 connections would make the 101st stream wait in the client.
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30),
                 socket_options=_socket_options(),
-                proxy=_proxy(address),
+                proxy=proxy,
             ),
         )
+        self._has_proxy = proxy is not None
 
     def open(self, request: InferRequest) -> SseReader | JsonReader:
         return SseReader(self, request) if request.stream else JsonReader(self, request)
@@ -81,12 +83,24 @@ class HttpTransport:
         if response.status_code != 200:
             raise _response_error(response)
 
+    def as_it_is(self, path: str) -> dict[str, Any]:
+        """httpx's extensions by which a path reaches the server unquoted; none where httpx would not quote it. Raises
+        InvalidRequest where a proxy is between, whose own target the extension would replace."""
+        target = path.encode("ascii")
+        if httpx.URL(f"http://host{path}").raw_path == target:
+            return {}
+        if self._has_proxy:
+            raise InvalidRequest(f"the path {path!r} cannot be sent through a proxy, use grpc://")
+        return {"target": target}
+
     async def _send(
         self, method: str, path: str, content: bytes | None = None, timeout_s: float = _UNARY_TIMEOUT_S
     ) -> httpx.Response:
         timeout = httpx.Timeout(timeout_s, connect=self.client.timeout.connect)
         try:
-            return await self.client.request(method, path, content=content, timeout=timeout, extensions=as_it_is(path))
+            return await self.client.request(
+                method, path, content=content, timeout=timeout, extensions=self.as_it_is(path)
+            )
         except httpx.HTTPError as error:
             raise transport_error(error, self.url) from None
 
@@ -110,7 +124,7 @@ class JsonReader:
         transport = self._transport
         path, body = request_path(self._request, "generate"), request_body(self._request)
         try:
-            response = await transport.client.post(path, content=body, extensions=as_it_is(path))
+            response = await transport.client.post(path, content=body, extensions=transport.as_it_is(path))
         except httpx.HTTPError as error:
             raise transport_error(error, transport.url) from None
         return parse_event(_json_or_raise(response))
@@ -153,7 +167,9 @@ class SseReader:
         client = self._transport.client
         path, body = request_path(self._request, "generate_stream"), request_body(self._request)
         headers = {"Accept": "text/event-stream"}
-        request = client.build_request("POST", path, content=body, headers=headers, extensions=as_it_is(path))
+        request = client.build_request(
+            "POST", path, content=body, headers=headers, extensions=self._transport.as_it_is(path)
+        )
         self._response = await client.send(request, stream=True)
         if self._response.status_code != 200:
             await self._response.aread()
@@ -223,11 +239,6 @@ def model_path(model: str, verb: str) -> str:
     if not model.isascii() or not _PATH_SEGMENT.fullmatch(model):
         raise InvalidRequest(f"the model name {model!r} cannot be sent over HTTP, use grpc://")
     return f"/v2/models/{model}/{verb}"
-
-
-def as_it_is(path: str) -> dict[str, Any]:
-    """httpx's extension by which a path reaches the server unquoted."""
-    return {"target": path.encode("ascii")}
 
 
 def request_body(request: InferRequest) -> bytes:

@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 
+import msgspec
 import pytest
 from small_tokenizers import byte_level, sentencepiece, word_piece
 
 from flashserve.errors import ConfigError, InvalidArgument
 from flashserve.model_card import read_model_card
+from flashserve.protocol import ModelCard
 from flashserve.text.generation_defaults import GenerationDefaults, read_generation_defaults
 from flashserve.text.tokenizer import MAX_OVERLONG_BYTES, Tokenizer
 
@@ -108,6 +110,16 @@ def test_template_files_win_over_the_configuration(folder):
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
     templates = Tokenizer.from_card(read_model_card(folder)).config["chat_template"]
     assert templates == {"default": "new", "tool_use": "tools"}
+
+
+def test_numbers_that_no_message_holds_do_not_keep_a_model_from_loading(folder):
+    """transformers writes int(1e30) for a tokenizer without a limit."""
+    config = {"model_max_length": int(1e30), "eos_token": "</s>", "odd": "\ud800"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"max_length": int(1e30), "top_k": 5}))
+    card = msgspec.msgpack.decode(msgspec.msgpack.encode(read_model_card(folder)), type=ModelCard)
+    assert card.tokenizer_config == {"eos_token": "</s>"}
+    assert card.generation_config == {"top_k": 5}
 
 
 def test_generation_defaults_are_the_samplings_and_no_more(tmp_path):

@@ -25,15 +25,21 @@ def load_engine(config: EngineConfig) -> tuple[ResolvedConfig, EngineCore]:
         files = open_model(config)
         runner = load_runner(files, config, device)
     resolved = runner.resolved
-    layout = f"block{config.block_size}-{kv_cache_spec(config, resolved.model).cache_dtype}"
+    layout = f"block{config.block_size}-{kv_cache_spec(config, resolved.model).cache_dtype}-{config.quantization}"
     return resolved, build_core(resolved, runner, files.fingerprint(resolved.dtype, layout))
 
 
 def _load_null_engine(config: EngineConfig) -> tuple[ResolvedConfig, EngineCore]:
+    import torch
+
     from flashserve.models.registry import open_model, read_model_facts
+    from flashserve.runner.kv_cache import kv_block_bytes
     from flashserve.runner.null_runner import NULL_DEVICE, NullRunner, step_seconds
+    from flashserve_kernels import Ops
 
     facts = read_model_facts(open_model(config), config, NULL_DEVICE)
-    resolved = resolve(config, facts, NULL_DEVICE, block_bytes=1)  # its blocks are numbers, nothing is stored in them
+    # As many blocks as torch's own ops would have; nothing is stored in them.
+    block_bytes = kv_block_bytes(Ops(torch.device("cpu")), config, facts)
+    resolved = resolve(config, facts, NULL_DEVICE, block_bytes)
     runner = NullRunner(facts.vocab_size, step_seconds(config.device))
     return resolved, build_core(resolved, runner, cache_root="null")

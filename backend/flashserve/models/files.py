@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,21 +73,25 @@ class ModelFiles(Protocol):
 
     def fingerprint(self, dtype: str, layout: str) -> str:
         """A hash that differs wherever two models' KV blocks may differ; the root of the prefix cache's hashes. Equal
-        on every machine that holds the same files."""
+        on every machine that holds the same files. layout: what else blocks depend on, in words."""
         ...
 
 
 class SafetensorsFolder:
     """Implements ModelFiles for a Hugging Face folder: config.json and safetensors files."""
 
-    def __init__(self, folder: Path, tokenizer_folder: Path | None = None) -> None:
-        """tokenizer_folder: None for the same. Raises ConfigError where a file is missing or broken."""
+    def __init__(self, folder: Path, find_tokenizer_folder: Callable[[], Path] | None = None) -> None:
+        """find_tokenizer_folder: where the tokenizer is, if it is elsewhere. Raises ConfigError for a config.json that
+        is missing or broken; other files are opened when they are asked for."""
         self.folder = folder
-        self._tokenizer_folder = tokenizer_folder or folder
+        self._find_tokenizer_folder = find_tokenizer_folder or (lambda: folder)
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{folder} is not a model folder: it has no config.json")
         self.config: dict[str, Any] = _without_nulls(read_json_object(folder / "config.json"))
-        self._checkpoint = Checkpoint(folder)
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(self.folder)
 
     @property
     def dtype(self) -> str:
@@ -95,7 +99,7 @@ class SafetensorsFolder:
 
     @cached_property
     def card(self) -> ModelCard:
-        return read_model_card(self.folder, find_tokenizer_file(self._tokenizer_folder))
+        return read_model_card(self.folder, find_tokenizer_file(self._find_tokenizer_folder()))
 
     def end_token_ids(self, vocab_size: int) -> tuple[int, ...]:
         """Of generation_config.json, which instruction-tuned models extend, else of config.json; and, as in vLLM, the

@@ -44,8 +44,10 @@ def open_model(config: EngineConfig) -> ModelFiles:
     Raises ConfigError where the model is missing, unsupported or incomplete.
     """
     folder = resolve_folder(config.model, config.revision, config.download_dir)
-    of_tokenizer = folder if config.tokenizer is None else resolve_folder(config.tokenizer, None, config.download_dir)
-    files = SafetensorsFolder(folder, of_tokenizer)
+    tokenizer = config.tokenizer
+    files = SafetensorsFolder(
+        folder, None if tokenizer is None else lambda: resolve_folder(tokenizer, None, config.download_dir)
+    )
     _check_sizes(files.config)
     _, model_class = find_architecture(files.config)
     if files.config.get("tie_word_embeddings", model_class.tied_by_default) and files.has(HEAD):

@@ -77,7 +77,10 @@ def find_tokenizers_end(card: ModelCard) -> int | None:
         return index
     import tokenizers  # an end that is a token like others; 49,152 tokens take 0.24 s and 33 MB to load
 
-    found: int | None = tokenizers.Tokenizer.from_file(card.tokenizer_file).token_to_id(token)
+    try:
+        found: int | None = tokenizers.Tokenizer.from_file(card.tokenizer_file).token_to_id(token)
+    except Exception as error:  # the library raises bare Exception
+        raise ConfigError(f"cannot read {card.tokenizer_file}: {error}") from error
     return found
 
 

@@ -48,6 +48,7 @@ class ModelRunner:
         self._builder = InputBuilder(self._slots, resolved.block_size)
         spec = kv_cache_spec(resolved.config, resolved.model)
         self._step_model = StepModel.build(model, ops, spec, resolved.num_blocks, self._slots)
+        device.synchronize()  # the queue's streams are older than the cache, whose zeros may still be on their way
         self._steps = self._make_steps(queue)
         self._closed = False
 

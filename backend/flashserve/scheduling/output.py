@@ -42,7 +42,8 @@ class ScheduledRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
     new_block_ids: list[int]
     """Appended to the slot's block table (the whole table with the first row after an admission)."""
     num_logits: int
-    """How many of the row's last tokens are sampled: 1 if it ends with the last known token of its request, else 0."""
+    """How many of the row's last tokens are sampled: 1 if it ends with the last known token of its request, else 0.
+    More would verify drafts, which nobody makes yet."""
 
     @property
     def is_decode(self) -> bool:

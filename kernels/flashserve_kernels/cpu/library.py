@@ -162,6 +162,8 @@ def build(isa: str, file: Path, sanitize: bool = False) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         # Engines that start together would each take all cores for what one of them needs to do.
         with file.with_suffix(".lock").open("w") as lock:
+            if not _take(lock):
+                log.info("another process compiles the native kernels for %s: waiting for it", isa)
             while not _take(lock):
                 time.sleep(_LOCK_POLL_S)  # and not in the system: a process that does not run at all counts as stopped
             if not file.is_file():
@@ -176,6 +178,8 @@ def _take(lock: TextIO) -> bool:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:  # a file system without locks: then several compile, and whoever is first wins
+        log.info("%s cannot be locked: %s", lock.name, error)
     return True
 
 

@@ -46,8 +46,10 @@ class CudaDevice:
                     break
                 time.sleep(LOCK_POLL_S)  # and not in the system: one that does not run at all counts as stopped
             unmark_warm()
-            yield
-            mark_warm()
+            try:
+                yield
+            finally:  # also where a model does not load: others of this process serve
+                mark_warm()
 
     def read_facts(self) -> DeviceFacts:
         free, total = torch.cuda.mem_get_info(self.torch_device)
