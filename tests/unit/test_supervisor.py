@@ -128,7 +128,7 @@ def test_one_that_waits_and_looks_around_is_let(quick_engines: Callable[[str], N
 
 def test_from_start_to_stop(supervise: Supervise) -> None:
     supervisor, listener = supervise()
-    assert supervisor.start().max_model_len == 4096
+    assert supervisor.start().limits.max_model_len == 4096
     assert supervisor.ready
     supervisor.send(request(1, max_tokens=3))
     outputs = [listener.outputs.get(timeout=5) for _ in range(3)]
