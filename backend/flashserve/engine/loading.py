@@ -30,16 +30,10 @@ def load_engine(config: EngineConfig) -> tuple[ResolvedConfig, EngineCore]:
 
 
 def _load_null_engine(config: EngineConfig) -> tuple[ResolvedConfig, EngineCore]:
-    import torch
-
     from flashserve.models.registry import open_model, read_model_facts
-    from flashserve.runner.kv_cache import kv_block_bytes
-    from flashserve.runner.null_runner import NULL_DEVICE, NullRunner, step_seconds
-    from flashserve_kernels import Ops
+    from flashserve.runner.null_runner import NULL_DEVICE, NullRunner, null_block_bytes, step_seconds
 
     facts = read_model_facts(open_model(config), config, NULL_DEVICE)
-    # As many blocks as torch's own ops would have; nothing is stored in them.
-    block_bytes = kv_block_bytes(Ops(torch.device("cpu")), config, facts)
-    resolved = resolve(config, facts, NULL_DEVICE, block_bytes)
+    resolved = resolve(config, facts, NULL_DEVICE, null_block_bytes(config, facts))
     runner = NullRunner(facts.vocab_size, step_seconds(config.device))
     return resolved, build_core(resolved, runner, cache_root="null")

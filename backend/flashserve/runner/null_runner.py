@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 
-from flashserve.config import DeviceFacts
+from flashserve.config import DeviceFacts, EngineConfig, ModelFacts
 from flashserve.errors import ConfigError
 from flashserve.scheduling.output import SchedulerOutput, StepResult
 
@@ -38,6 +38,17 @@ class NullRunner:
 
     def close(self) -> None:
         """Nothing to free."""
+
+
+def null_block_bytes(config: EngineConfig, model: ModelFacts) -> int:
+    """What a KV block would take in torch's own layout, so that there are as many of them; nothing is stored in them.
+    Raises ConfigError as a CPU without native kernels does."""
+    import torch
+
+    from flashserve.runner.kv_cache import kv_block_bytes
+    from flashserve_kernels import Ops
+
+    return kv_block_bytes(Ops(torch.device("cpu")), config, model)
 
 
 def step_seconds(device: str) -> float:
