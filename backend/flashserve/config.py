@@ -151,7 +151,6 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 class ModelFacts:
     """What the model's own files say (``models.registry`` reads them)."""
 
-    path: str
     architecture: str
     context_len: int
     vocab_size: int
@@ -176,7 +175,6 @@ class DeviceFacts:
     total_bytes: int
     free_bytes: int
     """What this engine may still take; on a GPU after its weights and a step's activations have their room."""
-    num_threads: int
     used_bytes: int = 0
     """On a GPU: what this engine takes for weights and a step's activations."""
     supports_bfloat16: bool = True

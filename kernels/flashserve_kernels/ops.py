@@ -169,6 +169,9 @@ class Ops:
         """Rule out single tokens: ``logits[rows[i], tokens[i]] = -inf``. rows, tokens: int64, of one length."""
         sampling.mask_tokens_(logits, rows, tokens)
 
+    _sample_rows = staticmethod(sampling.sample_rows)
+    """What :meth:`sample` calls with a value per row for each parameter."""
+
     def sample(self, logits: Tensor, slots: Tensor, positions: Tensor, state: SamplerColumns) -> Tensor:
         """One token for each row, by the parameters of its slot and with the noise of (seed, position, token) alone.
 
@@ -177,6 +180,6 @@ class Ops:
         which is vLLM's. Returns [N] int64.
         """
         own = {name: column.index_select(0, slots) for name, column in state.items()}
-        return sampling.sample_rows(
+        return self._sample_rows(
             logits, own["temperature"], own["min_p"], own["top_k"], own["top_p"], own["seed"], positions
         )

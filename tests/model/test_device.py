@@ -14,7 +14,7 @@ def test_facts_of_the_cpu():
     facts = open_device("cpu").read_facts()
     assert facts.kind == "cpu"
     assert 0 < facts.free_bytes <= facts.total_bytes
-    assert 1 <= facts.num_threads <= len(os.sched_getaffinity(0))
+    assert 1 <= cpu.available_cores() <= len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "tpu", "cuda:99", ""])

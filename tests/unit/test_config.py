@@ -10,12 +10,12 @@ from flashserve.errors import ConfigError
 from flashserve.protocol import ModelCard
 
 MODEL = ModelFacts(
-    path="/m", architecture="LlamaForCausalLM", context_len=1000, vocab_size=100, num_layers=2, num_kv_heads=2,
+    architecture="LlamaForCausalLM", context_len=1000, vocab_size=100, num_layers=2, num_kv_heads=2,
     head_dim=8, dtype="bfloat16", weight_bytes=10_000, eos_token_ids=(1,), card=ModelCard("/m/t.json", {}, {}),
 )  # fmt: skip
-CPU = DeviceFacts(kind="cpu", name="cpu", total_bytes=1 << 30, free_bytes=1 << 29, num_threads=2)
+CPU = DeviceFacts(kind="cpu", name="cpu", total_bytes=1 << 30, free_bytes=1 << 29)
 BLOCK = 2 * 2 * 2 * 8 * 16 * 2  # bytes: layers, keys and values, heads, their numbers, tokens, bfloat16
-GPU = DeviceFacts(kind="cuda", name="gpu", total_bytes=1 << 30, free_bytes=(1 << 30) - (1 << 20), num_threads=2)
+GPU = DeviceFacts(kind="cuda", name="gpu", total_bytes=1 << 30, free_bytes=(1 << 30) - (1 << 20))
 
 
 def config(**values):

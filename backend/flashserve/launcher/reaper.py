@@ -37,7 +37,8 @@ ENDING_FILE = "ending"
 SHARED_MEMORY = "/dev/shm"
 # In the run's folder: with what each model was loaded, as its stub has noted it (flashserve.load_notes).
 NOTES_FOLDER = "loads"
-# Triton's own folders, for files that clients gave and for models from a bucket.
+# Triton's own folders, for files that clients gave and for models from a bucket: stub_processes' COPY, which this
+# program does not import.
 COPY = re.compile(r"/tmp/folder\w{6}")
 
 

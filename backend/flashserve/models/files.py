@@ -39,7 +39,8 @@ class ModelFiles(Protocol):
     folder: Path
     """For messages, and for the small files beside the weights."""
     config: dict[str, Any]
-    """config.json, without what is null."""
+    """config.json as it is meant: without what is null, and with a head that is not tied where a stored one differs
+    (``registry.open_model``)."""
 
     @property
     def dtype(self) -> str:

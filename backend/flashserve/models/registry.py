@@ -80,7 +80,6 @@ def read_model_facts(files: ModelFiles, config: EngineConfig, device: DeviceFact
         raise ConfigError(f"config.json of {folder.name} holds a value that makes no sense: {error}") from error
     dtype = resolve_dtype(config, _stated_dtype(files.config) or files.dtype, device)
     return ModelFacts(
-        path=str(folder),
         architecture=architecture,
         context_len=shape.context_len,
         vocab_size=shape.vocab_size,

@@ -12,7 +12,7 @@ from flashserve.config import DeviceFacts, EngineConfig, ModelFacts
 from flashserve.errors import ConfigError
 from flashserve.scheduling.output import SchedulerOutput, StepResult
 
-NULL_DEVICE = DeviceFacts(kind="cpu", name="null", total_bytes=1 << 40, free_bytes=1 << 36, num_threads=1)
+NULL_DEVICE = DeviceFacts(kind="cpu", name="null", total_bytes=1 << 40, free_bytes=1 << 36)
 PRINTABLE = range(40, 120)  # ids that are ASCII characters in a byte-level vocabulary: one character per token
 
 

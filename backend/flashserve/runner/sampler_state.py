@@ -1,7 +1,7 @@
 """What requests ask of the sampler: one table, by slot, on the device, written when a request is admitted.
 
 A row of it holds a slot's parameters side by side, so that an admission is one small copy and a step that admits nobody
-uploads nothing. A new parameter is a row of COLUMNS and an argument of the kernels.
+uploads nothing. A new parameter is a row of COLUMNS, and what each kind of ops makes of it in ``sample``.
 """
 
 from __future__ import annotations

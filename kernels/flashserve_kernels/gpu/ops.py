@@ -9,7 +9,7 @@ from flashserve_kernels import kv_cache
 from flashserve_kernels.attention import AttentionBatch
 from flashserve_kernels.gpu import activation, attention, embedding, norm, rope_cache, sampling
 from flashserve_kernels.kv_cache import KVCacheSpec, KVLayer
-from flashserve_kernels.ops import Ops, SamplerColumns
+from flashserve_kernels.ops import Ops
 
 
 class TritonOps(Ops):
@@ -78,8 +78,4 @@ class TritonOps(Ops):
     ) -> Tensor:
         return attention.paged_attention(q, cache, batch, scale, window, softcap)
 
-    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor, state: SamplerColumns) -> Tensor:
-        own = {name: column.index_select(0, slots) for name, column in state.items()}
-        return sampling.sample_rows(
-            logits, own["temperature"], own["min_p"], own["top_k"], own["top_p"], own["seed"], positions
-        )
+    _sample_rows = staticmethod(sampling.sample_rows)

@@ -28,8 +28,7 @@ class CpuDevice:
 
     def read_facts(self) -> DeviceFacts:
         total, free = free_memory()
-        threads = available_cores()
-        return DeviceFacts("cpu", f"CPU with {threads} cores", total, free, threads, computes_on_cpu=True)
+        return DeviceFacts("cpu", f"CPU with {available_cores()} cores", total, free, computes_on_cpu=True)
 
     def select_ops(self, config: EngineConfig, head_dim: int) -> Ops:
         num_threads = config.num_threads or available_cores()

@@ -55,7 +55,7 @@ class CudaDevice:
         free, total = torch.cuda.mem_get_info(self.torch_device)
         name = f"{torch.cuda.get_device_name(self.torch_device)} ({self.torch_device})"
         has_bfloat16 = torch.cuda.get_device_capability(self.torch_device) >= (8, 0)
-        return DeviceFacts("cuda", name, total, free, available_cores(), supports_bfloat16=has_bfloat16)
+        return DeviceFacts("cuda", name, total, free, supports_bfloat16=has_bfloat16)
 
     def select_ops(self, config: EngineConfig, head_dim: int) -> Ops:
         return select_ops(self.torch_device, config.num_threads or available_cores(), head_dim)
