@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from flashserve.layers.linear import load_packed
@@ -25,6 +26,20 @@ class Embedding:
         return self._ops.add_embedding_(x, self.table, ids)
 
 
+class PackedEmbedding:
+    """A table that is kept in groups, packed as a linear's weight; a tied head is the same weight."""
+
+    def __init__(self, ops: Ops, weight: LinearWeight, dtype: torch.dtype, scale: float) -> None:
+        self._ops = ops
+        self.weight = weight
+        self._dtype = dtype
+        self._scale = scale
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """ids: [T] int64. Returns [T, hidden]."""
+        return self._ops.packed_embedding(self.weight, ids, self._dtype, self._scale)
+
+
 class LMHead:
     """Hidden states to logits, without bias."""
 
@@ -45,23 +60,30 @@ def load_embedding_and_head(
     vocab_size: int,
     hidden_size: int,
     scale: float = 1.0,
-) -> tuple[Embedding, LMHead]:
+) -> tuple[Embedding | PackedEmbedding, LMHead]:
     """Both layers; ``head_name`` None ties them. scale: what embedded tokens, not the head, are multiplied with.
 
     A tied table would be in memory twice where the head is packed (21% of a 135M model). There the lookup reads
     the file's memory map, which costs only the rows that are used, if the file has the model's dtype.
     """
     shape, ops = (vocab_size, hidden_size), weights.ops
-    own_name = head_name or embedding_name
+    stored = weights.grouped(embedding_name, shape)
+    if stored is not None and weights.format.keeps(ops):
+        packed = ops.pack_linear(stored)
+        lookup = PackedEmbedding(ops, packed, weights.dtype, scale)
+        return lookup, LMHead(ops, packed if head_name is None else _load_head(weights, head_name, shape))
     if head_name is None and scale == 1.0 and not ops.packs(weights.dtype):
         table = weights.read(embedding_name, shape)
-        return Embedding(ops, table), LMHead(ops, ops.pack_linear(table, quantization=weights.quantization))
+        return Embedding(ops, table), LMHead(ops, weights.format.pack_head(ops, table, False))
     mapped = weights.mapped(embedding_name, shape) if head_name is None and scale == 1.0 else None
     table = weights.read(embedding_name, shape) if mapped is None else mapped
     if scale != 1.0:
         table.mul_(scale)
-    head = load_packed(weights, shape, lambda weight: weights.read_into(own_name, weight))
-    return Embedding(ops, table), LMHead(ops, head)
+    return Embedding(ops, table), LMHead(ops, _load_head(weights, head_name or embedding_name, shape))
+
+
+def _load_head(weights: WeightSource, name: str, shape: tuple[int, int]) -> LinearWeight:
+    return load_packed(weights, [(name, shape[0])], shape[1], head=True)
 
 
 def load_table(weights: WeightSource, name: str, rows: int, columns: int) -> Embedding:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from flashserve.layers.weight_source import WeightSource
 from flashserve_kernels import LinearWeight
+from flashserve_kernels.grouped import JoinedRows
 
 
 class Linear:
@@ -34,17 +35,13 @@ class Linear:
         """
         out_features = sum(size for _, size in shards)
         self.bias = torch.empty(out_features, dtype=weights.dtype, device=weights.device) if bias else None
-
-        def read_shards(weight: Tensor) -> None:
-            first = 0
-            for name, size in shards:
-                rows = weight[first : first + size]
-                weights.read_into(f"{prefix}{name}.weight", rows.t() if transposed else rows)
-                if self.bias is not None:
-                    weights.read_into(f"{prefix}{name}.bias", self.bias[first : first + size])
-                first += size
-
-        self.weight = load_packed(weights, (out_features, in_features), read_shards, self.gated)
+        named = [(f"{prefix}{name}.weight", size) for name, size in shards]
+        self.weight = load_packed(weights, named, in_features, gated=self.gated, transposed=transposed)
+        first = 0
+        for name, size in shards:
+            if self.bias is not None:
+                weights.read_into(f"{prefix}{name}.bias", self.bias[first : first + size])
+            first += size
         self._ops = weights.ops
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -69,10 +66,25 @@ class GatedLinear(Linear):
 
 
 def load_packed(
-    weights: WeightSource, shape: tuple[int, int], read: Callable[[Tensor], None], gated: bool = False
+    weights: WeightSource,
+    tensors: Sequence[tuple[str, int]],
+    inputs: int,
+    gated: bool = False,
+    transposed: bool = False,
+    head: bool = False,
 ) -> LinearWeight:
-    """The weight that ``read`` fills in, as the ops want it."""
-    packs = weights.ops.packs(weights.dtype)
-    weight = weights.scratch(shape) if packs else torch.empty(shape, dtype=weights.dtype, device=weights.device)
-    read(weight)
-    return weights.ops.pack_linear(weight, gated=gated, quantization=weights.quantization)
+    """The weight whose outputs are those of some tensors (name, outputs), one after the other, as the ops want it."""
+    ops, format = weights.ops, weights.format
+    stored = [] if transposed else [weights.grouped(name, (size, inputs)) for name, size in tensors]
+    kept = [rows for rows in stored if rows is not None and format.keeps(ops)]
+    if len(kept) == len(tensors):
+        return ops.pack_linear(JoinedRows(tuple(kept)), gated=gated)
+    shape = (sum(size for _, size in tensors), inputs)
+    in_scratch = ops.packs(weights.dtype)
+    weight = weights.scratch(shape) if in_scratch else torch.empty(shape, dtype=weights.dtype, device=weights.device)
+    first = 0
+    for name, size in tensors:
+        rows = weight[first : first + size]
+        weights.read_into(name, rows.t() if transposed else rows)
+        first += size
+    return (format.pack_head if head else format.pack)(ops, weight, gated)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from flashserve.errors import ConfigError
+from flashserve.layers.weight_format import WeightFormat
 from flashserve.models.progress import LoadingProgress
 from flashserve_kernels import Ops
 
@@ -167,12 +168,12 @@ class CheckpointWeights:
         dtype: torch.dtype,
         device: torch.device,
         ops: Ops,
-        quantization: str | None = None,
+        format: WeightFormat,
     ) -> None:
         self.dtype = dtype
         self.device = device
         self.ops = ops
-        self.quantization = quantization
+        self.format = format
         self._checkpoint = checkpoint
         self._maps: dict[Path, mmap.mmap] = {}
         self._used: set[str] = set()
@@ -181,6 +182,9 @@ class CheckpointWeights:
 
     def has(self, name: str) -> bool:
         return name in self._checkpoint.entries
+
+    def grouped(self, name: str, shape: tuple[int, int]) -> None:
+        return None
 
     def read_into(self, name: str, out: Tensor) -> None:
         source = self._view(name, tuple(out.shape))

@@ -8,19 +8,23 @@ import torch
 from torch import Tensor
 
 from flashserve_kernels.attention import AttentionBatch
-from flashserve_kernels.cpu import attention, elementwise, kv_cache, linear, norm, sampling, tokens
+from flashserve_kernels.cpu import attention, elementwise, grouped, kv_cache, linear, norm, sampling, tokens
+from flashserve_kernels.cpu.grouped import PackedGrouped
 from flashserve_kernels.cpu.kv_cache import PackedKVLayer
 from flashserve_kernels.cpu.linear import PackedLinear
 from flashserve_kernels.cpu.program import Pool, Program
+from flashserve_kernels.grouped import GroupedRows
 from flashserve_kernels.kv_cache import KVCacheSpec
 from flashserve_kernels.ops import Ops, SamplerColumns
+
+Packed = PackedLinear | PackedGrouped
 
 
 class NativeOps(Ops):
     """One pool of threads and the instruction set that it runs. Use from one thread."""
 
     records = True
-    weight_formats = ("int8",)
+    weight_formats = frozenset({"grouped", "int8"})
 
     def __init__(self, isa: str, num_threads: int, cpus: list[int] | None = None) -> None:
         """cpus: one CPU number per thread to pin it to. Raises NativeUnavailable where the library cannot be had."""
@@ -34,19 +38,28 @@ class NativeOps(Ops):
     def packs(self, dtype: torch.dtype) -> bool:
         return True
 
-    def pack_linear(self, weight: Tensor, *, gated: bool = False, quantization: str | None = None) -> PackedLinear:
-        if quantization not in (None, *self.weight_formats):
-            raise ValueError(f"quantization must be int8, not {quantization!r}")
-        return linear.pack_linear(self._pool, weight, gated=gated, quantize=quantization is not None)
+    def pack_linear(self, weight: Tensor | GroupedRows, *, gated: bool = False, int8: bool = False) -> Packed:
+        if isinstance(weight, Tensor):
+            return linear.pack_linear(self._pool, weight, gated=gated, quantize=int8)
+        return grouped.pack_grouped(self._pool, weight, gated)
 
-    def linear(self, x: Tensor, weight: PackedLinear, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+        if isinstance(weight, PackedGrouped):
+            return grouped.linear(self._pool, x, weight, bias)
         return linear.linear(self._pool, x, weight, bias)
 
-    def linear_silu_and_mul(self, x: Tensor, weight: PackedLinear, bias: Tensor | None = None) -> Tensor:
+    def linear_silu_and_mul(self, x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+        if isinstance(weight, PackedGrouped):
+            return grouped.linear_silu_and_mul(self._pool, x, weight, bias)
         return linear.linear_silu_and_mul(self._pool, x, weight, bias)
 
-    def logits(self, hidden: Tensor, weight: PackedLinear) -> Tensor:
+    def logits(self, hidden: Tensor, weight: Packed) -> Tensor:
+        if isinstance(weight, PackedGrouped):
+            return grouped.linear(self._pool, hidden, weight, out_dtype=torch.float32)
         return linear.linear(self._pool, hidden, weight, out_dtype=torch.float32)
+
+    def packed_embedding(self, weight: PackedGrouped, ids: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        return grouped.embedding(self._pool, weight, ids, dtype, scale)
 
     def embedding(self, table: Tensor, ids: Tensor) -> Tensor:
         return elementwise.embedding(self._pool, table, ids)
