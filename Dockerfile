@@ -7,7 +7,7 @@ FROM nvcr.io/nvidia/tritonserver:25.08-py3
 # and without numpy<2, which only that one needs.
 # g++ compiles the CPU's kernels at first use, and Triton-lang's launchers.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ python3-dev && rm -rf /var/lib/apt/lists/*
-RUN pip install --no-cache-dir "torch>=2.11,<2.14" "transformers>=5,<6" tokenizers huggingface_hub \
+RUN pip install --no-cache-dir "torch>=2.11,<2.14" "transformers>=5.24,<5.25" tokenizers huggingface_hub \
     jinja2 msgspec psutil tqdm "sentencepiece>=0.2,<0.2.2"
 
 # Triton puts this folder on the backend's import path: model.py finds both packages beside itself.

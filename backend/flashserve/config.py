@@ -26,7 +26,9 @@ class EngineConfig:
     """Every setting of one model's engine. None means: chosen by :func:`resolve`."""
 
     model: str
-    """A folder (relative ones are resolved against the model's version folder) or a Hugging Face id."""
+    """A folder or a .gguf file (relative ones are resolved against the model's version folder), a Hugging Face id,
+    ``id:Q4_K_M`` for one of the GGUF files there, or ``package:NAME`` for what an installed Python package brings
+    (``package:NAME/FILE.gguf`` where it brings several)."""
     tokenizer: str | None = None
     """Another folder or id with the tokenizer; default: the model's own."""
     revision: str | None = None
@@ -103,11 +105,11 @@ class EngineConfig:
         del types["no_effect"]
         accepted, no_effect = model_json.settings(values, types)
         if "model" not in accepted:
-            raise ConfigError('model.json needs "model": a folder or a Hugging Face id')
+            raise ConfigError('model.json needs "model": a folder, a .gguf file or a Hugging Face id')
         config = cls(**accepted, no_effect=no_effect)
         config._check_ranges()
-        if base is not None and (folder := base / native(config.model)).is_dir():
-            config = replace(config, model=portable(folder.resolve()))
+        if base is not None and (path := base / native(config.model)).exists():
+            config = replace(config, model=portable(path.resolve()))
         if config.download_dir:
             download_dir = (base or Path.cwd()) / os.path.expanduser(native(config.download_dir))
             config = replace(config, download_dir=portable(download_dir.resolve()))

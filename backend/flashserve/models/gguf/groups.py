@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from flashserve.models.gguf.block_types import BLOCK_TYPES, BlockType
 from flashserve_kernels.grouped import Grouped, GroupedFormat
 
 Parts = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -19,30 +21,30 @@ Parts = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
-class BlockType:
-    """One of ggml's types."""
+class GroupedType:
+    """A block type that is groups."""
 
-    values: int
-    """Of a block."""
-    num_bytes: int
-    """Of a block."""
+    block: BlockType
     format: GroupedFormat
     parts: Callable[[np.ndarray], Parts]
 
 
 @dataclass(frozen=True)
 class GgufRows:
-    """A quantised matrix of a file, converted as its rows are asked for. Implements GroupedRows."""
+    """A matrix of blocks, converted as its rows are asked for. Implements GroupedRows."""
 
-    type: BlockType
-    data: np.ndarray
+    type: GroupedType
+    data: Tensor
     """[outputs, bytes of a row] uint8, may be a memory map."""
-    order: np.ndarray | None = None
-    """Which row of the file each output is; None: in order."""
+    order: Tensor | None = None
+    """[outputs] int64: which row of the data each output is; None: in order."""
+    done: Callable[[int, int], None] = lambda first, last: None
+    """Called with (first, last) when these rows of the data were read."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.data.shape[0], self.data.shape[1] // self.type.num_bytes * self.type.values
+        block = self.type.block
+        return self.data.shape[0], self.data.shape[1] // block.num_bytes * block.elements
 
     @property
     def format(self) -> GroupedFormat:
@@ -50,10 +52,11 @@ class GgufRows:
 
     def rows(self, first: int, last: int) -> Grouped:
         rows = self.data[first:last] if self.order is None else self.data[self.order[first:last]]
-        blocks = rows.reshape(len(rows), -1, self.type.num_bytes)
+        blocks = rows.numpy().reshape(len(rows), -1, self.type.block.num_bytes)
         codes, scales, minimums = (
             torch.from_numpy(np.ascontiguousarray(part)).view(len(rows), -1) for part in self.type.parts(blocks)
         )
+        self.done(first, last)
         return Grouped(self.type.format, codes, scales, minimums)
 
 
@@ -154,17 +157,23 @@ def _q6_k(blocks: np.ndarray) -> Parts:
     return _with_zero(lower | upper << 4, _halves(blocks, 208) * scales, 32)
 
 
-BLOCK_TYPES = {
-    "Q4_0": BlockType(32, 18, GroupedFormat(4, 32, "float16", 8), _q4_0),
-    "Q4_1": BlockType(32, 20, GroupedFormat(4, 32, "float16", None), _q4_1),
-    "Q5_0": BlockType(32, 22, GroupedFormat(8, 32, "float16", 16), _q5_0),
-    "Q5_1": BlockType(32, 24, GroupedFormat(8, 32, "float16", None), _q5_1),
-    "Q8_0": BlockType(32, 34, GroupedFormat(8, 32, "float16", 128), _q8_0),
-    "IQ4_NL": BlockType(32, 18, GroupedFormat(8, 32, "float16", 128), _iq4_nl),
-    "Q2_K": BlockType(256, 84, GroupedFormat(4, 16, "float24", None), _q2_k),
-    "Q3_K": BlockType(256, 110, GroupedFormat(4, 16, "float24", 4), _q3_k),
-    "Q4_K": BlockType(256, 144, GroupedFormat(4, 32, "float24", None), _q4_k),
-    "Q5_K": BlockType(256, 176, GroupedFormat(8, 32, "float24", None), _q5_k),
-    "Q6_K": BlockType(256, 210, GroupedFormat(8, 16, "float24", 32), _q6_k),
-}
-"""By ggml's names."""
+def _grouped(number: int, format: GroupedFormat, parts: Callable[[np.ndarray], Parts]) -> tuple[int, GroupedType]:
+    return number, GroupedType(BLOCK_TYPES[number], format, parts)
+
+
+GROUPED_TYPES = dict(
+    (
+        _grouped(2, GroupedFormat(4, 32, "float16", 8), _q4_0),
+        _grouped(3, GroupedFormat(4, 32, "float16", None), _q4_1),
+        _grouped(6, GroupedFormat(8, 32, "float16", 16), _q5_0),
+        _grouped(7, GroupedFormat(8, 32, "float16", None), _q5_1),
+        _grouped(8, GroupedFormat(8, 32, "float16", 128), _q8_0),
+        _grouped(10, GroupedFormat(4, 16, "float24", None), _q2_k),
+        _grouped(11, GroupedFormat(4, 16, "float24", 4), _q3_k),
+        _grouped(12, GroupedFormat(4, 32, "float24", None), _q4_k),
+        _grouped(13, GroupedFormat(8, 32, "float24", None), _q5_k),
+        _grouped(14, GroupedFormat(8, 16, "float24", 32), _q6_k),
+        _grouped(20, GroupedFormat(8, 32, "float16", 128), _iq4_nl),
+    )
+)
+"""By ggml's number."""
