@@ -105,6 +105,22 @@ def read_config(metadata: Metadata, tensors: Tensors) -> Config:
     }
 
 
+def _check_sizes(metadata: Metadata, name: str, tensors: Tensors, rows: Mapping[str, tuple[str, int]]) -> None:
+    """Raise ConfigError for a size in the metadata that is not that of its tensor, before anything is made of it.
+
+    rows: by key (under the architecture's name) the tensor, and how many of its rows one counts for.
+    """
+    layers = {stored.split(".")[1] for stored in tensors if stored.startswith("blk.")}
+    found = {"block_count": len(layers), "embedding_length": tensors["token_embd.weight"].shape[-1]}
+    for key, (tensor, each) in rows.items():
+        if tensor not in tensors:
+            raise ConfigError(f"{metadata.name} lacks the tensor {tensor}")
+        found[key] = tensors[tensor].num_rows / each
+    for key, size in found.items():
+        if f"{name}.{key}" in metadata and (stated := metadata.integer(f"{name}.{key}")) != size:
+            raise metadata.error(f"{name}.{key}", f"must be {size:g}, as the tensors are", stated)
+
+
 def rename(stored: str, architecture: Architecture) -> tuple[str, str]:
     """Our name of a tensor, and the key under which tables know it. One that is not known keeps its name."""
     words = stored.split(".")
@@ -129,6 +145,12 @@ def _decoder(metadata: Metadata, name: str, tensors: Tensors) -> Config:
             raise metadata.error(
                 f"{name}.{key}", f"must be the size of a head, {head_dim}", metadata.integer(f"{name}.{key}")
             )
+    rows = {"attention.head_count": ("blk.0.attn_q.weight", head_dim)}
+    rows |= {
+        "attention.head_count_kv": ("blk.0.attn_k.weight", head_dim),
+        "feed_forward_length": ("blk.0.ffn_up.weight", 1),
+    }
+    _check_sizes(metadata, name, tensors, rows)
     return {
         "hidden_size": hidden,
         "intermediate_size": metadata.integer(f"{name}.feed_forward_length"),
@@ -174,6 +196,8 @@ def _mistral(metadata: Metadata, name: str, tensors: Tensors) -> Config:
 
 
 def _gpt2(metadata: Metadata, name: str, tensors: Tensors) -> Config:
+    rows = {"context_length": ("position_embd.weight", 1), "feed_forward_length": ("blk.0.ffn_up.weight", 1)}
+    _check_sizes(metadata, name, tensors, rows)
     return {
         "n_embd": metadata.integer(f"{name}.embedding_length"),
         "n_layer": metadata.integer(f"{name}.block_count"),

@@ -27,7 +27,7 @@ END_KEYS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "e
 END_NAMES = frozenset(
     (
         *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>"),
-        *("<eos>", "</s>", "<EOT>", "_<EOT>", "<end_of_utterance>", "<｜end▁of▁sentence｜>"),
+        *("<EOT>", "_<EOT>", "<end_of_utterance>", "<｜end▁of▁sentence｜>"),
     )
 )
 """Tokens that end a turn or a text wherever they are in a vocabulary. Most files name one end of several: Gemma's

@@ -53,7 +53,7 @@ class ModelTensor:
         return values.float() - 1 if self.plus_one else values
 
     def places(self, first: int, last: int) -> Tensor:
-        """Where rows [first, last) of the file are wanted: [rows] int64."""
+        """Where rows [first, last) of the file, or numbers of a vector, are wanted: [rows] int64."""
         rows = torch.arange(first, last)
         if self.head_rows is None:
             return rows
@@ -77,18 +77,20 @@ class GgufWeights(FileWeights):
 
     def read_into(self, name: str, out: Tensor) -> None:
         tensor = self._find(name, tuple(out.shape))
+        if out.dim() == 1:
+            out[tensor.places(0, out.shape[0])] = tensor.read(0, 1)[0].to(out)
+            self._done(tensor, 0, 1)
+            return
         if tensor.transposed:
             out = out.t()
-        rows = tensor.info.num_rows
-        out = out.view(1, -1) if out.dim() == 1 else out
-        step = max(1, _PART_ELEMENTS // tensor.info.shape[-1])
+        rows, step = tensor.info.num_rows, max(1, _PART_ELEMENTS // tensor.info.shape[-1])
         for first in range(0, rows, step):
             last = min(rows, first + step)
             part = tensor.read(first, last)
-            if tensor.head_rows is None or out.shape[0] == 1:
+            if tensor.head_rows is None:
                 out[first:last].copy_(part)
             else:
-                out[tensor.places(first, last)] = part.to(out.dtype).to(out.device)
+                out[tensor.places(first, last)] = part.to(out)
             self._done(tensor, first, last)
 
     def mapped(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
