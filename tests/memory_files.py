@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from flashserve.layers.parallel import Ranks
 from flashserve.layers.weight_format import WEIGHT_FORMATS
 from flashserve.protocol import ModelCard
 
@@ -15,8 +16,9 @@ class MemoryWeights:
 
     format = WEIGHT_FORMATS[None]
 
-    def __init__(self, tensors, dtype, device, ops):
+    def __init__(self, tensors, dtype, device, ops, ranks=None):
         self._tensors, self.dtype, self.device, self.ops = dict(tensors), dtype, device, ops
+        self.ranks = ranks or Ranks()
         self._unused = set(tensors)
 
     def has(self, name):

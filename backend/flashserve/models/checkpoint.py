@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from flashserve.errors import ConfigError
+from flashserve.layers.parallel import Ranks
 from flashserve.layers.weight_format import WeightFormat
 from flashserve.models.file_weights import FileWeights, give_back, matches
 from flashserve_kernels import Ops
@@ -164,9 +165,11 @@ class CheckpointWeights(FileWeights):
         device: torch.device,
         ops: Ops,
         format: WeightFormat,
+        ranks: Ranks | None = None,
     ) -> None:
+        """ranks: None: this process alone holds the model."""
         sizes = {name: entry.num_bytes for name, entry in checkpoint.entries.items()}
-        super().__init__(sizes, dtype, device, ops, format)
+        super().__init__(sizes, dtype, device, ops, format, ranks)
         self._checkpoint = checkpoint
         self._maps: dict[Path, mmap.mmap] = {}
 

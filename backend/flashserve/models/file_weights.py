@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flashserve.errors import ConfigError
+from flashserve.layers.parallel import Ranks
 from flashserve.layers.weight_format import WeightFormat
 from flashserve.models.progress import LoadingProgress
 from flashserve_kernels import Ops
@@ -27,12 +28,14 @@ class FileWeights:
         device: torch.device,
         ops: Ops,
         format: WeightFormat,
+        ranks: Ranks | None = None,
     ) -> None:
-        """sizes: bytes of each tensor in the files."""
+        """sizes: bytes of each tensor in the files; ranks: None: this process alone holds the model."""
         self.dtype = dtype
         self.device = device
         self.ops = ops
         self.format = format
+        self.ranks = ranks or Ranks()
         self._names = sizes.keys()
         self._used: set[str] = set()
         self._scratch = torch.empty(0)

@@ -12,6 +12,7 @@ from flashserve.errors import ConfigError
 from flashserve.layers.weight_format import WEIGHT_FORMATS
 from flashserve.models.dtypes import WEIGHT_DTYPES
 from flashserve.models.files import ModelFiles, SafetensorsFolder
+from flashserve.models.gemma3 import Gemma3ForCausalLM
 from flashserve.models.gguf.files import GgufFiles
 from flashserve.models.gpt2 import GPT2LMHeadModel
 from flashserve.models.llama import LlamaForCausalLM
@@ -31,6 +32,7 @@ SIZES = {
 }
 
 ARCHITECTURES: dict[str, type[CausalLM]] = {
+    "Gemma3ForCausalLM": Gemma3ForCausalLM,
     "GPT2LMHeadModel": GPT2LMHeadModel,
     "LlamaForCausalLM": LlamaForCausalLM,
     "MistralForCausalLM": MistralForCausalLM,

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flashserve_kernels.activation import Activation
 from flashserve_kernels.cpu import program
+from flashserve_kernels.cpu.elementwise import ACTIVATIONS
 from flashserve_kernels.cpu.program import DTYPES, Pool, Rows, emit, empty, rows_of
 from flashserve_kernels.grouped import SCALES, Grouped, GroupedFormat, GroupedRows, concatenate, is_exact
 
@@ -95,19 +97,27 @@ def linear(
 ) -> Tensor:
     """``x @ weight.T + bias``. x: [T, k], rows may be strided; bias: [n]. Returns [T, n] of x's dtype, or float32."""
     if packed.gated:
-        raise ValueError("a gated weight is for linear_silu_and_mul")
+        raise ValueError("a gated weight is for linear_gated")
     return _linear(pool, x, packed, bias, out_dtype or x.dtype, packed.n)
 
 
-def linear_silu_and_mul(pool: Pool, x: Tensor, packed: PackedGrouped, bias: Tensor | None = None) -> Tensor:
-    """``silu(gate) * up`` of ``gate | up = x @ weight.T + bias``. x: [T, k]; bias: [n]. Returns [T, n / 2]."""
+def linear_gated(
+    pool: Pool, x: Tensor, packed: PackedGrouped, activation: Activation, bias: Tensor | None = None
+) -> Tensor:
+    """``activation(gate) * up`` of ``gate | up = x @ weight.T + bias``. x: [T, k]; bias: [n]. Returns [T, n / 2]."""
     if not packed.gated:
-        raise ValueError("linear_silu_and_mul needs a weight that was packed as gated")
-    return _linear(pool, x, packed, bias, x.dtype, packed.n // 2)
+        raise ValueError("linear_gated needs a weight that was packed as gated")
+    return _linear(pool, x, packed, bias, x.dtype, packed.n // 2, ACTIVATIONS[activation])
 
 
 def _linear(
-    pool: Pool, x: Tensor, packed: PackedGrouped, bias: Tensor | None, out_dtype: torch.dtype, columns: int
+    pool: Pool,
+    x: Tensor,
+    packed: PackedGrouped,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    columns: int,
+    activation: int = 0,
 ) -> Tensor:
     if x.dtype not in DTYPES or x.dim() != 2 or x.shape[1] != packed.k or (packed.k > 1 and x.stride(1) != 1):
         raise ValueError(f"x must be [T, {packed.k}] with contiguous rows, not {x.dtype} {tuple(x.shape)}")
@@ -124,7 +134,7 @@ def _linear(
     emit(
         pool, program.LINEAR_GROUPED, x.dtype, rows, (quantized, packed.memory, bias, out),
         (
-            packed.k, packed.n, quantized.stride(0), out.stride(0), packed.gated, DTYPES[out_dtype], 0, 0,
+            packed.k, packed.n, quantized.stride(0), out.stride(0), packed.gated, DTYPES[out_dtype], 0, activation,
             *_numbers(format),
         ),
     )  # fmt: skip

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from flashserve_kernels.cpu.grouped import embedding, linear, linear_silu_and_mul, pack_grouped
+from flashserve_kernels.activation import Activation, activate
+from flashserve_kernels.cpu.grouped import embedding, linear, linear_gated, pack_grouped
 from flashserve_kernels.cpu.program import Pool, Program
 from flashserve_kernels.grouped import (
     INT4,
@@ -71,12 +71,14 @@ def test_largest_sums(pool: Pool, format: GroupedFormat) -> None:
     product(x, weight).check(linear(pool, x, pack_grouped(pool, weight)))
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    ("activation", "with_bias"), [("silu", False), ("silu", True), ("gelu_tanh", False), ("gelu", True)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("k", "half"), [(64, 32), (131, 49), (7, 5), (577, 20)])
 @pytest.mark.parametrize("format", [INT4, FORMATS[1], INT8], ids=str)
-def test_silu_and_mul(
-    pool: Pool, format: GroupedFormat, dtype: torch.dtype, k: int, half: int, with_bias: bool
+def test_gated(
+    pool: Pool, format: GroupedFormat, dtype: torch.dtype, k: int, half: int, activation: Activation, with_bias: bool
 ) -> None:
     weight = random_grouped(format, 2 * half, k)
     bias = random(2 * half, dtype=dtype, seed=2) if with_bias else None
@@ -85,10 +87,13 @@ def test_silu_and_mul(
         x = random(rows, k, dtype=dtype, seed=rows)
         gate_up = exact_linear(x, weight) + (0 if bias is None else bias.double())
         gate, up = gate_up[:, :half], gate_up[:, half:]
-        out = linear_silu_and_mul(pool, x, packed, bias)
+        out = linear_gated(pool, x, packed, activation, bias)
         assert out.shape == (rows, half) and out.dtype == dtype
         torch.testing.assert_close(
-            out.double(), F.silu(gate) * up, rtol=torch.finfo(dtype).eps, atol=1e-6 * k * gate_up.abs().max().item()
+            out.double(),
+            activate(gate, activation) * up,
+            rtol=torch.finfo(dtype).eps,
+            atol=1e-6 * k * gate_up.abs().max().item(),
         )
 
 
@@ -113,7 +118,7 @@ def test_packed_in_pieces(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are asked for some at a time, gates beside their ups."""
     weight, x = random_grouped(INT4, 200, 96), random(5, 96)
     whole = [
-        linear_silu_and_mul(pool, x, pack_grouped(pool, weight, gated=True)),
+        linear_gated(pool, x, pack_grouped(pool, weight, gated=True), "silu"),
         linear(pool, x, pack_grouped(pool, weight)),
     ]
     asked = []
@@ -128,7 +133,7 @@ def test_packed_in_pieces(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     source: GroupedRows = Recorded()
     monkeypatch.setattr("flashserve_kernels.cpu.grouped._PIECE_CODES", 2 * 32 * 96)
     pieces = [
-        linear_silu_and_mul(pool, x, pack_grouped(pool, source, gated=True)),
+        linear_gated(pool, x, pack_grouped(pool, source, gated=True), "silu"),
         linear(pool, x, pack_grouped(pool, source)),
     ]
     assert all(torch.equal(one, other) for one, other in zip(whole, pieces, strict=True))
@@ -194,7 +199,7 @@ def test_recorded_program_at_smaller_sizes(pool: Pool, gated: bool) -> None:
 
     def forward(ids: Tensor) -> Tensor:
         x = embedding(pool, table, ids, torch.bfloat16)
-        return linear_silu_and_mul(pool, x, packed) if gated else linear(pool, x, packed)
+        return linear_gated(pool, x, packed, "silu") if gated else linear(pool, x, packed)
 
     recorded = Program(pool, (capacity, 1, 1))
     recorded.add_input(ids, TOKENS)
@@ -216,10 +221,10 @@ def test_results_do_not_depend_on_other_rows(pool: Pool) -> None:
 def test_wrong_arguments(pool: Pool) -> None:
     weight, x = random_grouped(INT4, 40, 50), torch.zeros(3, 50)
     packed, gated = pack_grouped(pool, weight), pack_grouped(pool, weight, gated=True)
-    with pytest.raises(ValueError, match="linear_silu_and_mul"):
+    with pytest.raises(ValueError, match="linear_gated"):
         linear(pool, x, gated)
     with pytest.raises(ValueError, match="packed as gated"):
-        linear_silu_and_mul(pool, x, packed)
+        linear_gated(pool, x, packed, "silu")
     with pytest.raises(ValueError, match="x must be"):
         linear(pool, torch.zeros(3, 51), packed)
     with pytest.raises(ValueError, match="bias"):

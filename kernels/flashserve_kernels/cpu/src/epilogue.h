@@ -1,9 +1,10 @@
-// What becomes of a product's sums: bias, SwiGLU, the scales of int8.
+// What becomes of a product's sums: bias, gated activations, the scales of int8.
 #pragma once
+#include "activation.h"
 #include "gemm.h"
 #include "packed.h"
 
-// FS_LINEAR. out = x W^T + bias, or silu of it times the other half of it. dtype: of x and the bias.
+// FS_LINEAR. out = x W^T + bias, or an activation of half of it times the other half. dtype: of x and the bias.
 // p: x (int8 weights: the rows that FS_QUANTIZE made), packed weight (packed.h), bias or null, out, scales of x's rows
 // (int8 weights only). i: see LinearArguments.
 struct LinearArguments {
@@ -14,19 +15,9 @@ struct LinearArguments {
     int64_t gated;       // 1: gate rows first, then up rows; out has n / 2 columns
     int64_t out_dtype;   // dtype, or FS_F32
     int64_t weight_dtype;  // dtype, or FS_I8
+    int64_t activation;    // of the gate (activation.h)
 };
 inline const LinearArguments& linear_arguments(const fs_op& op) { return *(const LinearArguments*)op.i; }
-
-// 1 / x for positive x below 2^126, relative error below 2^-22. A division of 16 floats occupies AVX-512 for 16 cycles.
-FS_INLINE vf reciprocal(vf x) {
-#if defined(__AVX512F__)
-    const vf r = (vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
-    return r * (2.0f - x * r);
-#else
-    return 1.0f / x;
-#endif
-}
-FS_INLINE vf silu(vf x) { return x * reciprocal(vexp(vmin(-x, splat(87.0f))) + 1.0f); }
 
 // One block's sums become rows and columns of the output, beside the next block's work (RowWork of gemm.h). X: type of the
 // bias; O: of the output.
@@ -49,6 +40,7 @@ class Epilogue {
     // Of the panel's columns. What they add costs nothing beside the loads and stores, so there is no case without a bias.
     vf bias[VECTORS] = {};
     std::conditional_t<INT8, Int8, Nothing> int8 = {};
+    std::conditional_t<GATED, SigmoidForm, Nothing> gate = {};
 
    public:
     // Rows that are still to be done.
@@ -57,6 +49,7 @@ class Epilogue {
     Epilogue() = default;
     Epilogue(const fs_op& op, const LinearArguments& a, int64_t panel, const AccType<T>* sums, int64_t first, int count)
         : sums(sums), stride(a.out_stride), end(count) {
+        if constexpr (GATED) gate = SigmoidForm::of(a.activation);
         const int64_t width = GATED ? PANEL / 2 : PANEL, outputs = GATED ? a.n / 2 : a.n, column = panel * width;
         out = (O*)op.p[3] + column + first * stride;
         left = std::min(width, outputs - column);
@@ -78,7 +71,10 @@ class Epilogue {
     // Whether it still needs the sums that lie there.
     bool reads(const AccType<T>* c) const { return next < end && c == sums; }
 
-    [[gnu::always_inline]] void row(int r) const {
+    [[gnu::always_inline]] void row(int r) const { write(r, gate); }
+
+    template <class Activate>
+    [[gnu::always_inline]] void write(int r, const Activate& activate) const {
         vf values[VECTORS];
         const AccType<T>* from = sums + r * PANEL;
         O* to = out + r * stride;
@@ -101,7 +97,8 @@ class Epilogue {
             }
 #pragma GCC unroll 8
         for (int v = 0; v < (GATED ? HALF : VECTORS); v++) {
-            const vf value = GATED ? silu(values[v]) * values[v + HALF] : values[v];
+            vf value = values[v];
+            if constexpr (GATED) value = activate(value) * values[v + HALF];
             const int n = left - v * VL;
             if (n >= VL)
                 store(to + v * VL, value);
@@ -113,5 +110,9 @@ class Epilogue {
         const Epilogue e = *this;
         for (int r = next; r < end; r++) e.row(r);
         next = end;
+    }
+    // The one activation of another form: at once, not beside the next block.
+    [[gnu::noinline]] void finish_gelu() {
+        for (; next < end; next++) write(next, [](vf x) { return gelu(x); });
     }
 };

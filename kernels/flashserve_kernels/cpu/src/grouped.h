@@ -28,7 +28,7 @@ constexpr float F24_UNIT = 0x1p-100f;
 
 inline uint32_t float24(float value) {
     const uint32_t bits = load_as<uint32_t>(&(const float&)(value * F24_UNIT));
-    return bits >> 8 & 0x800000 | bits >> 6 & 0x7fffff;
+    return (bits >> 8 & 0x800000) | (bits >> 6 & 0x7fffff);
 }
 
 // VL of a group's 32 numbers, from number `first` on.

@@ -116,6 +116,8 @@ struct ChunkRun {
                       passes == 2 ? Hot::PANEL : Hot::ROWS, pending);
         pending.finish();
         if (last) pending = Epilogue<T, X, O, GATED>(op, a, panel, c, row, count);
+        if constexpr (GATED)
+            if (a.activation == GELU) pending.finish_gelu();
     }
 };
 

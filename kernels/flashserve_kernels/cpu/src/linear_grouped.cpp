@@ -166,7 +166,10 @@ void run_chunk(const fs_op& op, Range rows, Range panels) {
             const int count = GroupedMicro::rows(rows.end - row);
             const char* x = (const char*)op.p[0] + row * a.x_stride;
             GroupedMicro::run({x, a.x_stride, count, at, format, format.groups(a.k), sums, row == rows.begin});
-            Epilogue<float, X, O, GATED>(op, a, panel, sums, row, count).finish();
+            Epilogue<float, X, O, GATED> epilogue(op, a, panel, sums, row, count);
+            if constexpr (GATED)
+                if (a.activation == GELU) epilogue.finish_gelu();
+            epilogue.finish();
             row += count;
         }
     }
