@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flashserve.errors import ConfigError
 from flashserve_kernels import LinearWeight, Ops
 from flashserve_kernels.grouped import INT4, INT8, QuantizedRows
 
@@ -40,14 +39,9 @@ class WeightFormat:
     pack_head: Packing = _dense
     """Of the head's, which decides alone what a token is."""
     needs: str | None = None
-    """Which of ``Ops.weight_formats``."""
+    """Which of ``Ops.weight_formats``; None: nothing but full weights."""
     keeps_groups: bool = False
     """Whether weights that are stored in groups stay so, where the ops take that; else they become full weights."""
-
-    def check(self, name: str | None, ops: Ops) -> None:
-        """Raise ConfigError where the ops lack what it needs."""
-        if self.needs is not None and self.needs not in ops.weight_formats:
-            raise ConfigError(f"quantization={name!r} needs the native kernels of a CPU, not {ops.name} ops")
 
     def keeps(self, ops: Ops) -> bool:
         """Whether weights that are stored in groups go to the ops as they are."""
