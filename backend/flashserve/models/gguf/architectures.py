@@ -111,7 +111,7 @@ def _check_sizes(metadata: Metadata, name: str, tensors: Tensors, rows: Mapping[
     rows: by key (under the architecture's name) the tensor, and how many of its rows one counts for.
     """
     layers = {stored.split(".")[1] for stored in tensors if stored.startswith("blk.")}
-    found = {"block_count": len(layers), "embedding_length": tensors["token_embd.weight"].shape[-1]}
+    found: dict[str, float] = {"block_count": len(layers), "embedding_length": tensors["token_embd.weight"].shape[-1]}
     for key, (tensor, each) in rows.items():
         if tensor not in tensors:
             raise ConfigError(f"{metadata.name} lacks the tensor {tensor}")
