@@ -17,6 +17,9 @@ from flashserve.errors import ConfigError
 from flashserve.paths import native, portable
 from flashserve.protocol import ModelCard
 
+QUANTIZATIONS = ("dense", "int8", "int4")
+"""What linear weights can become while they load (``layers.weight_format``)."""
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -72,7 +75,8 @@ class EngineConfig:
     enforce_eager: bool = False
     """No CUDA graphs and no recorded steps: slower, for finding faults."""
     quantization: str | None = None
-    """int8: weights and activations of the linear layers in 8 bits; on a CPU with the native kernels."""
+    """Of linear weights. Default: as the model's files hold them; on a GPU, or without the native kernels of a CPU, in
+    full. dense: in full. int8, int4 (on a CPU with the native kernels): weights in 8 or 4 bits, activations in 8."""
     kv_cache_dtype: str = "auto"
     """auto (the model's), int8 (on a CPU with the native kernels), fp8 (E4M3, on a GPU): half the memory."""
     disable_log_stats: bool = False
@@ -130,7 +134,7 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         if self.quantization is not None:
-            _one_of("quantization", self.quantization, ("int8",))
+            _one_of("quantization", self.quantization, QUANTIZATIONS)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "int8", "fp8"))
         _one_of("generation_config", self.generation_config, ("auto", "vllm"))
         if not 0 < self.gpu_memory_utilization <= 1:

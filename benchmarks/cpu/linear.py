@@ -18,7 +18,7 @@ from benchmarks.common.machine import read_bandwidth
 from benchmarks.common.shapes import CPU_SHAPES, SHAPES, linear_shapes
 from benchmarks.common.timing import wall_seconds
 from flashserve_kernels.cpu.library import supported_isas
-from flashserve_kernels.cpu.linear import linear, linear_silu_and_mul, pack_linear
+from flashserve_kernels.cpu.linear import linear, linear_gated, pack_linear
 from flashserve_kernels.cpu.program import Pool, Program
 from flashserve_kernels.recording import TOKENS
 
@@ -89,7 +89,7 @@ def _native_runner(
     with recorded.recording():
         for weight in packed:
             if gated:
-                linear_silu_and_mul(pool, x, weight)
+                linear_gated(pool, x, weight, "silu")
             else:
                 linear(pool, x, weight, out_dtype=torch.float32 if name == "head" else None)
     return lambda: recorded.run(rows, 1, 1)

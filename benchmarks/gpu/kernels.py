@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.common.timing import Timer
 from benchmarks.gpu.report import Report, speed
-from flashserve_kernels import rotary, sampling
+from flashserve_kernels import Stage, rotary, sampling
 from flashserve_kernels.gpu import activation, block_copy, embedding, logprobs, norm, penalties, rope_cache
 from flashserve_kernels.gpu import sampling as gpu_sampling
 from flashserve_kernels.kv_cache import KVLayer
@@ -134,13 +134,17 @@ def _row_cases(make: _Maker) -> list[Case]:
     def add_rms(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Inputs:
         return norm.add_rms_norm(x, residual, weight, EPS)
 
+    swiglu, gelu = (
+        partial(activation.activate_and_mul, activation="silu"),
+        partial(activation.activate, activation="gelu_tanh"),
+    )
     torch_gelu = partial(F.gelu, approximate="tanh")
     return [
         Case("rms_norm", norm_inputs, lambda x, r, w, b: norm.rms_norm(x, w, EPS), torch_rms, 2 * rows),
         Case("add_rms_norm", norm_inputs, add_rms, torch_add_rms, 4 * rows),
         Case("add_layer_norm", norm_inputs, partial(norm.add_layer_norm, eps=EPS), torch_add_layer, 4 * rows),
-        Case("silu_and_mul", lambda: (make.normal(T, 2 * wide),), activation.silu_and_mul, torch_swiglu, 3 * wide_rows),
-        Case("gelu_tanh", lambda: (make.normal(T, wide),), activation.gelu_tanh, torch_gelu, 2 * wide_rows),
+        Case("silu_and_mul", lambda: (make.normal(T, 2 * wide),), swiglu, torch_swiglu, 3 * wide_rows),
+        Case("gelu_tanh", lambda: (make.normal(T, wide),), gelu, torch_gelu, 2 * wide_rows),
     ]  # fmt: skip
 
 
@@ -187,7 +191,13 @@ def _sample_cases(make: _Maker) -> list[Case]:
         "top-k top-p": (temperature, off, top_k, top_p),
         "top-p": (temperature, off, zero, top_p),
     }
-    ours, torchs = gpu_sampling.sample_rows, sampling.sample_rows
+    slots, names = torch.arange(N, device=make.device), ("temperature", "min_p", "top_k", "top_p", "seed")
+
+    def by_row(function: Callable[..., Tensor], logits: Tensor, *columns: Tensor) -> Tensor:
+        *own, positions = columns
+        return function(logits, slots, positions, ~Stage(0), **dict(zip(names, own, strict=True)))
+
+    ours, torchs = partial(by_row, gpu_sampling.sample_rows), partial(by_row, sampling.sample_rows)
     return [
         Case(f"sample {name}", partial(_as_inputs, logits, *params, seeds, positions), ours, torchs, logits.nbytes)
         for name, params in kinds.items()

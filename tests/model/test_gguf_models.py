@@ -11,6 +11,7 @@ import torch
 
 from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError
+from flashserve.layers.weight_format import WEIGHT_FORMATS
 from flashserve.models.gguf.block_types import BLOCK_TYPES
 from flashserve.models.gguf.dequantize import PLAIN, dequantize
 from flashserve.models.registry import open_model
@@ -96,16 +97,14 @@ def test_blocks_are_the_numbers_that_the_formats_own_library_makes_of_them(numbe
 def test_blocks_are_given_as_they_are_and_in_the_models_order(llama, tmp_path):
     file = write_model(llama, tmp_path / "model.gguf", quantize={"attn_": "Q4_1", "ffn_": "Q8_0"})
     files = open_file(file)
-    weights = files.weights(torch.float32, torch.device("cpu"), None, None)
+    weights = files.weights(torch.float32, torch.device("cpu"), None, WEIGHT_FORMATS[None])
     for name, kind in (("self_attn.q_proj", "Q4_1"), ("self_attn.v_proj", "Q4_1"), ("mlp.down_proj", "Q8_0")):
         name = f"model.layers.1.{name}.weight"
         shape = files._tensors[name].shape
-        found = weights.quantized(name, shape)
-        assert (found.type.name, found.shape) == (kind, shape)
-        number = next(number for number, one in BLOCK_TYPES.items() if one.name == kind)
-        assert torch.equal(dequantize(found.data, number), weights.read(name, shape))
-        weights.release(name)
-    assert weights.quantized("model.norm.weight", (64,)) is None
+        found = weights.grouped(name, shape)
+        assert (found.type.block.name, found.shape) == (kind, shape)
+        assert torch.equal(found.rows(0, shape[0]).dequantize(), weights.read(name, shape))
+    assert weights.grouped("model.norm.weight", (64,)) is None
 
 
 def test_a_split_model_is_one_model(llama, tmp_path, drive, random_prompts):

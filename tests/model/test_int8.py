@@ -1,4 +1,4 @@
-"""int8 weights and activations, and an int8 KV cache, on a model that has learned something."""
+"""Quantised weights, and an int8 KV cache, on a model that has learned something."""
 
 from __future__ import annotations
 
@@ -57,15 +57,18 @@ def text() -> list[int]:
 SETTINGS = {"dtype": "bfloat16", "max_num_batched_tokens": WINDOW, "max_model_len": WINDOW, "enforce_eager": True}
 
 
-@pytest.mark.parametrize("settings", [{"quantization": "int8"}, {"kv_cache_dtype": "int8"}])
-def test_perplexity_is_within_1_percent_of_bfloat16(settings, text, drive):
+@pytest.mark.parametrize(
+    ("settings", "worse"),
+    [({"quantization": "int8"}, 0.01), ({"kv_cache_dtype": "int8"}, 0.01), ({"quantization": "int4"}, 0.05)],
+)
+def test_perplexity_is_close_to_that_of_bfloat16(settings, worse, text, drive):
     plain = 2 ** bits_per_token(drive(DEMO, **SETTINGS), text)
     small = 2 ** bits_per_token(drive(DEMO, **SETTINGS, **settings), text)
     assert 1 < plain < 200  # it has learned something
-    assert small != plain and abs(small / plain - 1) < 0.01
+    assert small != plain and abs(small / plain - 1) < worse, (plain, small)
 
 
-@pytest.mark.parametrize("settings", [{"quantization": "int8"}, {"kv_cache_dtype": "int8"}])
+@pytest.mark.parametrize("settings", [{"quantization": "int8"}, {"quantization": "int4"}, {"kv_cache_dtype": "int8"}])
 def test_recorded_steps_give_the_logits_of_single_ops(settings, tmp_path, drive, random_prompts):
     folder = make_tiny_model("qwen2", tmp_path, dtype="bfloat16")
     prompts = random_prompts((3, 20, 45, 33, 130))
@@ -76,7 +79,7 @@ def test_recorded_steps_give_the_logits_of_single_ops(settings, tmp_path, drive,
     assert recorded == single
 
 
-@pytest.mark.parametrize("settings", [{"quantization": "int8"}, {"kv_cache_dtype": "int8"}])
+@pytest.mark.parametrize("settings", [{"quantization": "int8"}, {"quantization": "int4"}, {"kv_cache_dtype": "int8"}])
 def test_torch_refuses_what_it_lacks(settings, tmp_path, drive, monkeypatch):
     monkeypatch.setenv("FLASHSERVE_KERNELS", "torch")
     folder = make_tiny_model("llama", tmp_path)

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from flashserve.errors import ConfigError
+from flashserve.layers.parallel import Ranks
+from flashserve.layers.weight_format import WeightFormat
 from flashserve.models.file_weights import FileWeights, give_back, matches
 from flashserve_kernels import Ops
 
@@ -162,10 +164,12 @@ class CheckpointWeights(FileWeights):
         dtype: torch.dtype,
         device: torch.device,
         ops: Ops,
-        quantization: str | None = None,
+        format: WeightFormat,
+        ranks: Ranks | None = None,
     ) -> None:
+        """ranks: None: this process alone holds the model."""
         sizes = {name: entry.num_bytes for name, entry in checkpoint.entries.items()}
-        super().__init__(sizes, dtype, device, ops, quantization)
+        super().__init__(sizes, dtype, device, ops, format, ranks)
         self._checkpoint = checkpoint
         self._maps: dict[Path, mmap.mmap] = {}
 

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from flashserve.errors import ConfigError
+from flashserve.layers.parallel import Ranks
+from flashserve.layers.weight_format import WeightFormat
 from flashserve.models.progress import LoadingProgress
 from flashserve_kernels import Ops
+from flashserve_kernels.grouped import GroupedRows
 
 
 class FileWeights:
@@ -24,13 +27,15 @@ class FileWeights:
         dtype: torch.dtype,
         device: torch.device,
         ops: Ops,
-        quantization: str | None = None,
+        format: WeightFormat,
+        ranks: Ranks | None = None,
     ) -> None:
-        """sizes: bytes of each tensor in the files."""
+        """sizes: bytes of each tensor in the files; ranks: None: this process alone holds the model."""
         self.dtype = dtype
         self.device = device
         self.ops = ops
-        self.quantization = quantization
+        self.format = format
+        self.ranks = ranks or Ranks()
         self._names = sizes.keys()
         self._used: set[str] = set()
         self._scratch = torch.empty(0)
@@ -38,6 +43,9 @@ class FileWeights:
 
     def has(self, name: str) -> bool:
         return name in self._names
+
+    def grouped(self, name: str, shape: tuple[int, int]) -> GroupedRows | None:
+        return None
 
     def read_into(self, name: str, out: Tensor) -> None:
         raise NotImplementedError

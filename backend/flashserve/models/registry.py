@@ -9,8 +9,10 @@ import torch
 
 from flashserve.config import DeviceFacts, EngineConfig, ModelFacts, ResolvedConfig, resolve_dtype
 from flashserve.errors import ConfigError
+from flashserve.layers.weight_format import WEIGHT_FORMATS
 from flashserve.models.dtypes import WEIGHT_DTYPES
 from flashserve.models.files import ModelFiles, SafetensorsFolder
+from flashserve.models.gemma3 import Gemma3ForCausalLM
 from flashserve.models.gguf.files import GgufFiles
 from flashserve.models.gpt2 import GPT2LMHeadModel
 from flashserve.models.llama import LlamaForCausalLM
@@ -30,6 +32,7 @@ SIZES = {
 }
 
 ARCHITECTURES: dict[str, type[CausalLM]] = {
+    "Gemma3ForCausalLM": Gemma3ForCausalLM,
     "GPT2LMHeadModel": GPT2LMHeadModel,
     "LlamaForCausalLM": LlamaForCausalLM,
     "MistralForCausalLM": MistralForCausalLM,
@@ -97,7 +100,8 @@ def read_model_facts(files: ModelFiles, config: EngineConfig, device: DeviceFact
 def load_model(files: ModelFiles, resolved: ResolvedConfig, device: torch.device, ops: Ops) -> CausalLM:
     """Build the model with its weights. Raises ConfigError for missing, unexpected or mis-shaped tensors."""
     _, model_class = find_architecture(files.config)
-    weights = files.weights(WEIGHT_DTYPES[resolved.dtype], device, ops, resolved.config.quantization)
+    format = WEIGHT_FORMATS[resolved.config.quantization]
+    weights = files.weights(WEIGHT_DTYPES[resolved.dtype], device, ops, format)
     model = model_class(files.config, weights, resolved.max_model_len)
     weights.finish(model_class.ignored_weights(files.config))
     return model

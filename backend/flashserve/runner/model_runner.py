@@ -58,8 +58,10 @@ class ModelRunner:
         if self._closed:
             raise RuntimeError("the runner is closed")
         step = self._builder.arrange(plan)
-        queue = self._steps.queue
-        self._slots.sampler.upload(queue)
+        queue, sampler = self._steps.queue, self._slots.sampler
+        stages = sampler.stages(step.sample_slots)
+        if stages:
+            sampler.upload(queue)
         logits = self._steps.logits(step)
         if not step.sampling.size:
             # Waited for all the same: steps of a long prompt would else pile up on a GPU and reuse buffers too early.
@@ -67,7 +69,7 @@ class ModelRunner:
         early = self._slots.early_ends(step.sample_slots, step.sample_positions)
         if early is not None:
             queue.run(lambda: self._ops.mask_tokens_(logits, *map(queue.to_device, early)))
-        return StepHandle(len(plan.rows), step.plan_rows, queue.download(self._steps.sample()))
+        return StepHandle(len(plan.rows), step.plan_rows, queue.download(self._steps.sample(stages)))
 
     def wait(self, handle: StepHandle) -> StepResult:
         """The samples, on the host."""
@@ -107,7 +109,7 @@ class ModelRunner:
         tokens, seqs = resolved.max_num_batched_tokens, resolved.max_num_seqs
         eager = resolved.config.enforce_eager
         if self._ops.records and not eager:
-            return RecordedSteps(model, self._builder, queue, StepSizes(tokens, seqs, seqs), self._ops)
+            return RecordedSteps(model, self._builder, queue, StepSizes(tokens, seqs, seqs))
         capacity = StepSizes(tokens, seqs, seqs, model.block_table.numel())
         steps = EagerSteps(model, self._builder, queue, capacity, self._device.torch_device)
         if self._ops.captures and queue.run_ahead and not eager:
@@ -135,7 +137,7 @@ class ModelRunner:
                     # Its keys and values go to block 0, over each other.
                     row = ScheduledRow(0, 0, 0, length, [0] * length, [], 1)
                     steps.logits(builder.arrange(SchedulerOutput(0, [], [row], length, [])))
-                    steps.sample()
+                    steps.sample(model.every_stage)
             self._device.synchronize()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from flashserve.errors import ConfigError
+from flashserve.layers.weight_format import WeightFormat
 from flashserve.model_card import read_model_card
 from flashserve.models.file_weights import matches
 from flashserve.models.gguf.architectures import ROPE_FACTORS, Architecture, find_architecture, read_config, rename
@@ -123,8 +124,8 @@ class GgufFiles:
     def num_elements(self, ignored: Iterable[str]) -> int:
         return sum(one.info.num_elements for name, one in self._tensors.items() if not matches(name, ignored))
 
-    def weights(self, dtype: torch.dtype, device: torch.device, ops: Ops, quantization: str | None) -> GgufWeights:
-        return GgufWeights(self._tensors, dtype, device, ops, quantization)
+    def weights(self, dtype: torch.dtype, device: torch.device, ops: Ops, format: WeightFormat) -> GgufWeights:
+        return GgufWeights(self._tensors, dtype, device, ops, format)
 
     def fingerprint(self, dtype: str, layout: str) -> str:
         """It covers the headers, which hold every name and shape, the dtype, the layout, and of each tensor only a

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from flashserve.errors import ConfigError
+from flashserve.layers.weight_format import WeightFormat
 from flashserve.models.file_weights import FileWeights, give_back
-from flashserve.models.gguf.block_types import BlockType
 from flashserve.models.gguf.dequantize import PLAIN, dequantize
+from flashserve.models.gguf.groups import GROUPED_TYPES, GgufRows
 from flashserve.models.gguf.header import TensorInfo
 from flashserve_kernels import Ops
 
@@ -60,18 +61,6 @@ class ModelTensor:
         return rows - within + within % 2 * (self.head_rows // 2) + within // 2
 
 
-@dataclass(frozen=True)
-class GgufTensor:
-    """A matrix as its blocks."""
-
-    type: BlockType
-    shape: tuple[int, int]
-    """Outputs and inputs."""
-    data: Tensor
-    """[outputs, bytes of a row] uint8, rows in the order that the model wants; inside the file's memory map where that
-    is the file's order. Never write to it."""
-
-
 class GgufWeights(FileWeights):
     """Implements layers' WeightSource over tensors of GGUF files."""
 
@@ -81,11 +70,9 @@ class GgufWeights(FileWeights):
         dtype: torch.dtype,
         device: torch.device,
         ops: Ops,
-        quantization: str | None = None,
+        format: WeightFormat,
     ) -> None:
-        super().__init__(
-            {name: tensor.info.num_bytes for name, tensor in tensors.items()}, dtype, device, ops, quantization
-        )
+        super().__init__({name: tensor.info.num_bytes for name, tensor in tensors.items()}, dtype, device, ops, format)
         self._tensors = tensors
 
     def read_into(self, name: str, out: Tensor) -> None:
@@ -113,21 +100,16 @@ class GgufWeights(FileWeights):
             return None
         return dequantize(tensor.blocks(0, tensor.info.num_rows), tensor.info.type_number).view(shape)
 
-    def quantized(self, name: str, shape: tuple[int, int]) -> GgufTensor | None:
-        """A matrix as its blocks; None where it is not of blocks, or the model wants it transposed. Whoever has
-        copied what it needs says so (``release``)."""
+    def grouped(self, name: str, shape: tuple[int, int]) -> GgufRows | None:
         tensor = self._find(name, shape)
-        if tensor.info.type_number in PLAIN or tensor.transposed:
+        type = GROUPED_TYPES.get(tensor.info.type_number)
+        if type is None or tensor.transposed or tensor.plus_one:
             return None
-        data = tensor.blocks(0, shape[0])
-        if tensor.head_rows is not None:
-            data = torch.empty_like(data).index_copy_(0, tensor.places(0, shape[0]), data)
-        return GgufTensor(tensor.info.type, shape, data)
-
-    def release(self, name: str) -> None:
-        """A tensor's blocks were read: its pages go back to the system, and the bar moves on."""
-        tensor = self._tensors[name]
-        self._done(tensor, 0, tensor.info.num_rows)
+        order = None
+        if tensor.head_rows is not None:  # which row of the file each of ours is
+            places = tensor.places(0, shape[0])
+            order = torch.empty_like(places).scatter_(0, places, torch.arange(shape[0]))
+        return GgufRows(type, tensor.blocks(0, shape[0]), order, lambda first, last: self._done(tensor, first, last))
 
     def _done(self, tensor: ModelTensor, first: int, last: int) -> None:
         size = tensor.info.row_bytes
