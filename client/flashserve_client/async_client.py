@@ -12,6 +12,7 @@ from .connect import DEFAULT_URL, parse_url, transport_class
 from .deadline import Deadline
 from .errors import FlashserveError, InternalError, Timeout, Unavailable
 from .request import (
+    DEFAULT_MODEL,
     InferRequest,
     Prompt,
     detokenize_body,
@@ -47,7 +48,7 @@ class AsyncClient:
         self,
         url: str = DEFAULT_URL,
         *,
-        model: str = "demo",
+        model: str = DEFAULT_MODEL,
         timeout_s: float | None = None,
         retries: int = 0,
         headers: Mapping[str, str] | None = None,

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from .async_client import AsyncClient
 from .connect import DEFAULT_URL
 from .errors import Cancelled
-from .request import Prompt
+from .request import DEFAULT_MODEL, Prompt
 from .results import Delta, GenerateResult, Health, ModelInfo
 from .stream import AsyncStream
 
@@ -191,7 +191,7 @@ class Client:
         self,
         url: str = DEFAULT_URL,
         *,
-        model: str = "demo",
+        model: str = DEFAULT_MODEL,
         timeout_s: float | None = None,
         retries: int = 0,
         headers: Mapping[str, str] | None = None,

@@ -235,3 +235,19 @@ def test_the_tokenizer_is_made_once(llama, tmp_path, monkeypatch):
     assert open_file(file).card.tokenizer_file == made
     assert Path(made).is_relative_to(tmp_path)
     assert json.loads(Path(made).read_text())["model"]["type"] == "BPE"
+
+
+def test_a_file_of_the_hub_is_downloaded_alone(llama, tmp_path, monkeypatch):
+    asked = {}
+
+    def download(repository, allow_patterns, **rest):
+        asked[repository] = (allow_patterns, rest["revision"], rest["cache_dir"])
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for name in ("m-Q4_K_M.gguf", "m-Q8_0.gguf"):  # an earlier download's lies there, too
+        write_model(llama, tmp_path / name)
+    files = open_file("org/m-GGUF:Q8_0", revision="main", download_dir="/somewhere")
+    assert files.folder == tmp_path / "m-Q8_0.gguf"
+    patterns, *rest = asked["org/m-GGUF"]
+    assert "*[-._]Q8_0.gguf" in patterns and rest == ["main", "/somewhere"]

@@ -24,6 +24,11 @@ BACKEND_FIELD = re.compile(
 )
 
 
+CHAT_MODEL, DEMO_MODEL = "smollm2", "demo"
+"""Those of the source checkout: one that talks, whose weights a Python package brings, and one for machines without
+that package, which has seen nothing but Python."""
+
+
 @dataclass(frozen=True)
 class NamedModel:
     """A model given on the command line."""
@@ -109,6 +114,19 @@ def choose_repositories(repository: str | None, models: Sequence[NamedModel]) ->
         )
     _check_unique([model.name for model in present] + [model.name for model in models])
     return [str(folder)]
+
+
+def default_load(folder: Path) -> tuple[list[str], str]:
+    """Which models of the checkout's own repository are loaded if nobody says: all, but of the two that come with it
+    only one. Also what to say where that is the demo model; else empty."""
+    models = read_repository(folder)
+    problems = {model.name: model.problem for model in models}
+    problem = problems.get(CHAT_MODEL, "its folder is gone")
+    left_out = DEMO_MODEL if problem is None else CHAT_MODEL
+    names = [model.name for model in models if model.name != left_out]
+    if problem is None or DEMO_MODEL not in names:
+        return names, ""
+    return names, f"{CHAT_MODEL} is not served: {problem}; {DEMO_MODEL} is, which can only continue Python"
 
 
 def read_repository(folder: Path) -> list[RepositoryModel]:
