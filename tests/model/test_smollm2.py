@@ -41,7 +41,7 @@ def test_greedy_tokens_are_those_of_transformers(file):
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    with LLM(SMOLLM2, dtype="float32", **SETTINGS) as llm:
+    with LLM(SMOLLM2, dtype="float32", quantization="dense", **SETTINGS) as llm:
         answers = llm.generate(list(PROMPTS), {"temperature": 0, "max_tokens": NUM_TOKENS, "ignore_eos": True})
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     for answer in answers:  # each token is the best one after those before it

