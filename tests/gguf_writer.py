@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ from safetensors.numpy import load_file
 
 gguf = pytest.importorskip("gguf", reason="the package gguf writes these files: `make install`")
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
-Change = Callable[[str, np.ndarray], np.ndarray]
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2")
 
 
 def write_model(
@@ -30,7 +29,7 @@ def write_model(
     quantize: block types by a part of the tensor's name; extra: further metadata; tensors: further tensors.
     """
     config = json.loads((folder / "config.json").read_text())
-    family = architecture or config["model_type"]
+    family = architecture or config["model_type"].removesuffix("_text")
     writer = gguf.GGUFWriter(target, family)
     _write_config(writer, config)
     _write_tokenizer(writer, folder)
@@ -76,8 +75,9 @@ def _write_config(writer: Any, config: Mapping[str, Any]) -> None:
     writer.add_key_length(config["head_dim"])
     writer.add_value_length(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    if config["model_type"] == "mistral":
+    rope = config["rope_parameters"]
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if config["model_type"] in ("mistral", "gemma3_text"):
         writer.add_sliding_window(config["sliding_window"])
 
 
@@ -110,6 +110,8 @@ _NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
     "transformer.wte": "token_embd",
     "transformer.wpe": "position_embd",
     "transformer.ln_f": "output_norm",
@@ -128,13 +130,21 @@ def _stored(name: str, values: np.ndarray, config: Mapping[str, Any]) -> tuple[s
         if name.startswith(prefix):
             layer, _, rest = name.removeprefix(prefix).partition(".")
             module, _, leaf = rest.rpartition(".")
+            if config["model_type"] == "gemma3_text" and module == "post_attention_layernorm":
+                module = "post_attention_norm"
             if config["model_type"] in ("llama", "mistral") and module.endswith(("q_proj", "k_proj")):
                 values = _in_pairs(values, config["head_dim"])
             if config["model_type"] == "gpt2" and values.ndim == 2:
                 values = values.T
-            return f"blk.{layer}.{_NAMES[module]}.{leaf}", np.ascontiguousarray(values)
+            return f"blk.{layer}.{_NAMES.get(module, module)}.{leaf}", _as_stored(values, module, config)
     module, _, leaf = name.rpartition(".")
-    return f"{_NAMES[module]}.{leaf}", values
+    return f"{_NAMES[module]}.{leaf}", _as_stored(values, module, config)
+
+
+def _as_stored(values: np.ndarray, module: str, config: Mapping[str, Any]) -> np.ndarray:
+    """Gemma's norms have their 1 added."""
+    plus_one = config["model_type"] == "gemma3_text" and module.endswith("norm")
+    return np.ascontiguousarray(values) + (1 if plus_one else 0)
 
 
 def _in_pairs(values: np.ndarray, head_dim: int) -> np.ndarray:

@@ -38,6 +38,12 @@ _DECODER = {
     "ffn_down": "model.layers.{}.mlp.down_proj",
 }
 """Names without ``blk.N.`` and ``.weight``; {} is the layer."""
+_GEMMA3 = {
+    **_DECODER,
+    "post_attention_norm": "model.layers.{}.post_attention_layernorm",
+    "ffn_norm": "model.layers.{}.pre_feedforward_layernorm",
+    "post_ffw_norm": "model.layers.{}.post_feedforward_layernorm",
+}
 _GPT2 = {
     "token_embd": "transformer.wte",
     "position_embd": "transformer.wpe",
@@ -57,7 +63,13 @@ _KNOWN = frozenset(
         *("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "attention.sliding_window"),
         *("rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor"),
         *("rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scaling.attn_factor"),
-        *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "expert_count", "expert_used_count"),
+        *(
+            "final_logit_softcapping",
+            "rope.scaling.yarn_beta_fast",
+            "rope.scaling.yarn_beta_slow",
+            "expert_count",
+            "expert_used_count",
+        ),
     )
 )
 """Keys under the architecture's name that have their effect here."""
@@ -195,6 +207,21 @@ def _mistral(metadata: Metadata, name: str, tensors: Tensors) -> Config:
     return {**_decoder(metadata, name, tensors), **({"sliding_window": window} if window else {})}
 
 
+def _gemma3(metadata: Metadata, name: str, tensors: Tensors) -> Config:
+    """llama.cpp's constants are in its code: every sixth layer sees everything, the others' rotary base is 10,000, and
+    the attention's scale is that of a head's size but for 27B, whose 62 layers tell it."""
+    config = _decoder(metadata, name, tensors)
+    rope, hidden, heads = config["rope_parameters"], config["hidden_size"], config["num_attention_heads"]
+    softcap = f"{name}.final_logit_softcapping"
+    return {
+        **config,
+        "rope_parameters": {"full_attention": rope, "sliding_attention": {"rope_theta": 10000.0}},
+        "sliding_window": metadata.integer(f"{name}.attention.sliding_window"),
+        "query_pre_attn_scalar": hidden // heads if config["num_hidden_layers"] == 62 else config["head_dim"],
+        **({"final_logit_softcapping": metadata.number(softcap)} if softcap in metadata else {}),
+    }
+
+
 def _gpt2(metadata: Metadata, name: str, tensors: Tensors) -> Config:
     rows = {"context_length": ("position_embd.weight", 1), "feed_forward_length": ("blk.0.ffn_up.weight", 1)}
     _check_sizes(metadata, name, tensors, rows)
@@ -213,6 +240,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": Architecture("MistralForCausalLM", _mistral, _DECODER, in_pairs=("attn_q", "attn_k")),
     "qwen2": Architecture("Qwen2ForCausalLM", _decoder, _DECODER),
     "qwen3": Architecture("Qwen3ForCausalLM", _decoder, _DECODER),
+    "gemma3": Architecture("Gemma3ForCausalLM", _gemma3, _GEMMA3, norms_plus_one=True),
     "gpt2": Architecture("GPT2LMHeadModel", _gpt2, _GPT2, transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down")),
 }
 """By ``general.architecture``."""
