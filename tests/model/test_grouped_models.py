@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flashserve.config import QUANTIZATIONS
+from flashserve.layers.weight_format import WEIGHT_FORMATS
 from flashserve.runner.device import CpuDevice
 from flashserve_kernels import Ops
 from flashserve_kernels.cpu.library import supported_isas
@@ -85,3 +87,7 @@ def test_a_tied_table_is_in_memory_once(tmp_path, drive):
     folder = make_tiny_model("llama", tmp_path / "folder", tie_word_embeddings=True)
     model = drive(write_model(folder, tmp_path / "model.gguf", quantize=TYPES)).runner._step_model.model
     assert model.embed_tokens.weight is model.lm_head.weight
+
+
+def test_each_value_of_quantization_has_its_format():
+    assert set(WEIGHT_FORMATS) == {None, *QUANTIZATIONS}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError
@@ -68,3 +69,12 @@ def test_torch_refuses_what_it_lacks(settings, tmp_path, drive, monkeypatch):
     folder = make_tiny_model("llama", tmp_path)
     with pytest.raises(ConfigError, match=next(iter(settings))):
         drive(folder, **settings)
+
+
+def test_weights_that_cannot_be_quantised_are_refused(tmp_path, drive):
+    folder = make_tiny_model("llama", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 3] = float("inf")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match="cannot be quantised in groups"):
+        drive(folder, quantization="int4")

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from flashserve.errors import ConfigError
 from flashserve_kernels import LinearWeight, Ops
-from flashserve_kernels.grouped import INT4, INT8, QuantizedRows
+from flashserve_kernels.grouped import INT4, INT8, GroupedFormat, QuantizedRows
 
 Packing = Callable[[Ops, Tensor, bool], LinearWeight]
 """(ops, full weight, gated) → what the ops multiply with."""
@@ -22,12 +23,14 @@ def _int8(ops: Ops, weight: Tensor, gated: bool) -> LinearWeight:
     return ops.pack_linear(weight, gated=gated, int8=True)
 
 
-def _int4(ops: Ops, weight: Tensor, gated: bool) -> LinearWeight:
-    return ops.pack_linear(QuantizedRows(weight, INT4), gated=gated)
+def _into_groups(format: GroupedFormat) -> Packing:
+    def pack(ops: Ops, weight: Tensor, gated: bool) -> LinearWeight:
+        try:
+            return ops.pack_linear(QuantizedRows(weight, format), gated=gated)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
-
-def _grouped_int8(ops: Ops, weight: Tensor, gated: bool) -> LinearWeight:
-    return ops.pack_linear(QuantizedRows(weight, INT8), gated=gated)
+    return pack
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,6 @@ WEIGHT_FORMATS: dict[str | None, WeightFormat] = {
     None: WeightFormat(keeps_groups=True),
     "dense": WeightFormat(),
     "int8": WeightFormat(_int8, _int8, needs="int8"),
-    "int4": WeightFormat(_int4, _grouped_int8, needs="grouped"),
+    "int4": WeightFormat(_into_groups(INT4), _into_groups(INT8), needs="grouped"),
 }
 """By the values of ``quantization`` (``config.QUANTIZATIONS``)."""
