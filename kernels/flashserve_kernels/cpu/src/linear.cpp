@@ -71,10 +71,13 @@ int64_t num_chunks_of(const Arguments& a, int64_t rows, int num_threads) {
 
 // --- epilogue ------------------------------------------------------------------------------------------------
 
+struct Nothing {};
+
 // One block's sums become rows and columns of the output, beside the next block's work (RowWork of gemm.h). X: type of the
-// bias; O: of the output.
-template <class T, class X, class O, bool GATED>
+// bias; O: of the output. Gate: SigmoidForm or Gelu; Nothing: the output is not gated.
+template <class T, class X, class O, class Gate>
 class Epilogue {
+    static constexpr bool GATED = !std::is_same_v<Gate, Nothing>;
     static constexpr int VECTORS = PANEL / VL, HALF = VECTORS / 2;
     static constexpr bool INT8 = std::is_same_v<T, uint8_t>;
 
@@ -83,7 +86,6 @@ class Epilogue {
         vi offsets[VECTORS];
         const float* row_scales;
     };
-    struct Nothing {};
 
     const AccType<T>* sums = nullptr;
     O* out = nullptr;
@@ -92,7 +94,7 @@ class Epilogue {
     // Of the panel's columns. What they add costs nothing beside the loads and stores, so there is no case without a bias.
     vf bias[VECTORS] = {};
     std::conditional_t<INT8, Int8, Nothing> int8 = {};
-    std::conditional_t<GATED, SigmoidForm, Nothing> gate = {};
+    Gate gate = {};
 
    public:
     // Rows that are still to be done.
@@ -101,7 +103,7 @@ class Epilogue {
     Epilogue() = default;
     Epilogue(const fs_op& op, const Arguments& a, int64_t panel, const AccType<T>* sums, int64_t first, int count)
         : sums(sums), stride(a.out_stride), end(count) {
-        if constexpr (GATED) gate = SigmoidForm::of(a.activation);
+        if constexpr (GATED) gate = Gate::of(a.activation);
         const int64_t width = GATED ? PANEL / 2 : PANEL, outputs = GATED ? a.n / 2 : a.n, column = panel * width;
         out = (O*)op.p[3] + column + first * stride;
         left = std::min(width, outputs - column);
@@ -123,10 +125,7 @@ class Epilogue {
     // Whether it still needs the sums that lie there.
     bool reads(const AccType<T>* c) const { return next < end && c == sums; }
 
-    [[gnu::always_inline]] void row(int r) const { write(r, gate); }
-
-    template <class Activate>
-    [[gnu::always_inline]] void write(int r, const Activate& activate) const {
+    [[gnu::always_inline]] void row(int r) const {
         vf values[VECTORS];
         const AccType<T>* from = sums + r * PANEL;
         O* to = out + r * stride;
@@ -150,7 +149,7 @@ class Epilogue {
 #pragma GCC unroll 8
         for (int v = 0; v < (GATED ? HALF : VECTORS); v++) {
             vf value = values[v];
-            if constexpr (GATED) value = activate(value) * values[v + HALF];
+            if constexpr (GATED) value = gate(value) * values[v + HALF];
             const int n = left - v * VL;
             if (n >= VL)
                 store(to + v * VL, value);
@@ -163,15 +162,11 @@ class Epilogue {
         for (int r = next; r < end; r++) e.row(r);
         next = end;
     }
-    // The one activation of another form: at once, not beside the next block.
-    [[gnu::noinline]] void finish_gelu() {
-        for (; next < end; next++) write(next, [](vf x) { return gelu(x); });
-    }
 };
 
 // --- chunks --------------------------------------------------------------------------------------------------
 
-template <class T, class X, class O, bool GATED>
+template <class T, class X, class O, class Gate>
 struct ChunkRun {
     const fs_op& op;
     const Arguments& a;
@@ -183,7 +178,7 @@ struct ChunkRun {
     int64_t passes = (num_rows + Micro<T>::ROWS - 1) / Micro<T>::ROWS;
     // The epilogue of a block comes beside the steps of the next: with 16 rows and K = 576 it took 14% of the time
     // on its own.
-    Epilogue<T, X, O, GATED> pending;
+    Epilogue<T, X, O, Gate> pending;
 
     const PanelType<T>* address(int64_t panel, int64_t step) const {
         return (const PanelType<T>*)((const char*)op.p[1] + panel * panel_bytes<T>(a.k)) + step * K_STEP<T> * PANEL;
@@ -196,6 +191,9 @@ struct ChunkRun {
         }
         pending.finish();
     }
+
+    // Three of them in one function would be more than the compiler inlines: the others took 3% longer.
+    [[gnu::noinline]] void run_apart() { run(); }
 
     // A piece of K of some panels, with all rows.
     void run_piece(Range group, int64_t piece) {
@@ -232,9 +230,7 @@ struct ChunkRun {
         panel_gemm<T>(x, a.x_stride, count, address(panel, of_k.begin), k_end - k_begin, c, PANEL, of_k.begin > 0, ahead,
                       passes == 2 ? Hot::PANEL : Hot::ROWS, pending);
         pending.finish();
-        if (last) pending = Epilogue<T, X, O, GATED>(op, a, panel, c, row, count);
-        if constexpr (GATED)
-            if (a.activation == GELU) pending.finish_gelu();
+        if (last) pending = Epilogue<T, X, O, Gate>(op, a, panel, c, row, count);
     }
 };
 
@@ -248,10 +244,11 @@ void run_chunk(const fs_op& op, int64_t num_rows, int64_t chunk, int64_t num_chu
     const int64_t waiting = (rows.end - rows.begin) * cut.together;
     const int64_t num_sums = PANEL * (cut.pieces == 1 ? 2 * Micro<T>::ROWS : waiting);
     auto* sums = (AccType<T>*)scratch.get(num_sums * sizeof(AccType<T>));
-    if (a.gated)
-        ChunkRun<T, X, O, true>{op, a, cut, rows, panels, sums}.run();
-    else
-        ChunkRun<T, X, O, false>{op, a, cut, rows, panels, sums}.run();
+    if constexpr (std::is_same_v<X, O>) {  // nobody wants a gated output in another type
+        if (a.gated && a.activation == GELU) return ChunkRun<T, X, O, Gelu>{op, a, cut, rows, panels, sums}.run_apart();
+        if (a.gated) return ChunkRun<T, X, O, SigmoidForm>{op, a, cut, rows, panels, sums}.run();
+    }
+    ChunkRun<T, X, O, Nothing>{op, a, cut, rows, panels, sums}.run();
 }
 
 template <class T, class X>
