@@ -1,7 +1,7 @@
 """Steps and ops on this CPU, beside what its memory and its cores can do at most.
 
 python -m benchmarks.cpu step smollm2-135m [--quantization int8]
-python -m benchmarks.cpu ops [--shape tinyllama-1.1b] [--kinds linear attention] [--only gate_up] [--tokens 1,1000] [--int8]
+python -m benchmarks.cpu ops [--kinds linear attention] [--tokens 1,1000] [--int8]
 """
 
 from benchmarks.common.arguments import run_parts
