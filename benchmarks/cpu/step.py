@@ -8,6 +8,7 @@ the environment forces a path.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 
 import numpy as np
@@ -39,9 +40,10 @@ def run(args: argparse.Namespace) -> None:
         max_num_seqs=max(args.batches),
         max_model_len=args.context + 64,
     )
-    for batch in args.batches:
-        _measure(runner, min(batch, max(1, BUDGET // args.context)), args.context, args.context)
-        _measure(runner, batch, 1, args.context + 1)
+    context, together = args.context, max(1, BUDGET // args.context)
+    steps = [[(min(batch, together), context, context), (batch, 1, context + 1)] for batch in args.batches]
+    for step in dict.fromkeys(itertools.chain(*steps)):
+        _measure(runner, *step)
 
 
 def _measure(runner: ModelRunner, rows: int, queries: int, context: int) -> None:
