@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +26,10 @@ def measure(
     """Of one call: the error, time and rates, and the time of torch's ops. ceilings: bytes and FLOP per second."""
     found = check(case, ops, dtype)
     inputs, copies = Inputs(ops.device, dtype, dtype), copies_of(case, ops.device)
-    ours, torchs = timer.seconds(*(runner(each, case.bind(each, inputs, copies)) for each in (ops, Ops(ops.device))))
-    return found | speed(case, ours / copies, ceilings) | {"torch_us": torchs / copies * 1e6}
+    both = {each: case.bind(each, inputs, copies) for each in (ops, Ops(ops.device))}
+    calls = len(both[ops].calls)
+    ours, torchs = (seconds / calls for seconds in timer.seconds(*itertools.starmap(runner, both.items())))
+    return found | speed(case, ours, ceilings) | {"torch_us": torchs * 1e6}
 
 
 def speed(case: Case, seconds: float, ceilings: tuple[float, float] | None) -> dict[str, float]:

@@ -89,7 +89,9 @@ class Worker:
         return WorkerGone(one_line(f"ended with status {self.process.returncode}: {lines[-1] if lines else ''}"))
 
     def pause(self) -> None:
+        """Returns when it stands still: only a group that has stopped by then is ended with this process."""
         self._signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         self._signal(signal.SIGCONT)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from benchmarks.common.op_cases import Inputs, attention_case, linear_cases, row_cases, sample_cases
-from benchmarks.common.ops import check, relative_error, runner, speed
+from benchmarks.common.ops import check, measure, relative_error, runner, speed
 from benchmarks.common.shapes import TINY_SHAPE
+from benchmarks.common.timing import Timer
 from flashserve_kernels.select import select_ops
 
 BFLOAT16 = torch.bfloat16
@@ -33,6 +36,17 @@ def test_every_case_runs_and_is_correct(ops, case):
     found = check(case, ops, BFLOAT16)
     assert found["correct"], found
     runner(ops, case.bind(ops, Inputs(ops.device, BFLOAT16, BFLOAT16), 2))()
+
+
+def test_a_time_is_that_of_one_call(ops):
+    class TwoSeconds(Timer):
+        def seconds(self, *calls):
+            return [2.0, 4.0]
+
+    norm, product = row_cases(TINY_SHAPE, 32, 2)[0], linear_cases(TINY_SHAPE, (8,), 2, None)[0]
+    for case, calls in ((norm, 1), (product, 3)):  # of a product there are copies of the weight
+        found = measure(dataclasses.replace(case, num_bytes=100e6), ops, BFLOAT16, TwoSeconds(ops.device), None)
+        assert (found["us"], found["torch_us"]) == pytest.approx((2e6 / calls, 4e6 / calls))
 
 
 def test_a_wrong_result_is_found(ops, monkeypatch):
