@@ -39,6 +39,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     skip_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None
     """Keep this many tokens at the prompt's end."""
+    n: int = 1
+    """Samples of one prompt, the next one with the next seed."""
 
 
 # --- stub to engine ---------------------------------------------------------------------------------------
@@ -63,6 +65,8 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
     """End these requests now. Their last TokenOutput (finish_reason "abort") confirms it."""
 
     request_ids: list[int]
+    samples: list[tuple[int, int]] = []
+    """Single samples that have given tokens: (request id, index). The request's others go on."""
 
 
 StubMessage = GenerateRequest | Abort
@@ -91,13 +95,15 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """New tokens of one request. Exactly one output of a request has a finish_reason, its last."""
+    """New tokens of one sample of a request. Exactly one output of a sample has a finish_reason, its last."""
 
     request_id: int
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     timings: RequestTimings | None = None
     error: ErrorInfo | None = None
+    index: int = 0
+    """Which of the request's ``n`` samples."""
 
 
 class Stats(msgspec.Struct, frozen=True, array_like=True, gc=False):

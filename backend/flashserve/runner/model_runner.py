@@ -60,6 +60,9 @@ class ModelRunner:
         step = self._builder.arrange(plan)
         queue = self._steps.queue
         self._slots.sampler.upload(queue)
+        if plan.block_copies:
+            pairs = np.array(plan.block_copies, np.int64)
+            queue.run(lambda: self._step_model.copy_blocks(queue.to_device(pairs)))
         logits = self._steps.logits(step)
         if not step.sampling.size:
             # Waited for all the same: steps of a long prompt would else pile up on a GPU and reuse buffers too early.
@@ -89,7 +92,8 @@ class ModelRunner:
             self.wait(self.submit(SchedulerOutput(0, [admission], [row], num_tokens, [])))
             # The same token again: its key and value are written once more to the same place.
             decode = ScheduledRow(0, 0, num_tokens - 1, 1, [], [], 1)
-            self.wait(self.submit(SchedulerOutput(1, [], [decode], 1, [])))
+            copies = [(0, resolved.num_blocks - 1)] if resolved.num_blocks > 1 else []
+            self.wait(self.submit(SchedulerOutput(1, [], [decode], 1, [], copies)))
         if self._device.row_lengths:
             self._compile_all_lengths()
 
