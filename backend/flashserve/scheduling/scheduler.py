@@ -173,7 +173,7 @@ class Scheduler:
         decoding, drafts_left = self._running.decoding, 0
         if self._drafter is not None:
             drafts_left = self.config.max_num_batched_tokens - len(decoding)
-        num_tokens = 0
+        num_drafts = 0
         for slot, sequence in decoding.items():
             if sequence.num_pending and (self._drafter is not None or sequence.awaits_last_sample):
                 continue  # what it would draft on is in flight, or the last sample is
@@ -183,13 +183,13 @@ class Scheduler:
             if drafts_left and (drafts := self._draft(sequence, drafts_left)):
                 token_ids = [sequence.token_ids[-1], *drafts]
                 count = len(token_ids)
+                num_drafts += len(drafts)
                 drafts_left -= len(drafts)
             sequence.num_computed_tokens = start + count
             sequence.num_pending += 1
-            num_tokens += count
             request_id = sequence.terms.request_id
             rows.append(ScheduledRow(request_id, slot, start, count, token_ids, new_blocks, count, sequence.index))
-        return num_tokens
+        return len(rows) + num_drafts
 
     def _draft(self, sequence: Sequence, limit: int) -> list[int]:
         """Drafts that stay within the sequence's blocks and below its length limit: they cost nobody memory."""
@@ -303,7 +303,7 @@ class Scheduler:
             if sequence.slot is not None:
                 if row.num_logits > 1:
                     self._settle(sequence, row)
-                elif row.is_decode and (row.start + 1) % block_size == 0:
+                elif (row.start + 1) % block_size == 0 and row.is_decode:
                     self._running.register(sequence, row.start, row.start + 1)
             if reason is None:
                 outputs.append(TokenOutput(row.request_id, taken, None, timings, None, row.index))
