@@ -15,6 +15,10 @@ FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 """Why a request ended: a stop condition, a length limit, the client, its deadline, or a fault."""
 
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below it are greedy, as in vLLM: dividing logits by less only loses their digits."""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """How a request's tokens are chosen and when it ends. Names and meanings are vLLM's.
 

@@ -15,13 +15,12 @@ from typing import Any, Literal
 
 from flashserve.coercion import bool_of, integer_of, is_unicode, list_of, number_of, plain, same, shorten
 from flashserve.errors import InvalidArgument
-from flashserve.protocol import SamplingParams
+from flashserve.protocol import GREEDY_BELOW, SamplingParams
 
 Kind = Literal["int", "float", "bool", "str", "str_list", "int_list"]
 
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
-GREEDY_BELOW = 1e-5  # as in vLLM: dividing logits by less only loses their digits
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "server"), str(HERE.parent), str(HERE.parent / "unit")]
+sys.path[:0] = [str(HERE), str(HERE.parent / "server"), str(HERE.parent / "support")]
 
 from ends import count_ends  # noqa: E402
 from faults import Breaker, State, leftovers  # noqa: E402

@@ -4,7 +4,7 @@ import pytest
 
 from flashserve import LLM, SamplingParams
 from flashserve.errors import ConfigError, InvalidArgument
-from tests.tiny_models import make_tiny_model
+from tiny_models import make_tiny_model
 
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 

@@ -9,8 +9,8 @@ import threading
 import time
 
 import pytest
-from client_peers import PEERS, Peer, endless, peer_in_thread, silent, until, words
 
+from client_peers import PEERS, Peer, endless, peer_in_thread, silent, until, words
 from flashserve_client import AsyncClient, Cancelled, Client
 
 

@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 import pytest
-from client_peers import PEERS, Error, Peer, say
 
+from client_peers import PEERS, Error, Peer, say
 from flashserve_client import AsyncClient, Client, InvalidRequest, NotFound
 from flashserve_client.connect import parse_url
 

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from small_tokenizers import byte_level
 
 from flashserve.errors import ConfigError
 from flashserve.frontend.request_parser import ParserContext, RawRequest, parse
@@ -12,6 +11,7 @@ from flashserve.protocol import EngineLimits
 from flashserve.text.chat_template import ChatTemplate
 from flashserve.text.generation_defaults import read_generation_defaults
 from flashserve.text.tokenizer import Tokenizer
+from small_tokenizers import byte_level
 
 TOKENIZER = Tokenizer(byte_level())
 LIMITS = EngineLimits(
@@ -30,7 +30,7 @@ def max_tokens(prompt, own=None, overrides=None, **parameters):
     template = ChatTemplate("{{ messages[0].content }}", {})
     context = ParserContext(TOKENIZER, template, LIMITS, read_generation_defaults(own or {}, overrides))
     inputs = {prompt: np.array([PROMPTS[prompt].encode()], dtype=object)}
-    return parse(RawRequest(inputs, parameters), context).params.max_tokens
+    return parse(RawRequest(inputs, parameters), context, 1).message.params.max_tokens
 
 
 def test_a_text_gets_16_and_a_chat_the_context():

@@ -50,13 +50,14 @@ def record_gaps(metrics: Metrics, seconds: Sequence[float]) -> None:
 
 def record_end(metrics: Metrics, generation: Generation, reason: FinishReason) -> None:
     """A request ended by itself: its latencies and sizes."""
+    completion, last = generation.completion, generation.last_token_time
+    num_tokens = len(completion.token_ids)
     metrics.add("vllm:request_success_total", label_value=reason)
-    metrics.observe("vllm:request_prompt_tokens", len(generation.parsed.prompt_token_ids))
-    metrics.observe("vllm:request_generation_tokens", generation.num_tokens)
+    metrics.observe("vllm:request_prompt_tokens", len(generation.message.prompt_token_ids))
+    metrics.observe("vllm:request_generation_tokens", num_tokens)
     metrics.observe("vllm:request_params_n", 1)
-    timings, last = generation.timings, generation.last_token_time
-    if timings is not None and last is not None:
-        _record_spans(metrics, timings, last, generation.num_tokens)
+    if completion.timings is not None and last is not None:
+        _record_spans(metrics, completion.timings, last, num_tokens)
     metrics.hurry.set()
 
 

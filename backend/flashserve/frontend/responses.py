@@ -10,6 +10,7 @@ import numpy as np
 from flashserve.errors import FlashserveError, InternalError, InvalidArgument
 from flashserve.frontend.generation import Generation
 from flashserve.protocol import FinishReason, RequestTimings
+from flashserve.text.completion import Delta
 
 
 class ResponseBuilder:
@@ -23,19 +24,19 @@ class ResponseBuilder:
         self._pb = pb_utils
         self._plain_errors = plain_errors
 
-    def generation(self, generation: Generation, text: str, num_tokens: int, finish_reason: FinishReason | None) -> Any:
+    def generation(self, generation: Generation, delta: Delta, finish_reason: FinishReason | None = None) -> Any:
         """A data response: a delta while streaming, else everything."""
         wanted = generation.parsed.outputs
-        tensors = [self._string("text_output", text)]
+        tensors = [self._string("text_output", delta.text)]
         if wanted.finish_reason:
             tensors.append(self._string("finish_reason", finish_reason or "None"))
         if wanted.logprobs:
             tensors.append(self._string("logprobs", "null"))
         if wanted.num_input_tokens:
-            tensors.append(self._count("num_input_tokens", len(generation.parsed.prompt_token_ids)))
+            tensors.append(self._count("num_input_tokens", len(generation.message.prompt_token_ids)))
         if wanted.num_output_tokens:
-            tensors.append(self._count("num_output_tokens", num_tokens))
-        if wanted.request_metrics and finish_reason is not None and generation.timings is not None:
+            tensors.append(self._count("num_output_tokens", delta.num_tokens))
+        if wanted.request_metrics and finish_reason is not None and generation.completion.timings is not None:
             tensors.append(self._string("request_metrics", json.dumps(request_metrics(generation))))
         return self._pb.InferenceResponse(tensors)
 
@@ -67,7 +68,7 @@ def _vllm_message(error: FlashserveError) -> str:
 
 def request_metrics(generation: Generation) -> dict[str, float | int | None]:
     """The contract's ``request_metrics``: milliseconds, and what the cache and preemption did."""
-    timings = generation.timings
+    timings = generation.completion.timings
     assert timings is not None
     spans = time_spans(timings, generation.last_token_time)
     milliseconds = {f"{name}_ms": None if span is None else round(span * 1000, 3) for name, span in spans.items()}
