@@ -22,7 +22,7 @@ import msgspec
 from flashserve.config import EngineConfig
 from flashserve.engine.loading import load_engine
 from flashserve.engine.process import engine_limits
-from flashserve.errors import InternalError, InvalidArgument
+from flashserve.errors import BY_CODE, InternalError, InvalidArgument
 from flashserve.protocol import Abort, FinishReason, GenerateRequest, RequestTimings, SamplingParams
 from flashserve.sampling_params import parse_sampling_params
 from flashserve.text.completion import Completion
@@ -36,7 +36,7 @@ Params = SamplingParams | Mapping[str, Any] | None
 
 @dataclass(frozen=True)
 class Generated:
-    """One finished request."""
+    """One finished sample of a prompt."""
 
     prompt_token_ids: list[int]
     text: str
@@ -60,12 +60,12 @@ class LLM:
         self._ids = itertools.count(1)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params] = None) -> list[Generated]:
-        """Generate for all prompts at once; results in the prompts' order.
+        """Generate for all prompts at once; results in the prompts' order, ``n`` for each one after the other.
 
         A prompt is a text or token ids. ``params`` is one for all or one each: SamplingParams, or a mapping with
         the names of the server's sampling_parameters; what it leaves open comes from the model's
         generation_config.json, as in the server; without max_tokens in either, a text may fill the context (the server
-        gives it 16). Raises InvalidArgument before anything runs.
+        gives it 16). Raises InvalidArgument: before anything runs, but for an ``n`` that could never fit.
         """
         prompt_list = _as_list(prompts)
         one = params is None or isinstance(params, (SamplingParams, Mapping))
@@ -73,9 +73,10 @@ class LLM:
         if len(each) != len(prompt_list):
             raise InvalidArgument(f"{len(prompt_list)} prompts but {len(each)} params: give one, or one each")
         requests = [self._request(prompt, given) for prompt, given in zip(prompt_list, each, strict=True)]
-        completions = {request.request_id: Completion(self.tokenizer, request) for request in requests}
+        samples = [(request, index) for request in requests for index in range(request.params.n)]
+        completions = {(request.request_id, index): Completion(self.tokenizer, request) for request, index in samples}
         self._run(requests, completions)
-        return [_generated(request, completions[request.request_id]) for request in requests]
+        return [_generated(request, completions[request.request_id, index]) for request, index in samples]
 
     def stats(self) -> Any:
         """The engine's counters (protocol.Stats)."""
@@ -97,7 +98,7 @@ class LLM:
         token_ids = check_prompt("prompt", token_ids, params, self.limits)
         return GenerateRequest(next(self._ids), token_ids, params, arrival=time.monotonic())
 
-    def _run(self, requests: list[GenerateRequest], completions: dict[int, Completion]) -> None:
+    def _run(self, requests: list[GenerateRequest], completions: dict[tuple[int, int], Completion]) -> None:
         unfinished = set(completions)
         pending = deque(requests)
         try:
@@ -106,18 +107,19 @@ class LLM:
                 while pending and self._core.scheduler.has_room(len(pending[0].prompt_token_ids)):
                     self._core.handle(pending.popleft())
                 for output in self._core.step().outputs:
-                    completion = completions.get(output.request_id)
+                    sample = output.request_id, output.index
+                    completion = completions.get(sample)
                     if completion is None:
                         continue  # the echo of an abort
                     if completion.take(output):
-                        self._core.handle(Abort([output.request_id]))
-                    if completion.error is not None:
-                        raise InternalError(completion.error.message)
+                        self._core.handle(Abort([], [sample]))
                     if completion.finish_reason is not None:
-                        unfinished.discard(output.request_id)
+                        unfinished.discard(sample)
+                    if completion.error is not None:
+                        raise BY_CODE.get(completion.error.code, InternalError)(completion.error.message)
         finally:
             if unfinished:  # interrupted or failed: leave an empty engine behind
-                self._core.handle(Abort(list(unfinished)))
+                self._core.handle(Abort([request_id for request_id, _ in unfinished]))
                 self._core.step()
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from driver import load
 from flashserve.engine.core import EngineCore, build_core
 from flashserve.protocol import GenerateRequest, SamplingParams
 from flashserve.runner.device import CpuDevice
 from lazy_device import LazyCpu
 from tiny_models import make_tiny_model
 
-LENGTHS = (1, 15, 16, 17, 40)  # one token alone, and all sides of a block of 16
+ONE_TOKEN = (1,)  # a step of single tokens, captured where that is done, with more samples than rows
+MIXED = (1, 15, 16, 17, 40)  # all sides of a block of 16
 NUM_TOKENS = 20
 N = 3
 
@@ -38,12 +40,13 @@ def request(request_id: int, prompt: list[int], **params) -> GenerateRequest:
 
 
 @pytest.mark.parametrize("device", ["native", "torch", "late"])
-def test_samples_equal_requests_of_their_own(device, folder, load_model, random_prompts, monkeypatch):
+@pytest.mark.parametrize("lengths", [ONE_TOKEN, MIXED])
+def test_samples_equal_requests_of_their_own(lengths, device, folder, random_prompts, monkeypatch):
     if device != "late":
         monkeypatch.setenv("FLASHSERVE_KERNELS", device)
     settings = {"dtype": "float32", "max_num_seqs": 12, "max_num_batched_tokens": 32, "max_model_len": 128}
-    runner = load_model(folder, LazyCpu(1) if device == "late" else CpuDevice(), **settings)
-    prompts = random_prompts(LENGTHS)
+    runner = load(folder, LazyCpu(1) if device == "late" else CpuDevice(), **settings)
+    prompts = random_prompts(lengths)
     together = [request(number, prompt, n=N) for number, prompt in enumerate(prompts)]
     core = build_core(runner.resolved, runner, "test")
     found = run(core, together)
@@ -58,9 +61,9 @@ def test_samples_equal_requests_of_their_own(device, folder, load_model, random_
     runner.close()
 
 
-def test_preempted_samples_go_on_as_they_would_have(folder, load_model, random_prompts):
+def test_preempted_samples_go_on_as_they_would_have(folder, random_prompts):
     settings = {"dtype": "float32", "max_num_seqs": 6, "max_model_len": 64, "num_gpu_blocks_override": 13}
-    runner = load_model(folder, **settings)
+    runner = load(folder, **settings)
     prompts = random_prompts((20, 30))
     core = build_core(runner.resolved, runner, "test")
     found = run(core, [request(number, prompt, n=N) for number, prompt in enumerate(prompts)])

@@ -66,7 +66,7 @@ class ModelRunner:
         self._slots.sampler.upload(queue)
         if plan.block_copies:
             pairs = np.array(plan.block_copies, np.int64)
-            queue.run(lambda: self._step_model.copy_blocks(queue.to_device(pairs)))
+            queue.run(lambda: self.step_model.copy_blocks(queue.to_device(pairs)))
         logits = self._steps.logits(step)
         if not step.sampling.size:
             # Waited for all the same: steps of a long prompt would else pile up on a GPU and reuse buffers too early.
