@@ -199,13 +199,6 @@ def test_a_bad_url_is_refused_at_once(url):
             kind(url)
 
 
-async def test_a_closed_client_says_so(peer: Peer):
-    client = AsyncClient(peer.url)
-    await client.aclose()
-    with pytest.raises(RuntimeError, match="closed"):
-        await client.generate("x")
-
-
 async def test_health_asks_the_engine_through_an_urgent_request(peer: Peer):
     async def one(asked):
         yield say("x", "length")
