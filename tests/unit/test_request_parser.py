@@ -110,7 +110,6 @@ def test_exactly_one_prompt():
 
 def test_what_the_model_cannot_take_yet_is_refused_by_name():
     refused("embeddings are not supported yet", embedding_request='{"input": "a"}')
-    refused("n=2 is not supported by the server yet; only 1 is", text_input="a", sampling_parameters={"n": 2})
     refused("image is not supported", text_input="a", image=np.array([b"x", b"y"], dtype=object))
 
 

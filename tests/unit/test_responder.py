@@ -41,7 +41,7 @@ class Pb:
 
     @staticmethod
     def Tensor(name: str, array: Any) -> tuple[str, Any]:  # noqa: N802
-        return name, array[0]
+        return name, array[0] if len(array) == 1 else list(array)
 
     @staticmethod
     def InferenceResponse(tensors: Any = (), error: Any = None) -> SimpleNamespace:  # noqa: N802
@@ -112,7 +112,7 @@ class Rig:
         message = GenerateRequest(self._ids, [40], SamplingParams(max_tokens=100, **params), time.monotonic())
         outputs = OutputFlags(finish_reason=True, num_output_tokens=True)
         parsed = ParsedRequest(message, "", stream, outputs, f"r{self._ids}")
-        return Generation(parsed, Sender(), Completion(self.tokenizer, message))
+        return Generation(parsed, Sender(), [Completion(self.tokenizer, message) for _ in range(message.params.n)])
 
     def submit(self, generation: Generation) -> Sender:
         self.responder.submit(generation)
@@ -122,10 +122,10 @@ class Rig:
         generation = self.generation(stream, **params)
         return generation, self.submit(generation)
 
-    def output(self, generation: Generation, text: str = "", reason: Any = None) -> None:
+    def output(self, generation: Generation, text: str = "", reason: Any = None, index: int = 0) -> None:
         """The engine's thread delivers a step with tokens of this text."""
         tokens = self.tokenizer.encode(text, add_special_tokens=False) if text else []
-        self.responder.on_outputs(StepOutputs([TokenOutput(generation.id, tokens, reason)], STATS))
+        self.responder.on_outputs(StepOutputs([TokenOutput(generation.id, tokens, reason, index=index)], STATS))
 
     def counts(self) -> dict[str, float]:
         """Ends by kind so far."""
@@ -332,7 +332,7 @@ def test_a_draining_model_refuses_what_is_new_and_goes_on_with_what_is_open(rig:
 
 def test_one_request_that_breaks_the_text_layer_or_cannot_be_sent_leaves_the_others_alone(rig: Rig) -> None:
     broken_text, broken_sender, healthy = rig.open(), rig.open(), rig.open()
-    broken_text[0].completion = None  # type: ignore[assignment]
+    broken_text[0].completions[0] = None  # type: ignore[call-overload]
     broken_sender[1].broken = True
     for generation, _ in (broken_text, broken_sender, healthy):
         rig.output(generation, "abc", "length")

@@ -9,7 +9,7 @@ from typing import Any
 
 from flashserve.errors import FlashserveError
 from flashserve.frontend.request_parser import ParsedRequest
-from flashserve.protocol import TokenOutput
+from flashserve.protocol import RequestTimings, TokenOutput
 from flashserve.text.completion import Completion
 
 
@@ -46,8 +46,8 @@ class Inbox:
 class Generation:
     """Fields are grouped by the one thread that writes them; others may read them."""
 
-    def __init__(self, parsed: ParsedRequest, sender: Any, completion: Completion) -> None:
-        """``sender``: Triton's response sender."""
+    def __init__(self, parsed: ParsedRequest, sender: Any, completions: list[Completion]) -> None:
+        """``sender``: Triton's response sender. ``completions``: one for each sample."""
         self.parsed = parsed
         self.message = parsed.message
         self.id = parsed.message.request_id
@@ -55,10 +55,11 @@ class Generation:
         self.inbox = Inbox()
 
         # The engine's thread:
-        self.last_token_time: float | None = None
+        self.token_times: list[float | None] = [None] * len(completions)
+        """When each sample had its last token."""
 
         # The request's sender thread:
-        self.completion = completion
+        self.completions = completions
         self.last_sent = self.message.arrival
         self.closed = False
         """FINAL was sent; nothing may follow."""
@@ -67,6 +68,26 @@ class Generation:
         # The cancellation watcher:
         self.cancelled = False
         self.last_keep_alive = self.message.arrival
+
+    @property
+    def last_token_time(self) -> float | None:
+        return max((time for time in self.token_times if time is not None), default=None)
+
+    @property
+    def num_tokens(self) -> int:
+        """Generated, of all samples."""
+        return sum(len(completion.token_ids) for completion in self.completions)
+
+    @property
+    def timings(self) -> RequestTimings | None:
+        """The newest ones."""
+        known = [completion.timings for completion in self.completions if completion.timings is not None]
+        return max(known, key=lambda timings: timings.last_token or 0.0, default=None)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the next response has some."""
+        return any(completion.has_text for completion in self.completions)
 
     @property
     def name(self) -> str:

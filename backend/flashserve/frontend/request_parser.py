@@ -157,8 +157,6 @@ def parse(request: RawRequest, context: ParserContext, internal_id: int) -> Pars
     arrival = context.now()
     texts, flags, values = _read_inputs(request)
     parameters = parse_parameters(values, context.defaults.parameters)
-    if parameters.sampling.n != 1:
-        raise InvalidArgument(f"n={parameters.sampling.n} is not supported by the server yet; only 1 is")
     options = parameters.options
     source = _prompt_source(texts, options)
     if source == "tokenize_request":

@@ -25,6 +25,8 @@ from flashserve.text.completion import Delta
 
 log = logging.getLogger(__name__)
 
+ENDS: tuple[FinishReason, ...] = ("stop", "length")
+"""Of a sample that ended by itself."""
 RESPONSE_COMPLETE_FINAL = 1  # pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 SendToEngine = Callable[[GenerateRequest | Abort], None]
@@ -140,11 +142,12 @@ class Responder:
             if generation is None:
                 continue  # it ended here first: a stop string, or a failure
             if output.token_ids:
-                if generation.last_token_time is not None:
-                    latencies.append(now - generation.last_token_time)
-                elif output.timings is not None:
+                before = generation.token_times[output.index]
+                if before is not None:
+                    latencies.append(now - before)
+                elif output.timings is not None and generation.last_token_time is None:
                     record_first_token(self._metrics, output.timings)
-                generation.last_token_time = now
+                generation.token_times[output.index] = now
             generation.inbox.put(output)
             if output.finish_reason is not None or (
                 generation.parsed.needs_every_token and not self._merging.holds(generation)
@@ -175,54 +178,62 @@ class Responder:
             self._close_with_error(generation, InternalError("the request failed in the frontend"))
 
     def _serve_open(self, generation: Generation) -> None:
-        completion = generation.completion
         for item in generation.inbox.take():
             if isinstance(item, FlashserveError):
                 self._abort(generation)  # the engine may still be at it
                 self._fail_open(generation, item)
                 return
-            if completion.take(item):
-                self._abort(generation)  # the engine does not know stop strings
-            if completion.finish_reason is not None:
-                self._end(generation, completion.finish_reason)
+            completion = generation.completions[item.index]
+            stopped = completion.take(item)
+            going_on = any(other.finish_reason is None for other in generation.completions)
+            if stopped:  # the engine does not know stop strings
+                self._abort(generation, item.index if going_on else None)
+            reason = completion.finish_reason
+            if reason is not None and (not going_on or reason not in ENDS):
+                self._end(generation, reason, completion.error)
                 return
-        if generation.parsed.stream and completion.has_text:
+        if generation.parsed.stream and generation.has_text:
             self._send_delta(generation)
 
-    def _end(self, generation: Generation, reason: FinishReason) -> None:
-        if reason in ("stop", "length"):
+    def _end(self, generation: Generation, reason: FinishReason, error_info: ErrorInfo | None) -> None:
+        if reason in ENDS:
             self._close_with_data(generation, reason)
             return
-        error = _error_of(reason, generation.completion.error)
+        error = _error_of(reason, error_info)
         if error.code == INTERNAL:  # the engine has logged why, under a number that clients do not know
             log.error("request %s (the engine's %d): %s", generation.name, generation.id, error.message)
         self._fail_open(generation, error)
 
     def _fail_open(self, generation: Generation, error: FlashserveError) -> None:
         """What was streamed comes first, whole."""
-        generation.completion.finish_text()
-        if generation.parsed.stream and generation.completion.has_text:
+        for completion in generation.completions:
+            completion.finish_text()
+        if generation.parsed.stream and generation.has_text:
             self._send_delta(generation)
         self._close_with_error(generation, error)
 
-    def _send_delta(self, generation: Generation, reason: FinishReason | None = None) -> None:
-        delta = generation.completion.delta()
-        if reason is not None:
-            delta = delta._replace(text=generation.parsed.prompt_text + delta.text)
-        response = self._builder.generation(generation, delta, reason)
-        generation.last_sent = time.monotonic()
-        generation.sender.send(response, flags=0 if reason is None else RESPONSE_COMPLETE_FINAL)
+    def _send_delta(self, generation: Generation, last: bool = False) -> None:
+        deltas = [completion.delta() for completion in generation.completions]
+        if last:
+            deltas = [delta._replace(text=generation.parsed.prompt_text + delta.text) for delta in deltas]
+        self._send_data(generation, deltas, RESPONSE_COMPLETE_FINAL if last else 0)
 
     def _send_keep_alive(self, generation: Generation) -> None:
         if not generation.closed:
-            generation.last_sent = time.monotonic()
-            generation.sender.send(self._builder.generation(generation, Delta("", 0)), flags=0)
+            self._send_data(generation, [Delta("", 0)] * len(generation.completions), flags=0)
+
+    def _send_data(self, generation: Generation, deltas: list[Delta], flags: int) -> None:
+        reasons = [completion.finish_reason for completion in generation.completions]
+        shown = [reason if reason in ENDS else None for reason in reasons]
+        response = self._builder.generation(generation, deltas, shown)
+        generation.last_sent = time.monotonic()
+        generation.sender.send(response, flags=flags)
 
     def _close_with_data(self, generation: Generation, reason: FinishReason) -> None:
         self._close(generation)
         record_end(self._metrics, generation, reason)
         self._observe_end(generation, reason)
-        self._send_delta(generation, reason)
+        self._send_delta(generation, last=True)
 
     def _close_with_error(self, generation: Generation, error: FlashserveError) -> None:
         self._close(generation)
@@ -247,10 +258,11 @@ class Responder:
         generation.close()
         self._open.pop(generation.id, None)
 
-    def _abort(self, generation: Generation) -> None:
+    def _abort(self, generation: Generation, index: int | None = None) -> None:
+        """End all of it in the engine, or one sample."""
         assert self._send_to_engine is not None
         try:
-            self._send_to_engine(Abort([generation.id]))
+            self._send_to_engine(Abort([generation.id]) if index is None else Abort([], [(generation.id, index)]))
         except Unavailable:
             log.debug("request %s needs no abort: its engine is gone", generation.name)
 

@@ -93,8 +93,9 @@ class ModelService:
                 self._health_check.check()
             parsed = parse(read_raw(request), self._context, next(self._ids))
             if isinstance(parsed, ParsedRequest):
-                completion = Completion(self._context.tokenizer, parsed.message)
-                self._responder.submit(Generation(parsed, sender, completion))
+                samples = range(parsed.message.params.n)
+                completions = [Completion(self._context.tokenizer, parsed.message) for _ in samples]
+                self._responder.submit(Generation(parsed, sender, completions))
             else:
                 self._responder.answer(sender, self._builder.text(parsed.answer))
         except FlashserveError as error:
