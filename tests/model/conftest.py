@@ -11,6 +11,13 @@ import torch
 
 import driver
 from driver import Driver
+from tiny_models import make_tiny_model
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama, for tests that have no model of their own."""
+    return make_tiny_model("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture

@@ -64,11 +64,20 @@ def test_a_truncated_prompt_keeps_its_end(llm):
     assert result.prompt_token_ids == ids[-4:]
 
 
-@pytest.mark.parametrize("prompt", [[], [10**9], [-1], list(range(5)) * 1000])
-def test_bad_prompts_are_refused_before_anything_runs(llm, prompt):
+@pytest.mark.parametrize(
+    ("prompt", "params", "words"),
+    [
+        ([], GREEDY, "prompt is empty"),
+        ([10**9], GREEDY, "prompt: token id 1000000000 is not in"),
+        ([-1], GREEDY, "prompt: token id -1 is not in"),
+        (list(range(5)) * 1000, GREEDY, "prompt has 5000 tokens"),
+        ("a", {**GREEDY, "stop_token_ids": [10**9]}, "stop_token_ids: token id 1000000000 is not in"),
+    ],
+)
+def test_bad_prompts_are_refused_before_anything_runs(llm, prompt, params, words):
     steps = llm.stats().steps
-    with pytest.raises(InvalidArgument):
-        llm.generate([[1, 2], prompt], GREEDY)
+    with pytest.raises(InvalidArgument, match=words):
+        llm.generate([[1, 2], prompt], params)
     assert llm.stats().steps == steps
 
 

@@ -14,15 +14,9 @@ from flashserve.runner.model_runner import decode_batch_sizes
 from flashserve.runner.sampler_state import COLUMNS
 from flashserve.runner.staging import StepFields
 from lazy_device import LazyCpu
-from tiny_models import make_tiny_model
 
 LENGTHS = (3, 20, 45, 33, 7, 60, 16, 31)
 NUM_TOKENS = 24
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_tiny_model("llama", tmp_path_factory.mktemp("llama"))
 
 
 class LateEngine(Engine):

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import SOURCES, Server, wait_until
-from null_models import null_model, write_null_model
 
 from flashserve_client import Client, FlashserveError, Unavailable
+from harness import SOURCES, Server, wait_until
+from null_models import null_model, write_null_model
 
 PROTOCOLS = ("grpc", "http")
 
@@ -71,10 +71,6 @@ def test_health(client: Client, url: str):
 # --- the engine's life ------------------------------------------------------------------------------------------
 
 
-def engine_pids(server: Server) -> list[int]:
-    return [pid for pid, words in server.processes().items() if "flashserve.engine" in words]
-
-
 def test_health_follows_the_engine_and_models_come_and_go(tmp_path):
     folder = write_null_model(tmp_path / "null")
     with Server({"m": null_model(folder, 1)}) as server, contextlib.ExitStack() as stack:
@@ -84,7 +80,7 @@ def test_health_follows_the_engine_and_models_come_and_go(tmp_path):
         streams = [client.stream("x", max_tokens=4000, ignore_eos=True) for client in clients]
         for stream in streams:
             next(stream)
-        for pid in engine_pids(server):
+        for pid in server.engines():
             os.kill(pid, signal.SIGKILL)
         for stream in streams:
             with pytest.raises(Unavailable):

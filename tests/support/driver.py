@@ -55,7 +55,7 @@ class SeenLogits(dict[tuple[int, int], Tensor]):
         runner.observe_logits = self._keep
 
     def _keep(self, step: Arrangement, logits: Tensor) -> None:
-        rows = logits[: len(step.sampling)].float().cpu()
+        rows = logits[: len(step.sampling)].to("cpu", torch.float32, copy=True)  # recorded steps write over theirs
         for row, place, position in zip(rows, step.sampling.tolist(), step.sample_positions.tolist(), strict=True):
             self[step.rows[place].request_id, position] = row
 

@@ -6,67 +6,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError, InvalidArgument
 from flashserve.frontend.request_parser import (
     OutputFlags,
-    ParsedRequest,
     ParsedTokenize,
     ParserContext,
     RawRequest,
     parse,
     read_raw,
 )
-from flashserve.frontend.tensor_spec import INPUT_BY_NAME, INPUTS
 from flashserve.model_card import read_model_card
-from flashserve.protocol import EngineLimits, EngineReady
+from flashserve.protocol import EngineReady
 from flashserve.text.chat_template import ChatTemplate
 from flashserve.text.tokenizer import Tokenizer
+from parsed_requests import CONTEXT, LIMITS, TEMPLATE, TOKENIZER, objects, parsed, raw, refused
 from small_tokenizers import byte_level, sentencepiece
 
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}"
-TOKENIZER = Tokenizer(byte_level())
 LLAMA = Tokenizer(sentencepiece())
-LIMITS = EngineLimits(
-    max_model_len=100, max_num_seqs=8, max_num_batched_tokens=64, block_size=16, num_blocks=99,
-    vocab_size=TOKENIZER.vocab_size + 5, eos_token_ids=(0,), dtype="float32", device="cpu",
-)  # fmt: skip
-CONTEXT = ParserContext(TOKENIZER, ChatTemplate(TEMPLATE, {}), LIMITS, now=lambda: 1000.0)
-
-
-def tensor(name: str, value: Any) -> np.ndarray:
-    """What Triton hands over for an input of one element."""
-    if isinstance(value, np.ndarray):
-        return value
-    if INPUT_BY_NAME[name].dtype == "STRING":
-        array = np.empty(1, dtype=object)
-        array[0] = value.encode() if isinstance(value, str) else value
-        return array
-    return np.array([value], dtype=bool if INPUT_BY_NAME[name].dtype == "BOOL" else np.int32)
-
-
-def raw(
-    parameters: dict[str, Any] | None = None, request_id: str = "", timeout_us: int = 0, **inputs: Any
-) -> RawRequest:
-    if isinstance(inputs.get("sampling_parameters"), dict):
-        inputs["sampling_parameters"] = json.dumps(inputs["sampling_parameters"])
-    arrays = {name: tensor(name, value) for name, value in inputs.items()}
-    return RawRequest(arrays, parameters or {}, request_id, timeout_us)
-
-
-def parsed(context: ParserContext = CONTEXT, **request: Any) -> ParsedRequest:
-    result = parse(raw(**request), context, 7)
-    assert isinstance(result, ParsedRequest)
-    return result
-
-
-def refused(words: str, context: ParserContext = CONTEXT, **request: Any) -> None:
-    with pytest.raises(InvalidArgument, match=words) as caught:
-        parse(raw(**request), context, 7)
-    caught.value.wire_message().encode()
 
 
 # --- prompts -------------------------------------------------------------------------------------------------
@@ -261,12 +219,6 @@ def test_tokens_are_looked_at_one_by_one_only_if_somebody_needs_it():
 # --- broken requests -----------------------------------------------------------------------------------------
 
 
-def objects(*values: Any) -> np.ndarray:
-    array = np.empty(len(values), dtype=object)
-    array[:] = values
-    return array
-
-
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
@@ -405,95 +357,3 @@ def test_impossible_defaults_stop_the_model_from_loading(tmp_path):
     with pytest.raises(ConfigError, match=r"override_generation_config.*: top_p must be a number"):
         config = EngineConfig(model="m", override_generation_config={"temperature": 1, "top_p": 7})
         ParserContext.of_engine(config, engine)
-
-
-# --- anything ------------------------------------------------------------------------------------------------
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=6),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=6,
-)
-TEXT = st.text(st.characters(), max_size=20)
-MESSAGE = st.fixed_dictionaries({"role": TEXT, "content": TEXT}) | st.fixed_dictionaries(
-    {}, optional={"role": JSON, "content": JSON, "tool_calls": JSON, "name": JSON}
-)
-CHAT = st.fixed_dictionaries(
-    {},
-    optional={
-        "messages": JSON | st.lists(MESSAGE, max_size=3),
-        "tools": JSON,
-        "chat_template_kwargs": JSON,
-        "add_generation_prompt": JSON,
-        "continue_final_message": JSON,
-        "text": JSON,
-        "token_ids": JSON,
-    },
-)
-SAMPLING = st.dictionaries(
-    st.sampled_from(["max_tokens", "temperature", "stop", "prompt_token_ids", "truncate_prompt_tokens", "n", "id"])
-    | st.text(max_size=4),
-    JSON,
-    max_size=3,
-)
-CONTENT = (
-    st.binary(max_size=30)
-    | st.text(max_size=30).map(str.encode)
-    | (CHAT | SAMPLING).map(lambda value: json.dumps(value).encode())
-)
-ARRAYS = st.one_of(
-    st.lists(CONTENT, min_size=1, max_size=1).map(lambda items: objects(*items)),
-    st.lists(CONTENT, max_size=3).map(lambda items: objects(*items)),
-    st.lists(st.booleans(), min_size=1, max_size=2).map(np.array),
-    st.integers(-(2**31), 2**31 - 1).map(lambda value: np.array([value], dtype=np.int32)),
-    st.floats().map(lambda value: np.array([value])),
-)
-
-
-def one_tensor(name: str, values: st.SearchStrategy[bytes]) -> st.SearchStrategy[dict[str, np.ndarray]]:
-    return values.map(lambda value: {name: objects(value)})
-
-
-def as_json(values: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
-    return values.map(lambda value: json.dumps(value).encode())
-
-
-# Half of the requests have a proper prompt, so that what is random beside it gets a chance.
-PROMPT = (
-    one_tensor("text_input", st.text(max_size=60).map(str.encode))
-    | one_tensor(
-        "chat_request", as_json(st.fixed_dictionaries({"messages": st.lists(MESSAGE, min_size=1, max_size=2)}))
-    )
-    | one_tensor("tokenize_request", as_json(st.fixed_dictionaries({"text": TEXT})))
-    | one_tensor(
-        "sampling_parameters",
-        as_json(st.fixed_dictionaries({"prompt_token_ids": st.lists(st.integers(0, LIMITS.vocab_size), max_size=110)})),
-    )
-    | st.just({})
-)
-
-
-@settings(max_examples=500, deadline=None)
-@given(
-    prompt=PROMPT,
-    others=st.just({}) | st.dictionaries(st.sampled_from([spec.name for spec in INPUTS]), ARRAYS, max_size=2),
-    parameters=st.just({})
-    | st.dictionaries(st.text(max_size=5) | st.sampled_from(["stream", "stop", "timeout"]), JSON, max_size=1),
-    request_id=st.just("") | st.text(st.characters(), max_size=4),
-)
-def test_any_bytes_in_any_tensor_give_a_valid_request_or_an_invalid_argument(prompt, others, parameters, request_id):
-    inputs = {**others, **prompt}
-    try:
-        result = parse(RawRequest(inputs, parameters, request_id), CONTEXT, 7)
-    except InvalidArgument as error:
-        error.wire_message().encode()
-        return
-    if isinstance(result, ParsedTokenize):
-        json.loads(result.answer)
-        result.answer.encode()
-    else:
-        assert 1 <= len(result.message.prompt_token_ids) <= 99
-        assert all(0 <= token_id < LIMITS.vocab_size for token_id in result.message.prompt_token_ids)
-        assert result.message.params.max_tokens is not None
-        assert 1 <= result.message.params.max_tokens <= 100 - len(result.message.prompt_token_ids)
-        result.prompt_text.encode()

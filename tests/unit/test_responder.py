@@ -114,13 +114,10 @@ class Rig:
         parsed = ParsedRequest(message, "", stream, outputs, f"r{self._ids}")
         return Generation(parsed, Sender(), [Completion(self.tokenizer, message) for _ in range(message.params.n)])
 
-    def submit(self, generation: Generation) -> Sender:
-        self.responder.submit(generation)
-        return generation.sender
-
     def open(self, stream: bool = True, **params: Any) -> tuple[Generation, Sender]:
         generation = self.generation(stream, **params)
-        return generation, self.submit(generation)
+        self.responder.submit(generation)
+        return generation, generation.sender
 
     def output(self, generation: Generation, text: str = "", reason: Any = None, index: int = 0) -> None:
         """The engine's thread delivers a step with tokens of this text."""
@@ -164,7 +161,7 @@ def test_an_abort_that_overtakes_its_request_is_repeated(rig: Rig) -> None:
             rig.responder.cancel(generation)
 
     rig.before_sending = cancel_first
-    rig.submit(generation)
+    rig.responder.submit(generation)
     assert [type(message) for message in rig.to_engine] == [Abort, GenerateRequest, Abort]
     rig.output(generation, reason="abort")
 
@@ -178,8 +175,8 @@ def test_a_drain_that_overtakes_a_request_reaches_the_engine_too(rig: Rig) -> No
             rig.settle()
 
     rig.before_sending = drain_first
-    sender = rig.submit(generation)
-    assert sender.final.wait(5)
+    rig.responder.submit(generation)
+    assert generation.sender.final.wait(5)
     assert [type(message) for message in rig.to_engine] == [Abort, GenerateRequest, Abort]
 
 
@@ -391,7 +388,7 @@ def test_whatever_meets_whatever_every_request_ends_exactly_once(rig: Rig) -> No
         generation = rig.generation(stream=chance.random() < 0.7, stop=("xxxx",) if chance.random() < 0.3 else ())
         generation.sender.cancelled = chance.random() < 0.3
         generations.append(generation)
-        rig.submit(generation)
+        rig.responder.submit(generation)
     assert all(generation.sender.final.wait(10) for generation in generations[:-20])
     finished.set()
     for thread in threads:

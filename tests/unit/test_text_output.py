@@ -6,7 +6,7 @@ from flashserve.protocol import ErrorInfo, GenerateRequest, SamplingParams, Toke
 from flashserve.text.completion import Completion, Delta
 from flashserve.text.output import TextDelta, TextStream
 from flashserve.text.tokenizer import Tokenizer
-from small_tokenizers import byte_level, sentencepiece
+from small_tokenizers import byte_level, sentencepiece, word_piece
 
 TOKENIZER = Tokenizer(byte_level())
 EOS = 0
@@ -123,6 +123,15 @@ def test_a_completion_ends_where_the_text_does():
     assert not completion.take(TokenOutput(1, ids("late"), "length"))
     assert (completion.finish_reason, completion.token_ids) == ("stop", ids("hellob"))
     assert completion.delta() == Delta("lo", 3)
+
+
+def test_a_completion_continues_its_prompt():
+    """For decoders that join tokens by what stands next to them."""
+    tokenizer = word_piece()
+    play, ing = (tokenizer.token_to_id(token) for token in ("play", "##ing"))
+    completion = Completion(Tokenizer(tokenizer), GenerateRequest(1, [play], SamplingParams(), 0.0))
+    completion.take(TokenOutput(1, [ing], "length"))
+    assert completion.delta().text == "ing"
 
 
 def test_a_completion_that_the_engine_ends_shows_what_was_held_back():
