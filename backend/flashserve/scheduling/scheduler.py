@@ -94,9 +94,9 @@ class Scheduler:
             heapq.heappush(self._deadlines, (request.deadline, request.id))
 
     def release(self, request_id: int, hold: Hold) -> None:
-        """What a request waited for is there. Unknown ids ended already."""
+        """What a request waited for is there. Unknown ids ended already; what it does not wait for changes nothing."""
         request = self._requests.get(request_id)
-        if request is not None:
+        if request is not None and hold in request.holds:
             self._waiting.release(request, hold)
 
     def abort(self, request_ids: Iterable[int]) -> None:
