@@ -7,11 +7,11 @@ import json
 from typing import Any
 
 import pytest
+
+from flashserve_client import AsyncClient
 from harness import Server
 from requests_helper import call, generate, post, stream_sse, text_of, wait_idle
 from shared_servers import EOS_LETTER, LETTERS, letters
-
-from flashserve_client import AsyncClient
 
 HELLO, HELLO_TOKENS = "hello", 3
 TO_THE_END = LETTERS[HELLO_TOKENS : LETTERS.index(EOS_LETTER)]  # IJKL...abc

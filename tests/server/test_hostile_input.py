@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from harness import Server, wait_until
 from requests_helper import GrpcCall, Raw, call, generate, post, strings, wait_idle
 from shared_servers import LETTERS, NULL_IDS, letters

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from harness import ROOT, Server
 
 TOOLS = ROOT / ".venv-load-tools"
