@@ -66,7 +66,8 @@ GEMMA = ModelShape(
 CASES = (
     Case("Qwen3-8B", ModelShape(4096, 32, 8, 128, 12288, 151936, 36)),
     Case("Qwen3-8B, FP8 cache", ModelShape(4096, 32, 8, 128, 12288, 151936, 36, cache_dtype=E4M3)),
-    Case("SmolLM2-135M", ModelShape(576, 9, 3, 64, 1536, 49152, 30)),
+    # Small heads and odd widths: where the two makers' compilers differ, not each of their GPUs.
+    Case("SmolLM2-135M", ModelShape(576, 9, 3, 64, 1536, 49152, 30), (H200, MI300X)),
     # Heads that are no power of two, full multi-head attention, float16.
     Case("Phi-2", ModelShape(2560, 32, 32, 80, 10240, 51200, 32, HALF, HALF, 16, "gelu_tanh", False), (A100,)),
     # Windows in every other layer, soft caps, the largest heads, large blocks, scaled embeddings, norms in float32.

@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from safetensors.torch import load_file, save_file
 
+from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError
 from flashserve.model_card import read_model_card
-from flashserve.protocol import SamplingParams
-from flashserve.runner.staging import array_fields, num_bytes, tensor_fields
-from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput
+from flashserve.models.registry import open_model
 from flashserve.text.tokenizer import Tokenizer
+from perplexity import WINDOW, bits_per_token
+from real_models import smollm2
 from tiny_models import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "model_repository" / "demo" / "1" / "weights"
-WINDOW = 512
-
-
-def bits_per_token(driver, token_ids: list[int]) -> float:
-    """Mean of -log2 p(token | the ones before it in its window)."""
-    total, count = 0.0, 0
-    for first in range(0, len(token_ids) - WINDOW, WINDOW):
-        window = token_ids[first : first + WINDOW]
-        scores = all_logits(driver.runner, window).log_softmax(-1)
-        chosen = scores[:-1].gather(1, torch.tensor(window[1:])[:, None])
-        total, count = total - float(chosen.sum()) / math.log(2), count + len(window) - 1
-    return total / count
-
-
-@torch.inference_mode()
-def all_logits(runner, tokens: list[int]) -> torch.Tensor:
-    """The logits of every token of one prompt, [T, V] float32."""
-    blocks = list(range(-(-len(tokens) // 16)))
-    row = ScheduledRow(0, 0, 0, len(tokens), tokens, blocks, 1)
-    admission = Admission(0, 0, SamplingParams(temperature=0), 0, len(tokens), ())
-    step = runner._builder.arrange(SchedulerOutput(0, [admission], [row], len(tokens), []))
-    buffer = torch.zeros(num_bytes(step.sizes), dtype=torch.uint8)
-    runner._builder.fill(step, array_fields(buffer, step.sizes), step.sizes)
-    fields = replace(tensor_fields(buffer, step.sizes), logits_rows=torch.arange(len(tokens)))
-    return runner._step_model.logits(fields, len(tokens)).float()
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +42,16 @@ def test_perplexity_is_close_to_that_of_bfloat16(settings, worse, text, drive):
     assert small != plain and abs(small / plain - 1) < worse, (plain, small)
 
 
+def test_perplexity_of_a_files_groups_is_within_1_percent_of_its_full_weights(drive):
+    files = open_model(EngineConfig(str(smollm2())))
+    tokenizer = Tokenizer.from_card(files.card)
+    prose = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tokens = tokenizer.encode(prose)[: 3 * WINDOW + 1]
+    full = 2 ** bits_per_token(drive(files=files, quantization="dense", **SETTINGS), tokens)
+    kept = 2 ** bits_per_token(drive(files=files, **SETTINGS), tokens)
+    assert kept != full and abs(kept / full - 1) < 0.01, (full, kept)
+
+
 @pytest.mark.parametrize("settings", [{"quantization": "int8"}, {"quantization": "int4"}, {"kv_cache_dtype": "int8"}])
 def test_recorded_steps_give_the_logits_of_single_ops(settings, tmp_path, drive, random_prompts):
     folder = make_tiny_model("qwen2", tmp_path, dtype="bfloat16")
@@ -85,3 +69,12 @@ def test_torch_refuses_what_it_lacks(settings, tmp_path, drive, monkeypatch):
     folder = make_tiny_model("llama", tmp_path)
     with pytest.raises(ConfigError, match=next(iter(settings))):
         drive(folder, **settings)
+
+
+def test_weights_that_cannot_be_quantised_are_refused(tmp_path, drive):
+    folder = make_tiny_model("llama", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 3] = float("inf")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match="cannot be quantised in groups"):
+        drive(folder, quantization="int4")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashserve.errors import ConfigError
 from flashserve_kernels import LinearWeight, Ops
-from flashserve_kernels.grouped import INT4, INT8, QuantizedRows
+from flashserve_kernels.grouped import INT4, INT8, GroupedFormat, QuantizedRows
 
 Packing = Callable[[Ops, Tensor, bool], LinearWeight]
 """(ops, full weight, gated) → what the ops multiply with."""
@@ -23,12 +23,14 @@ def _int8(ops: Ops, weight: Tensor, gated: bool) -> LinearWeight:
     return ops.pack_linear(weight, gated=gated, int8=True)
 
 
-def _int4(ops: Ops, weight: Tensor, gated: bool) -> LinearWeight:
-    return ops.pack_linear(QuantizedRows(weight, INT4), gated=gated)
+def _into_groups(format: GroupedFormat) -> Packing:
+    def pack(ops: Ops, weight: Tensor, gated: bool) -> LinearWeight:
+        try:
+            return ops.pack_linear(QuantizedRows(weight, format), gated=gated)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
-
-def _grouped_int8(ops: Ops, weight: Tensor, gated: bool) -> LinearWeight:
-    return ops.pack_linear(QuantizedRows(weight, INT8), gated=gated)
+    return pack
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,9 @@ class WeightFormat:
     pack_head: Packing = _dense
     """Of the head's, which decides alone what a token is."""
     needs: str | None = None
-    """Which of ``Ops.weight_formats``."""
+    """Which of ``Ops.weight_formats``; None: nothing but full weights."""
     keeps_groups: bool = False
     """Whether weights that are stored in groups stay so, where the ops take that; else they become full weights."""
-
-    def check(self, name: str | None, ops: Ops) -> None:
-        """Raise ConfigError where the ops lack what it needs."""
-        if self.needs is not None and self.needs not in ops.weight_formats:
-            raise ConfigError(f"quantization={name!r} needs the native kernels of a CPU, not {ops.name} ops")
 
     def keeps(self, ops: Ops) -> bool:
         """Whether weights that are stored in groups go to the ops as they are."""
@@ -58,6 +55,6 @@ WEIGHT_FORMATS: dict[str | None, WeightFormat] = {
     None: WeightFormat(keeps_groups=True),
     "dense": WeightFormat(),
     "int8": WeightFormat(_int8, _int8, needs="int8"),
-    "int4": WeightFormat(_int4, _grouped_int8, needs="grouped"),
+    "int4": WeightFormat(_into_groups(INT4), _into_groups(INT8), needs="grouped"),
 }
 """By the values of ``quantization`` (``config.QUANTIZATIONS``)."""

@@ -98,9 +98,13 @@ def read_model_facts(files: ModelFiles, config: EngineConfig, device: DeviceFact
 
 @torch.inference_mode()
 def load_model(files: ModelFiles, resolved: ResolvedConfig, device: torch.device, ops: Ops) -> CausalLM:
-    """Build the model with its weights. Raises ConfigError for missing, unexpected or mis-shaped tensors."""
+    """Build the model with its weights. Raises ConfigError for missing, unexpected or mis-shaped tensors, and for a
+    quantization that the ops lack."""
     _, model_class = find_architecture(files.config)
-    format = WEIGHT_FORMATS[resolved.config.quantization]
+    name = resolved.config.quantization
+    format = WEIGHT_FORMATS[name]
+    if format.needs is not None and format.needs not in ops.weight_formats:
+        raise ConfigError(f"quantization={name!r} needs the native kernels of a CPU, not {ops.name} ops")
     weights = files.weights(WEIGHT_DTYPES[resolved.dtype], device, ops, format)
     model = model_class(files.config, weights, resolved.max_model_len)
     weights.finish(model_class.ignored_weights(files.config))

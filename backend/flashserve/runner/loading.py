@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 
 from flashserve.config import DeviceFacts, EngineConfig, ResolvedConfig, resolve
-from flashserve.layers.weight_format import WEIGHT_FORMATS
 from flashserve.models.dtypes import WEIGHT_DTYPES
 from flashserve.models.files import ModelFiles
 from flashserve.models.model_input import CausalLM
@@ -37,7 +36,6 @@ def load_runner(files: ModelFiles, config: EngineConfig, device: Device) -> Mode
     before = device.read_facts()
     facts = read_model_facts(files, config, before)
     ops = device.select_ops(config, facts.head_dim)
-    WEIGHT_FORMATS[config.quantization].check(config.quantization, ops)
     block_bytes = kv_block_bytes(ops, config, facts)
     resolved = resolve(config, facts, before, block_bytes)
     started = time.perf_counter()

@@ -54,10 +54,10 @@ def test_activations(pool, dtype, columns, rows, activation):
 def test_activations_of_what_is_no_number_or_huge(pool, activation):
     x = torch.randn(2, 40)
     x[1, 3] = torch.nan
-    x[0, 5:7] = torch.tensor([1e30, torch.inf])
+    x[0, 5] = 1e30
     out = activate(pool, x, activation)
     assert out.isnan().nonzero().tolist() == [[1, 3]]
-    assert out[0, 5:7].tolist() == x[0, 5:7].tolist()
+    assert out[0, 5] == x[0, 5]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashserve.errors import ConfigError
 from flashserve.models.gguf.block_types import BLOCK_TYPES, BlockType
 from flashserve_kernels.grouped import Grouped, GroupedFormat
 
@@ -34,6 +35,8 @@ class GgufRows:
     """A matrix of blocks, converted as its rows are asked for. Implements GroupedRows."""
 
     type: GroupedType
+    name: str
+    """For messages."""
     data: Tensor
     """[outputs, bytes of a row] uint8, may be a memory map."""
     order: Tensor | None = None
@@ -51,12 +54,15 @@ class GgufRows:
         return self.type.format
 
     def rows(self, first: int, last: int) -> Grouped:
+        """Raises ConfigError for scales that are no numbers."""
         rows = self.data[first:last] if self.order is None else self.data[self.order[first:last]]
         blocks = rows.numpy().reshape(len(rows), -1, self.type.block.num_bytes)
         codes, scales, minimums = (
             torch.from_numpy(np.ascontiguousarray(part)).view(len(rows), -1) for part in self.type.parts(blocks)
         )
         self.done(first, last)
+        if not (scales.isfinite().all() and minimums.isfinite().all()):
+            raise ConfigError(f"{self.name} holds scales that are no numbers; is the file damaged?")
         return Grouped(self.type.format, codes, scales, minimums)
 
 

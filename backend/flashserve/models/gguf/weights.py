@@ -109,7 +109,9 @@ class GgufWeights(FileWeights):
         if tensor.head_rows is not None:  # which row of the file each of ours is
             places = tensor.places(0, shape[0])
             order = torch.empty_like(places).scatter_(0, places, torch.arange(shape[0]))
-        return GgufRows(type, tensor.blocks(0, shape[0]), order, lambda first, last: self._done(tensor, first, last))
+        place = f"{tensor.info.file.name}: tensor {tensor.info.name}"
+        blocks = tensor.blocks(0, shape[0])
+        return GgufRows(type, place, blocks, order, lambda first, last: self._done(tensor, first, last))
 
     def _done(self, tensor: ModelTensor, first: int, last: int) -> None:
         size = tensor.info.row_bytes

@@ -79,7 +79,7 @@ void map_rows(const fs_op& op, Range rows, const F& f) {
 template <class T>
 void activate(const fs_op& op, Range rows) {
     if (op.i[0] == SOFT_CAP) return map_rows<T>(op, rows, [&](vf x) { return soft_cap(x, (float)op.f[0]); });
-    if (op.i[0] == GELU) return map_rows<T>(op, rows, [](vf x) { return gelu(x); });
+    if (op.i[0] == GELU) return map_rows<T>(op, rows, Gelu());
     map_rows<T>(op, rows, SigmoidForm::of(op.i[0]));
 }
 

@@ -19,10 +19,13 @@ struct LinearArguments {
 };
 inline const LinearArguments& linear_arguments(const fs_op& op) { return *(const LinearArguments*)op.i; }
 
+struct Nothing {};
+
 // One block's sums become rows and columns of the output, beside the next block's work (RowWork of gemm.h). X: type of the
-// bias; O: of the output.
-template <class T, class X, class O, bool GATED>
+// bias; O: of the output. Gate: SigmoidForm or Gelu; Nothing: the output is not gated.
+template <class T, class X, class O, class Gate>
 class Epilogue {
+    static constexpr bool GATED = !std::is_same_v<Gate, Nothing>;
     static constexpr int VECTORS = PANEL / VL, HALF = VECTORS / 2;
     static constexpr bool INT8 = std::is_same_v<T, uint8_t>;
 
@@ -31,7 +34,6 @@ class Epilogue {
         vi offsets[VECTORS];
         const float* row_scales;
     };
-    struct Nothing {};
 
     const AccType<T>* sums = nullptr;
     O* out = nullptr;
@@ -40,7 +42,7 @@ class Epilogue {
     // Of the panel's columns. What they add costs nothing beside the loads and stores, so there is no case without a bias.
     vf bias[VECTORS] = {};
     std::conditional_t<INT8, Int8, Nothing> int8 = {};
-    std::conditional_t<GATED, SigmoidForm, Nothing> gate = {};
+    Gate gate = {};
 
    public:
     // Rows that are still to be done.
@@ -49,7 +51,7 @@ class Epilogue {
     Epilogue() = default;
     Epilogue(const fs_op& op, const LinearArguments& a, int64_t panel, const AccType<T>* sums, int64_t first, int count)
         : sums(sums), stride(a.out_stride), end(count) {
-        if constexpr (GATED) gate = SigmoidForm::of(a.activation);
+        if constexpr (GATED) gate = Gate::of(a.activation);
         const int64_t width = GATED ? PANEL / 2 : PANEL, outputs = GATED ? a.n / 2 : a.n, column = panel * width;
         out = (O*)op.p[3] + column + first * stride;
         left = std::min(width, outputs - column);
@@ -71,10 +73,7 @@ class Epilogue {
     // Whether it still needs the sums that lie there.
     bool reads(const AccType<T>* c) const { return next < end && c == sums; }
 
-    [[gnu::always_inline]] void row(int r) const { write(r, gate); }
-
-    template <class Activate>
-    [[gnu::always_inline]] void write(int r, const Activate& activate) const {
+    [[gnu::always_inline]] void row(int r) const {
         vf values[VECTORS];
         const AccType<T>* from = sums + r * PANEL;
         O* to = out + r * stride;
@@ -98,7 +97,7 @@ class Epilogue {
 #pragma GCC unroll 8
         for (int v = 0; v < (GATED ? HALF : VECTORS); v++) {
             vf value = values[v];
-            if constexpr (GATED) value = activate(value) * values[v + HALF];
+            if constexpr (GATED) value = gate(value) * values[v + HALF];
             const int n = left - v * VL;
             if (n >= VL)
                 store(to + v * VL, value);
@@ -110,9 +109,5 @@ class Epilogue {
         const Epilogue e = *this;
         for (int r = next; r < end; r++) e.row(r);
         next = end;
-    }
-    // The one activation of another form: at once, not beside the next block.
-    [[gnu::noinline]] void finish_gelu() {
-        for (; next < end; next++) write(next, [](vf x) { return gelu(x); });
     }
 };

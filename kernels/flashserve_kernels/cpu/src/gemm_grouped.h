@@ -89,7 +89,7 @@ struct GroupedMicro {
     static constexpr int ALL = PANEL / VL;
     // Vectors of columns at a time: where more of them would not fit the registers, the panel's lines are read again.
     template <int BITS, int R>
-    static constexpr int WIDTH = VL == 16 || R == 1 ? 2 : BITS == 4 ? 2 : 1;
+    static constexpr int WIDTH = VL == 16 || BITS == 4 || R == 1 ? 2 : 1;
 
     template <int BITS>
     static void run_tile(const GroupedBlock& block) {

@@ -155,7 +155,7 @@ int64_t linear_chunks(const fs_op& op, const Dims& dims, int num_threads) {
     return blocks * std::min(panels, std::max(wanted, needed));
 }
 
-template <class X, class O, bool GATED>
+template <class X, class O, class Gate>
 void run_chunk(const fs_op& op, Range rows, Range panels) {
     const LinearArguments& a = linear_arguments(op);
     const GroupedFormat& format = format_of(op);
@@ -166,10 +166,7 @@ void run_chunk(const fs_op& op, Range rows, Range panels) {
             const int count = GroupedMicro::rows(rows.end - row);
             const char* x = (const char*)op.p[0] + row * a.x_stride;
             GroupedMicro::run({x, a.x_stride, count, at, format, format.groups(a.k), sums, row == rows.begin});
-            Epilogue<float, X, O, GATED> epilogue(op, a, panel, sums, row, count);
-            if constexpr (GATED)
-                if (a.activation == GELU) epilogue.finish_gelu();
-            epilogue.finish();
+            Epilogue<float, X, O, Gate>(op, a, panel, sums, row, count).finish();
             row += count;
         }
     }
@@ -181,12 +178,14 @@ void linear_run(const fs_op& op, const Dims& dims, int64_t chunk, int64_t num_ch
     const Range rows = part(dims.rows(op), chunk / ranges, blocks);
     const Range panels = part(num_panels(a.n, a.gated), chunk % ranges, ranges);
     with_type(op.dtype, [&]<class X>(X) {
-        if (a.gated)
-            run_chunk<X, X, true>(op, rows, panels);
+        if (a.gated && a.activation == GELU)
+            run_chunk<X, X, Gelu>(op, rows, panels);
+        else if (a.gated)
+            run_chunk<X, X, SigmoidForm>(op, rows, panels);
         else if (a.out_dtype == FS_F32)
-            run_chunk<X, float, false>(op, rows, panels);
+            run_chunk<X, float, Nothing>(op, rows, panels);
         else
-            run_chunk<X, X, false>(op, rows, panels);
+            run_chunk<X, X, Nothing>(op, rows, panels);
     });
 }
 
