@@ -33,7 +33,7 @@ def locate(model: str) -> Path | None:
     if model and path.exists():
         return choose_file(path.resolve())
     if model.startswith((".", "~", "/")) or not HUB_ID.fullmatch(model):
-        raise ConfigError(f"no such folder or {GGUF} file: {model!r}")
+        raise ConfigError(f"model folder or {GGUF} file {model} does not exist")
     return None
 
 

@@ -45,7 +45,7 @@ def test_a_name_can_be_chosen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("argument", ["./nowhere", "/nowhere/at/all", "~/no-such-folder", "a/b/c", "", "x="])
 def test_what_is_neither_a_folder_nor_an_id_is_refused(argument: str) -> None:
-    with pytest.raises(LauncherError, match=r"no such folder or \.gguf file") as caught:
+    with pytest.raises(LauncherError, match=r"model folder or \.gguf file .* does not exist") as caught:
         repository.parse_model(argument)
     assert "Hugging Face id" in caught.value.advice
 
