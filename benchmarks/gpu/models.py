@@ -20,6 +20,7 @@ from benchmarks.common.timing import Timer
 from benchmarks.gpu.report import Budget, Report, profile_figures
 from flashserve.config import EngineConfig
 from flashserve.engine.core import build_core
+from flashserve.layers.parallel import Ranks
 from flashserve.models.registry import find_architecture
 from flashserve.protocol import GenerateRequest, ModelCard, SamplingParams
 from flashserve.runner.device import open_device
@@ -41,7 +42,7 @@ class RandomWeights:
     quantization: str | None = None
 
     def __init__(self, dtype: torch.dtype, device: torch.device, ops: Ops) -> None:
-        self.dtype, self.device, self.ops = dtype, device, ops
+        self.dtype, self.device, self.ops, self.ranks = dtype, device, ops, Ranks()
 
     def has(self, name: str) -> bool:
         return True

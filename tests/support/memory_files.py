@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from flashserve.layers.parallel import Ranks
 from flashserve.protocol import ModelCard
 
 
@@ -14,8 +15,9 @@ class MemoryWeights:
 
     quantization = None
 
-    def __init__(self, tensors, dtype, device, ops):
+    def __init__(self, tensors, dtype, device, ops, ranks=None):
         self._tensors, self.dtype, self.device, self.ops = dict(tensors), dtype, device, ops
+        self.ranks = ranks or Ranks()
         self._unused = set(tensors)
 
     def has(self, name):

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flashserve.layers.parallel import Ranks
 from flashserve_kernels import Ops
 
 
@@ -23,6 +24,8 @@ class WeightSource(Protocol):
     """What the model's layers call."""
     quantization: str | None
     """How linear weights are quantised while they load: None or "int8"."""
+    ranks: Ranks
+    """Who else loads this model, and which part is this process's."""
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds the tensor."""
@@ -45,3 +48,14 @@ class WeightSource(Protocol):
         """The tensor inside the file's memory map: only rows that are read take memory. None where the dtype or
         the device differ. Never write to it."""
         ...
+
+
+def read_part(weights: WeightSource, name: str, out: Tensor, dim: int) -> None:
+    """Copy to ``out`` this rank's part of a tensor that is cut along ``dim`` into as many equal ones."""
+    ranks = weights.ranks
+    if ranks.size == 1:
+        weights.read_into(name, out)
+    else:
+        shape, size = list(out.shape), out.shape[dim]
+        shape[dim] = size * ranks.size
+        out.copy_(weights.read(name, tuple(shape)).narrow(dim, ranks.rank * size, size))

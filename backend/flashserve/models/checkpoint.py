@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from flashserve.errors import ConfigError
+from flashserve.layers.parallel import Ranks
 from flashserve.models.progress import LoadingProgress
 from flashserve_kernels import Ops
 
@@ -168,11 +169,14 @@ class CheckpointWeights:
         device: torch.device,
         ops: Ops,
         quantization: str | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        """ranks: None: this process alone holds the model."""
         self.dtype = dtype
         self.device = device
         self.ops = ops
         self.quantization = quantization
+        self.ranks = ranks or Ranks()
         self._checkpoint = checkpoint
         self._maps: dict[Path, mmap.mmap] = {}
         self._used: set[str] = set()

@@ -11,6 +11,7 @@ from flashserve.config import DeviceFacts, EngineConfig, ModelFacts, ResolvedCon
 from flashserve.errors import ConfigError
 from flashserve.models.dtypes import WEIGHT_DTYPES
 from flashserve.models.files import ModelFiles, SafetensorsFolder
+from flashserve.models.gemma3 import Gemma3ForCausalLM
 from flashserve.models.gpt2 import GPT2LMHeadModel
 from flashserve.models.llama import LlamaForCausalLM
 from flashserve.models.mistral import MistralForCausalLM
@@ -29,6 +30,7 @@ SIZES = {
 }
 
 ARCHITECTURES: dict[str, type[CausalLM]] = {
+    "Gemma3ForCausalLM": Gemma3ForCausalLM,
     "GPT2LMHeadModel": GPT2LMHeadModel,
     "LlamaForCausalLM": LlamaForCausalLM,
     "MistralForCausalLM": MistralForCausalLM,

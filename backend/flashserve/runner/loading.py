@@ -74,4 +74,4 @@ def _run_largest_step(model: CausalLM, resolved: ResolvedConfig, device: Device,
     # Their keys and values all go to block 0, over each other.
     rows = [ScheduledRow(slot, slot, 0, length, [0] * length, [], 1) for slot, length in enumerate(lens)]
     steps.logits(builder.arrange(SchedulerOutput(0, [], rows, sizes.tokens, [])))
-    steps.sample()
+    steps.sample(step_model.every_stage)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flashserve_kernels.activation import Activation
 from flashserve_kernels.attention import AttentionBatch
 from flashserve_kernels.cpu import attention, elementwise, kv_cache, linear, norm, sampling, tokens
 from flashserve_kernels.cpu.kv_cache import PackedKVLayer
@@ -14,6 +15,7 @@ from flashserve_kernels.cpu.linear import PackedLinear
 from flashserve_kernels.cpu.program import Pool, Program
 from flashserve_kernels.kv_cache import KVCacheSpec
 from flashserve_kernels.ops import Ops, SamplerColumns
+from flashserve_kernels.sampling import Stage
 
 
 class NativeOps(Ops):
@@ -42,14 +44,20 @@ class NativeOps(Ops):
     def linear(self, x: Tensor, weight: PackedLinear, bias: Tensor | None = None) -> Tensor:
         return linear.linear(self._pool, x, weight, bias)
 
-    def linear_silu_and_mul(self, x: Tensor, weight: PackedLinear, bias: Tensor | None = None) -> Tensor:
-        return linear.linear_silu_and_mul(self._pool, x, weight, bias)
+    def linear_gated(
+        self, x: Tensor, weight: PackedLinear, activation: Activation, bias: Tensor | None = None
+    ) -> Tensor:
+        return linear.linear_gated(self._pool, x, weight, activation, bias)
 
-    def logits(self, hidden: Tensor, weight: PackedLinear) -> Tensor:
-        return linear.linear(self._pool, hidden, weight, out_dtype=torch.float32)
+    def activate(self, x: Tensor, activation: Activation) -> Tensor:
+        return elementwise.activate(self._pool, x, activation)
 
-    def embedding(self, table: Tensor, ids: Tensor) -> Tensor:
-        return elementwise.embedding(self._pool, table, ids)
+    def logits(self, hidden: Tensor, weight: PackedLinear, softcap: float | None = None) -> Tensor:
+        logits = linear.linear(self._pool, hidden, weight, out_dtype=torch.float32)
+        return logits if softcap is None else elementwise.soft_cap_(self._pool, logits, softcap)
+
+    def embedding(self, table: Tensor, ids: Tensor, scale: float = 1.0) -> Tensor:
+        return elementwise.embedding(self._pool, table, ids, scale)
 
     def add_embedding_(self, x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
         return elementwise.add_embedding_(self._pool, x, table, ids)
@@ -73,9 +81,6 @@ class NativeOps(Ops):
         self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         return norm.add_layer_norm(self._pool, x, residual, weight, bias, eps)
-
-    def gelu_tanh(self, x: Tensor) -> Tensor:
-        return elementwise.gelu_tanh(self._pool, x)
 
     def kv_block_bytes(self, spec: KVCacheSpec) -> int:
         return kv_cache.packed_block_bytes(spec)
@@ -105,8 +110,5 @@ class NativeOps(Ops):
     ) -> Tensor:
         return attention.paged_attention(self._pool, q, cache, batch, scale, window, softcap)
 
-    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor, state: SamplerColumns) -> Tensor:
-        temperature, min_p, top_k = state["temperature"], state["min_p"], state["top_k"]
-        return sampling.sample_rows(
-            self._pool, logits, temperature, min_p, top_k, state["top_p"], state["seed"], positions, slots
-        )
+    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor, state: SamplerColumns, stages: Stage) -> Tensor:
+        return sampling.sample_rows(self._pool, logits, slots, positions, stages, **state)

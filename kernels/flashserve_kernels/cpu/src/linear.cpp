@@ -1,10 +1,11 @@
-// Products with packed weights, and their epilogues: bias, SwiGLU, the scales of int8.
+// Products with packed weights, and their epilogues: bias, gated activations, the scales of int8.
+#include "activation.h"
 #include "gemm.h"
 #include "packed.h"
 
 namespace {
 
-// FS_LINEAR. out = x W^T + bias, or silu of it times the other half of it. dtype: of x and the bias.
+// FS_LINEAR. out = x W^T + bias, or an activation of half of it times the other half. dtype: of x and the bias.
 // p: x (int8 weights: the rows that FS_QUANTIZE made), packed weight (packed.h), bias or null, out, scales of x's rows
 // (int8 weights only). i: see Arguments.
 struct Arguments {
@@ -15,6 +16,7 @@ struct Arguments {
     int64_t gated;       // 1: gate rows first, then up rows; out has n / 2 columns
     int64_t out_dtype;   // dtype, or FS_F32
     int64_t weight_dtype;  // dtype, or FS_I8
+    int64_t activation;    // of the gate (activation.h)
 };
 const Arguments& arguments(const fs_op& op) { return *(const Arguments*)op.i; }
 
@@ -69,21 +71,13 @@ int64_t num_chunks_of(const Arguments& a, int64_t rows, int num_threads) {
 
 // --- epilogue ------------------------------------------------------------------------------------------------
 
-// 1 / x for positive x below 2^126, relative error below 2^-22. A division of 16 floats occupies AVX-512 for 16 cycles.
-FS_INLINE vf reciprocal(vf x) {
-#if defined(__AVX512F__)
-    const vf r = (vf)_mm512_rcp14_ps((__m512)x);
-    return r * (2.0f - x * r);
-#else
-    return 1.0f / x;
-#endif
-}
-FS_INLINE vf silu(vf x) { return x * reciprocal(vexp(vmin(-x, splat(87.0f))) + 1.0f); }
+struct Nothing {};
 
 // One block's sums become rows and columns of the output, beside the next block's work (RowWork of gemm.h). X: type of the
-// bias; O: of the output.
-template <class T, class X, class O, bool GATED>
+// bias; O: of the output. Gate: SigmoidForm or Gelu; Nothing: the output is not gated.
+template <class T, class X, class O, class Gate>
 class Epilogue {
+    static constexpr bool GATED = !std::is_same_v<Gate, Nothing>;
     static constexpr int VECTORS = PANEL / VL, HALF = VECTORS / 2;
     static constexpr bool INT8 = std::is_same_v<T, uint8_t>;
 
@@ -92,7 +86,6 @@ class Epilogue {
         vi offsets[VECTORS];
         const float* row_scales;
     };
-    struct Nothing {};
 
     const AccType<T>* sums = nullptr;
     O* out = nullptr;
@@ -101,6 +94,7 @@ class Epilogue {
     // Of the panel's columns. What they add costs nothing beside the loads and stores, so there is no case without a bias.
     vf bias[VECTORS] = {};
     std::conditional_t<INT8, Int8, Nothing> int8 = {};
+    Gate gate = {};
 
    public:
     // Rows that are still to be done.
@@ -109,6 +103,7 @@ class Epilogue {
     Epilogue() = default;
     Epilogue(const fs_op& op, const Arguments& a, int64_t panel, const AccType<T>* sums, int64_t first, int count)
         : sums(sums), stride(a.out_stride), end(count) {
+        if constexpr (GATED) gate = Gate::of(a.activation);
         const int64_t width = GATED ? PANEL / 2 : PANEL, outputs = GATED ? a.n / 2 : a.n, column = panel * width;
         out = (O*)op.p[3] + column + first * stride;
         left = std::min(width, outputs - column);
@@ -153,7 +148,8 @@ class Epilogue {
             }
 #pragma GCC unroll 8
         for (int v = 0; v < (GATED ? HALF : VECTORS); v++) {
-            const vf value = GATED ? silu(values[v]) * values[v + HALF] : values[v];
+            vf value = values[v];
+            if constexpr (GATED) value = gate(value) * values[v + HALF];
             const int n = left - v * VL;
             if (n >= VL)
                 store(to + v * VL, value);
@@ -170,7 +166,7 @@ class Epilogue {
 
 // --- chunks --------------------------------------------------------------------------------------------------
 
-template <class T, class X, class O, bool GATED>
+template <class T, class X, class O, class Gate>
 struct ChunkRun {
     const fs_op& op;
     const Arguments& a;
@@ -182,7 +178,7 @@ struct ChunkRun {
     int64_t passes = (num_rows + Micro<T>::ROWS - 1) / Micro<T>::ROWS;
     // The epilogue of a block comes beside the steps of the next: with 16 rows and K = 576 it took 14% of the time
     // on its own.
-    Epilogue<T, X, O, GATED> pending;
+    Epilogue<T, X, O, Gate> pending;
 
     const PanelType<T>* address(int64_t panel, int64_t step) const {
         return (const PanelType<T>*)((const char*)op.p[1] + panel * panel_bytes<T>(a.k)) + step * K_STEP<T> * PANEL;
@@ -195,6 +191,9 @@ struct ChunkRun {
         }
         pending.finish();
     }
+
+    // Three of them in one function would be more than the compiler inlines: the others took 3% longer.
+    [[gnu::noinline]] void run_apart() { run(); }
 
     // A piece of K of some panels, with all rows.
     void run_piece(Range group, int64_t piece) {
@@ -231,7 +230,7 @@ struct ChunkRun {
         panel_gemm<T>(x, a.x_stride, count, address(panel, of_k.begin), k_end - k_begin, c, PANEL, of_k.begin > 0, ahead,
                       passes == 2 ? Hot::PANEL : Hot::ROWS, pending);
         pending.finish();
-        if (last) pending = Epilogue<T, X, O, GATED>(op, a, panel, c, row, count);
+        if (last) pending = Epilogue<T, X, O, Gate>(op, a, panel, c, row, count);
     }
 };
 
@@ -245,10 +244,11 @@ void run_chunk(const fs_op& op, int64_t num_rows, int64_t chunk, int64_t num_chu
     const int64_t waiting = (rows.end - rows.begin) * cut.together;
     const int64_t num_sums = PANEL * (cut.pieces == 1 ? 2 * Micro<T>::ROWS : waiting);
     auto* sums = (AccType<T>*)scratch.get(num_sums * sizeof(AccType<T>));
-    if (a.gated)
-        ChunkRun<T, X, O, true>{op, a, cut, rows, panels, sums}.run();
-    else
-        ChunkRun<T, X, O, false>{op, a, cut, rows, panels, sums}.run();
+    if constexpr (std::is_same_v<X, O>) {  // nobody wants a gated output in another type
+        if (a.gated && a.activation == GELU) return ChunkRun<T, X, O, Gelu>{op, a, cut, rows, panels, sums}.run_apart();
+        if (a.gated) return ChunkRun<T, X, O, SigmoidForm>{op, a, cut, rows, panels, sums}.run();
+    }
+    ChunkRun<T, X, O, Nothing>{op, a, cut, rows, panels, sums}.run();
 }
 
 template <class T, class X>
