@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.shapes import causal_flops, head_size, linear_shapes
+from flashserve.layers.weight_format import WEIGHT_FORMATS
 from flashserve_kernels import AttentionBatch, Ops, Stage
 from flashserve_kernels.kv_cache import KVCacheSpec, KVLayer, write_kv
 
@@ -78,8 +79,9 @@ def linear_cases(config: dict[str, Any], tokens: Iterable[int], item: int, quant
         def bind(ops: Ops, make: Inputs, copies: int) -> Bound:
             # Several weights, since torch's own ops may keep what they are given.
             weight = make.normal(outputs, inputs, seed=1, scale=inputs**-0.5)
-            method = quantization if quantization in ops.weight_formats else None
-            packed = [ops.pack_linear(weight.clone(), gated=gated, quantization=method) for _ in range(copies)]
+            wanted = WEIGHT_FORMATS[quantization]
+            pack = wanted.pack if wanted.needs in (None, *ops.weight_formats) else WEIGHT_FORMATS["dense"].pack
+            packed = [pack(ops, weight.clone(), gated) for _ in range(copies)]
             swiglu = partial(ops.linear_gated, activation="silu")
             run = swiglu if gated else ops.logits if name == "head" else ops.linear
             x = make.normal(count, inputs)

@@ -20,6 +20,7 @@ from torch import Tensor
 from flashserve_kernels import attention, embedding, kv_cache, linear, norm, rotary, sampling
 from flashserve_kernels.activation import Activation, activate, activate_and_mul, soft_cap_
 from flashserve_kernels.attention import AttentionBatch
+from flashserve_kernels.grouped import GroupedRows
 from flashserve_kernels.kv_cache import KVCacheSpec
 from flashserve_kernels.recording import StepProgram
 from flashserve_kernels.sampling import Stage
@@ -41,8 +42,9 @@ class Ops:
     """Whether the device can capture a step of these ops (CUDA graphs): then no op looks at data on the host."""
     records = False
     """Whether :meth:`new_program` gives something to record steps into."""
-    weight_formats: tuple[str, ...] = ()
-    """Values of ``quantization`` that :meth:`pack_linear` takes."""
+    weight_formats: frozenset[str] = frozenset()
+    """What :meth:`pack_linear` takes beside full weights. grouped: weights in groups; int8: full weights, which it
+    quantises per output."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -57,12 +59,12 @@ class Ops:
         """Whether :meth:`pack_linear` makes a copy of a weight, so that the caller should drop the original."""
         return linear.packing_pays(dtype, self.device)
 
-    def pack_linear(self, weight: Tensor, *, gated: bool = False, quantization: str | None = None) -> LinearWeight:
-        """weight: [outputs, inputs]. gated: for :meth:`linear_gated`. quantization: None or one of
-        ``weight_formats``; "int8" means weights per output, activations per row at run time. Raises ValueError for
-        what the implementation lacks."""
-        if quantization is not None:
-            raise ValueError(f"quantization {quantization!r} needs the native kernels of a CPU")
+    def pack_linear(self, weight: Tensor | GroupedRows, *, gated: bool = False, int8: bool = False) -> LinearWeight:
+        """weight: [outputs, inputs]. gated: for :meth:`linear_gated`. int8: weights per output, activations per
+        row at run time. With a weight in groups activations are quantised to int8 per row and group
+        (``grouped.linear``). Raises ValueError for what is not in ``weight_formats``."""
+        if int8 or not isinstance(weight, Tensor):
+            raise ValueError("weights in groups or in int8 need the native kernels of a CPU")
         return linear.pack_linear(weight)
 
     def linear(self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tensor:
@@ -91,6 +93,10 @@ class Ops:
     def embedding(self, table: Tensor, ids: Tensor, scale: float = 1.0) -> Tensor:
         """Rows of a table, multiplied with ``scale``: [V, D], ids [T] int64 → [T, D]. Of any dtype, if scale is 1."""
         return embedding.embedding(table, ids, scale)
+
+    def packed_embedding(self, weight: LinearWeight, ids: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        """Rows of a weight in groups that :meth:`pack_linear` made, times scale: ids [T] int64 → [T, inputs]."""
+        raise ValueError("weights in groups need the native kernels of a CPU")
 
     def add_embedding_(self, x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
         """``x += table[ids]``; returns x."""

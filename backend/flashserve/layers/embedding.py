@@ -28,6 +28,20 @@ class Embedding:
         return self._ops.add_embedding_(x, self.table, ids)
 
 
+class PackedEmbedding:
+    """A table that is kept in groups, packed as a linear's weight; a tied head is the same weight."""
+
+    def __init__(self, ops: Ops, weight: LinearWeight, dtype: torch.dtype, scale: float) -> None:
+        self._ops = ops
+        self.weight = weight
+        self._dtype = dtype
+        self._scale = scale
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """ids: [T] int64. Returns [T, hidden]."""
+        return self._ops.packed_embedding(self.weight, ids, self._dtype, self._scale)
+
+
 class SplitEmbedding:
     """A table of which each rank has some rows."""
 
@@ -73,7 +87,7 @@ def load_embedding_and_head(
     *,
     scale: float = 1.0,
     softcap: float | None = None,
-) -> tuple[Embedding | SplitEmbedding, LMHead]:
+) -> tuple[Embedding | PackedEmbedding | SplitEmbedding, LMHead]:
     """Both layers; ``head_name`` None ties them. scale: of embedded tokens, not of the head; softcap: of the logits.
 
     A tied table would be in memory twice where the head is packed (21% of a 135M model). There the lookup reads
@@ -88,15 +102,24 @@ def load_embedding_and_head(
     if ranks.size > 1:
         part = _read_rows(weights, embedding_name, shape)
         head = part if head_name is None else _read_rows(weights, own_name, shape)
-        packed = ops.pack_linear(head, quantization=weights.quantization)
+        packed = weights.format.pack_head(ops, head, False)
         return SplitEmbedding(ops, part, vocab_size, ranks, scale), head_of(packed)
+    stored = weights.grouped(embedding_name, shape)
+    if stored is not None and weights.format.keeps(ops):
+        packed = ops.pack_linear(stored)
+        head = packed if head_name is None else _load_head(weights, head_name, shape)
+        return PackedEmbedding(ops, packed, weights.dtype, scale), head_of(head)
     if head_name is None and not ops.packs(weights.dtype):
         table = weights.read(embedding_name, shape)
-        return Embedding(ops, table, scale), head_of(ops.pack_linear(table, quantization=weights.quantization))
+        return Embedding(ops, table, scale), head_of(weights.format.pack_head(ops, table, False))
     mapped = weights.mapped(embedding_name, shape) if head_name is None else None
     table = weights.read(embedding_name, shape) if mapped is None else mapped
-    packed = load_packed(weights, shape, lambda weight: weights.read_into(own_name, weight))
-    return Embedding(ops, table, scale), head_of(packed)
+    return Embedding(ops, table, scale), head_of(_load_head(weights, own_name, shape))
+
+
+def _load_head(weights: WeightSource, name: str, shape: tuple[int, int]) -> LinearWeight:
+    stored = [weights.grouped(name, shape)]
+    return load_packed(weights, shape, lambda weight: weights.read_into(name, weight), stored, head=True)
 
 
 def _read_rows(weights: WeightSource, name: str, shape: tuple[int, int]) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashserve.layers.weight_source import WeightSource, read_part
 from flashserve_kernels import Activation, LinearWeight
+from flashserve_kernels.grouped import GroupedRows, JoinedRows
 
 Split = Literal["outputs", "inputs"]
 """What each rank has a part of. A linear of split outputs gives its own part; the next, of split inputs, takes that
@@ -47,24 +48,25 @@ class Linear:
         out_features = sum(size for _, size in shards)
         own_bias = torch.empty(out_features, dtype=weights.dtype, device=weights.device) if bias else None
 
-        def read_shards(weight: Tensor) -> None:
+        def read_shards(kind: str, out: Tensor) -> None:
             first = 0
             for name, size in shards:
-                rows = weight[first : first + size]
-                stored = rows.t() if transposed else rows
-                if split is None:
-                    weights.read_into(f"{prefix}{name}.weight", stored)
+                rows = out[first : first + size]
+                stored = rows.t() if transposed and kind == "weight" else rows
+                axis = _split_axis(split, kind, transposed)
+                if axis is None:
+                    weights.read_into(f"{prefix}{name}.{kind}", stored)
                 else:
-                    read_part(weights, f"{prefix}{name}.weight", stored, int((split == "inputs") != transposed))
-                if own_bias is not None:
-                    part = own_bias[first : first + size]
-                    if split == "outputs":
-                        read_part(weights, f"{prefix}{name}.bias", part, 0)
-                    else:
-                        weights.read_into(f"{prefix}{name}.bias", part)
+                    read_part(weights, f"{prefix}{name}.{kind}", stored, axis)
                 first += size
 
-        self.weight = load_packed(weights, (out_features, in_features), read_shards, self.gated)
+        if own_bias is not None:
+            read_shards("bias", own_bias)
+        in_groups = not transposed and ranks.size == 1  # rows of whole tensors
+        stored = [weights.grouped(f"{prefix}{name}.weight", (size, in_features)) for name, size in shards if in_groups]
+        self.weight = load_packed(
+            weights, (out_features, in_features), lambda out: read_shards("weight", out), stored, gated=self.gated
+        )
         # Of the sum over ranks it is one term.
         self.bias = None if split == "inputs" and ranks.rank > 0 else own_bias
         self._ops = weights.ops
@@ -101,11 +103,29 @@ class GatedLinear(Linear):
         return self._ops.linear_gated(x, self.weight, self.activation, self.bias)
 
 
+def _split_axis(split: Split | None, kind: str, transposed: bool) -> int | None:
+    """The axis of a stored weight or bias of which a rank has its part; None: it has all."""
+    if kind == "bias":
+        return 0 if split == "outputs" else None
+    return None if split is None else int((split == "inputs") != transposed)
+
+
 def load_packed(
-    weights: WeightSource, shape: tuple[int, int], read: Callable[[Tensor], None], gated: bool = False
+    weights: WeightSource,
+    shape: tuple[int, int],
+    read: Callable[[Tensor], None],
+    stored: Sequence[GroupedRows | None] = (),
+    *,
+    gated: bool = False,
+    head: bool = False,
 ) -> LinearWeight:
-    """The weight that ``read`` fills in, as the ops want it."""
-    packs = weights.ops.packs(weights.dtype)
-    weight = weights.scratch(shape) if packs else torch.empty(shape, dtype=weights.dtype, device=weights.device)
+    """The weight as the ops want it. stored: what is in groups of its outputs' tensors; where all are, and the ops take
+    them so, they stay. Else it is what ``read`` fills in."""
+    ops, format = weights.ops, weights.format
+    in_groups = tuple(rows for rows in stored if rows is not None and format.keeps(ops))
+    if in_groups and len(in_groups) == len(stored):
+        return ops.pack_linear(JoinedRows(in_groups), gated=gated)
+    in_scratch = ops.packs(weights.dtype)
+    weight = weights.scratch(shape) if in_scratch else torch.empty(shape, dtype=weights.dtype, device=weights.device)
     read(weight)
-    return weights.ops.pack_linear(weight, gated=gated, quantization=weights.quantization)
+    return (format.pack_head if head else format.pack)(ops, weight, gated)

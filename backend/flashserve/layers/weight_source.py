@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from flashserve.layers.parallel import Ranks
+from flashserve.layers.weight_format import WeightFormat
 from flashserve_kernels import Ops
+from flashserve_kernels.grouped import GroupedRows
 
 
 class WeightSource(Protocol):
@@ -22,13 +24,17 @@ class WeightSource(Protocol):
     device: torch.device
     ops: Ops
     """What the model's layers call."""
-    quantization: str | None
-    """How linear weights are quantised while they load: None or "int8"."""
+    format: WeightFormat
+    """What becomes of linears' weights."""
     ranks: Ranks
     """Who else loads this model, and which part is this process's."""
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds the tensor."""
+        ...
+
+    def grouped(self, name: str, shape: tuple[int, int]) -> GroupedRows | None:
+        """A matrix that is stored in groups, as it is stored; None where it is not."""
         ...
 
     def read_into(self, name: str, out: Tensor) -> None:

@@ -9,20 +9,24 @@ from torch import Tensor
 
 from flashserve_kernels.activation import Activation
 from flashserve_kernels.attention import AttentionBatch
-from flashserve_kernels.cpu import attention, elementwise, kv_cache, linear, norm, sampling, tokens
+from flashserve_kernels.cpu import attention, elementwise, grouped, kv_cache, linear, norm, sampling, tokens
+from flashserve_kernels.cpu.grouped import PackedGrouped
 from flashserve_kernels.cpu.kv_cache import PackedKVLayer
 from flashserve_kernels.cpu.linear import PackedLinear
 from flashserve_kernels.cpu.program import Pool, Program
+from flashserve_kernels.grouped import GroupedRows
 from flashserve_kernels.kv_cache import KVCacheSpec
 from flashserve_kernels.ops import Ops, SamplerColumns
 from flashserve_kernels.sampling import Stage
+
+Packed = PackedLinear | PackedGrouped
 
 
 class NativeOps(Ops):
     """One pool of threads and the instruction set that it runs. Use from one thread."""
 
     records = True
-    weight_formats = ("int8",)
+    weight_formats = frozenset({"grouped", "int8"})
 
     def __init__(self, isa: str, num_threads: int, cpus: list[int] | None = None) -> None:
         """cpus: one CPU number per thread to pin it to. Raises NativeUnavailable where the library cannot be had."""
@@ -36,25 +40,33 @@ class NativeOps(Ops):
     def packs(self, dtype: torch.dtype) -> bool:
         return True
 
-    def pack_linear(self, weight: Tensor, *, gated: bool = False, quantization: str | None = None) -> PackedLinear:
-        if quantization not in (None, *self.weight_formats):
-            raise ValueError(f"quantization must be int8, not {quantization!r}")
-        return linear.pack_linear(self._pool, weight, gated=gated, quantize=quantization is not None)
+    def pack_linear(self, weight: Tensor | GroupedRows, *, gated: bool = False, int8: bool = False) -> Packed:
+        if isinstance(weight, Tensor):
+            return linear.pack_linear(self._pool, weight, gated=gated, quantize=int8)
+        return grouped.pack_grouped(self._pool, weight, gated)
 
-    def linear(self, x: Tensor, weight: PackedLinear, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+        if isinstance(weight, PackedGrouped):
+            return grouped.linear(self._pool, x, weight, bias)
         return linear.linear(self._pool, x, weight, bias)
 
-    def linear_gated(
-        self, x: Tensor, weight: PackedLinear, activation: Activation, bias: Tensor | None = None
-    ) -> Tensor:
+    def linear_gated(self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None = None) -> Tensor:
+        if isinstance(weight, PackedGrouped):
+            return grouped.linear_gated(self._pool, x, weight, activation, bias)
         return linear.linear_gated(self._pool, x, weight, activation, bias)
 
     def activate(self, x: Tensor, activation: Activation) -> Tensor:
         return elementwise.activate(self._pool, x, activation)
 
-    def logits(self, hidden: Tensor, weight: PackedLinear, softcap: float | None = None) -> Tensor:
-        logits = linear.linear(self._pool, hidden, weight, out_dtype=torch.float32)
+    def logits(self, hidden: Tensor, weight: Packed, softcap: float | None = None) -> Tensor:
+        if isinstance(weight, PackedGrouped):
+            logits = grouped.linear(self._pool, hidden, weight, out_dtype=torch.float32)
+        else:
+            logits = linear.linear(self._pool, hidden, weight, out_dtype=torch.float32)
         return logits if softcap is None else elementwise.soft_cap_(self._pool, logits, softcap)
+
+    def packed_embedding(self, weight: PackedGrouped, ids: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        return grouped.embedding(self._pool, weight, ids, dtype, scale)
 
     def embedding(self, table: Tensor, ids: Tensor, scale: float = 1.0) -> Tensor:
         return elementwise.embedding(self._pool, table, ids, scale)
