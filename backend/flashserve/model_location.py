@@ -19,21 +19,24 @@ _NO_MODEL = "mmproj"
 
 
 def locate(model: str) -> Path | None:
-    """The folder or the GGUF file that ``model`` names: a path, or ``package:NAME`` or ``package:NAME/FILE`` for what
-    an installed Python package brings. None for an id of the Hugging Face hub.
+    """The folder or the GGUF file that ``model`` means (``find`` and ``choose_file``). None for an id of the hub."""
+    found = find(model)
+    return None if found is None else choose_file(found)
 
-    Raises ConfigError where there is no such thing, or where it is not clear which file is meant.
-    """
+
+def find(model: str) -> Path | None:
+    """What ``model`` names: a path, or ``package:NAME`` or ``package:NAME/FILE`` for what an installed Python package
+    brings. None for an id of the Hugging Face hub. Raises ConfigError where there is no such thing."""
     if model.startswith(PACKAGE):
-        return choose_file(_in_package(model))
+        return _in_package(model)
     try:
         path = native(model).expanduser()
     except RuntimeError:
         raise ConfigError(f"{model}: no home folder is known for ~; write the path in full, or set HOME") from None
     if model and path.exists():
-        return choose_file(path.resolve())
+        return path.resolve()
     if model.startswith((".", "~", "/")) or not HUB_ID.fullmatch(model):
-        raise ConfigError(f"no such folder or {GGUF} file: {model!r}")
+        raise ConfigError(f"model folder or {GGUF} file {model} does not exist")
     return None
 
 

@@ -39,13 +39,12 @@ def test_a_folder_becomes_absolute_and_its_name_is_sanitised(tmp_path: Path, mon
 
 
 def test_a_name_can_be_chosen(tmp_path: Path) -> None:
-    folder = weights(tmp_path / "weights")
-    assert repository.parse_model(f"big={folder}") == repository.NamedModel("big", str(folder))
+    assert repository.parse_model(f"big={tmp_path}") == repository.NamedModel("big", str(tmp_path))
 
 
 @pytest.mark.parametrize("argument", ["./nowhere", "/nowhere/at/all", "~/no-such-folder", "a/b/c", "", "x="])
 def test_what_is_neither_a_folder_nor_an_id_is_refused(argument: str) -> None:
-    with pytest.raises(LauncherError, match=r"no such folder or \.gguf file") as caught:
+    with pytest.raises(LauncherError, match=r"model folder or \.gguf file .* does not exist") as caught:
         repository.parse_model(argument)
     assert "Hugging Face id" in caught.value.advice
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError
 from flashserve.launcher.errors import LauncherError
-from flashserve.model_location import PACKAGE, locate, name_of
+from flashserve.model_location import PACKAGE, find, locate, name_of
 
 REMOTE = re.compile(r"^(s3|gs|as)://")
 BACKEND_NAME = "flashserve"
@@ -64,7 +64,7 @@ def parse_model(argument: str) -> NamedModel:
     if not separator:
         name, source = "", argument
     try:
-        found = locate(source)
+        found = find(source)  # what a folder holds is for whoever serves it to judge
     except ConfigError as error:
         advice = (
             "give a folder with config.json and *.safetensors, a .gguf file, or a Hugging Face id such as "
