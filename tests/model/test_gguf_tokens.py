@@ -17,7 +17,7 @@ from hard_texts import TEXTS
 from real_models import gemma3, smollm2
 
 # Made by tests/peers/gguf/tokens.py.
-REFERENCE = json.loads((Path(__file__).parents[1] / "hard_texts.tokens.json").read_text())
+REFERENCE = json.loads((Path(__file__).parents[1] / "support" / "hard_texts.tokens.json").read_text())
 
 
 def tokenizer_of(file: Path) -> tokenizers.Tokenizer:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from flashserve.config import EngineConfig
@@ -12,12 +14,23 @@ from flashserve.errors import ConfigError
 from flashserve.model_card import read_model_card
 from flashserve.models.registry import open_model
 from flashserve.text.tokenizer import Tokenizer
-from perplexity import WINDOW, bits_per_token
 from real_models import smollm2
 from tiny_models import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "model_repository" / "demo" / "1" / "weights"
+WINDOW = 512
+
+
+def bits_per_token(driver, token_ids: list[int]) -> float:
+    """Mean of -log2 p(token | the ones before it in its window)."""
+    total, count = 0.0, 0
+    for first in range(0, len(token_ids) - WINDOW, WINDOW):
+        window = token_ids[first : first + WINDOW]
+        scores = driver.prompt_logits(window).log_softmax(-1)
+        chosen = scores[:-1].gather(1, torch.tensor(window[1:])[:, None])
+        total, count = total - float(chosen.sum()) / math.log(2), count + len(window) - 1
+    return total / count
 
 
 @pytest.fixture(scope="module")

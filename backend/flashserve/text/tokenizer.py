@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from flashserve.errors import ConfigError, InvalidArgument
 from flashserve.paths import native, portable
 from flashserve.protocol import ModelCard
-from flashserve.text.detokenizer import DetokenizerFactory, special_token_ids
+from flashserve.text.detokenizer import DetokenizerFactory
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,6 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self.config: Mapping[str, Any] = config or {}
         self.detokenizers = DetokenizerFactory(tokenizer)
-        self.special_ids = special_token_ids(tokenizer)
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
 
     @classmethod
@@ -56,6 +55,12 @@ class Tokenizer:
         """Bytes of the longest token, at most: no prompt has fewer tokens than its bytes divided by this."""
         tokens = (self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size))
         return max((len(token.encode("utf-8", "surrogatepass")) for token in tokens), default=1) or 1
+
+    @cached_property
+    def special_token_ids(self) -> dict[str, int]:
+        """The tokens that `skip_special_tokens` leaves out of a text, with their ids."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
 
     @cached_property
     def special_tokens(self) -> dict[str, str]:

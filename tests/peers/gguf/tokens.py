@@ -1,7 +1,7 @@
-"""llama.cpp's tokens of tests/hard_texts.py, for tests/hard_texts.tokens.json.
+"""llama.cpp's tokens of tests/support/hard_texts.py, for tests/support/hard_texts.tokens.json.
 
 pip install --no-deps xllamacpp httpx      # llama.cpp in a wheel; 2026.10 made the file
-python tests/peers/gguf/tokens.py FILE.gguf… > tests/hard_texts.tokens.json
+python tests/peers/gguf/tokens.py FILE.gguf… > tests/support/hard_texts.tokens.json
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import xllamacpp
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "support"))
 from hard_texts import TEXTS
 
 
