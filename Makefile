@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PYTHON ?=
 ARGS   ?=
 WORKERS ?= 2
-EXTRAS_SERVE := server
+EXTRAS_SERVE := server,gateway
 EXTRAS_DEV   := server,kernels,loadtest,dev
 EXTRAS_PEERS := server,peers
 

@@ -45,7 +45,7 @@ def serving() -> Iterator[None]:
         yield
         return
     print("starting a server with the demo model", flush=True)
-    server = subprocess.Popen([sys.executable, "-m", "flashserve.cli", "serve"], start_new_session=True)
+    server = subprocess.Popen([sys.executable, "-m", "flashserve.cli", "serve", "--no-gateway"], start_new_session=True)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not is_ready():
