@@ -112,6 +112,14 @@ class AsyncClient:
             raise InternalError("the server's answer to tokenize has no token_ids")
         return ids
 
+    async def render(self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, **template: Any) -> str:
+        """The prompt that the model's chat template makes of messages. `template`: tools, chat_template_kwargs, ..."""
+        answer = await self._ask_tokenizer({**tokenize_body(messages), **template}, model)
+        prompt = answer.get("prompt")
+        if not isinstance(prompt, str):
+            raise InternalError("the server's answer to tokenize has no prompt")
+        return prompt
+
     async def detokenize(self, token_ids: Sequence[int], *, model: str | None = None) -> str:
         """The text of token ids."""
         answer = await self._ask_tokenizer(detokenize_body(token_ids), model)

@@ -15,6 +15,8 @@ from .abilities import refuse_missing
 from .errors import invalid
 from .gateway import Call, usage
 from .output.events import CallArguments, CallStart, Event, PlainReader, Reader, Reasoning, Text
+from .output.reasoning import OPENING, ReasoningReader
+from .output.tools import ToolReader
 from .pool import Answer, Ask
 from .sse import DONE, ChatChunks
 
@@ -89,16 +91,21 @@ def _tools(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [] if body.get("tool_choice") == "none" else tools
 
 
-def make_reader(chat: ChatRequest) -> Reader:
-    """How the answer is to be read."""
-    return PlainReader()
+async def make_reader(call: Call, chat: ChatRequest) -> Reader:
+    """How the answer is to be read. Raises ApiError."""
+    answer = ToolReader(chat.tools) if chat.tools else PlainReader()
+    template = {name: chat.ask.params[name] for name in _TEMPLATE_FIELDS if name in chat.ask.params}
+    has_begun = False
+    if not template.get("continue_final_message"):
+        has_begun = await call.gateway.pool.prompt_ends_with(OPENING, chat.ask.model, template)
+    return ReasoningReader(answer, has_begun)
 
 
 async def stream_chat(call: Call, chat: ChatRequest) -> AsyncGenerator[bytes, None]:
     """The events of a streamed answer. Raises ApiError."""
     chunks = ChatChunks(_answer_id(call), chat.ask.model, call.created, chat.usage_wanted)
-    reader, writer = make_reader(chat), _DeltaWriter(chunks, chat.parallel_calls)
-    answer, reason, before = Answer(), "stop", chunks.role()
+    writer, answer = _DeltaWriter(chunks, chat.parallel_calls), Answer()
+    reader, reason, before = await make_reader(call, chat), "stop", chunks.role()
     async with contextlib.aclosing(call.pieces(chat.ask, answer)) as pieces:
         async for delta in pieces:
             events = reader.feed(delta.text)
@@ -149,8 +156,8 @@ class _DeltaWriter:
 
 async def complete_chat(call: Call, chat: ChatRequest) -> ChatCompletion:
     """A whole answer. Raises ApiError."""
+    reader = await make_reader(call, chat)
     result = await call.whole(chat.ask)
-    reader = make_reader(chat)
     message = read_message([*reader.feed(result.text), *reader.end()], chat.parallel_calls)
     reason = finish_reason(result.finish_reason or "stop", bool(message.calls))
     choice = {"index": 0, "message": message.as_openai(), "finish_reason": reason, "logprobs": None}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,10 @@ log = logging.getLogger("flashserve_gateway")
 _READY = "READY"
 _INDEX_TIMEOUT_S = 5.0
 _PROBE_TIMEOUT_S = 5.0
+_PROBE_MESSAGES = [{"role": "user", "content": "hello"}]
+_ENDING_LIFETIME_S = 60.0
+_KNOWN_ENDINGS = 1024
+_TEMPLATE_KEY_LENGTH = 1024
 _PROBE_LIFETIME_S = 2.0  # a probe is a request to the engine: a load balancer's every second must not be one each
 
 
@@ -74,6 +79,7 @@ class Pool:
         self._task: asyncio.Task[None] | None = None
         self._since: dict[str, int] = {}
         self._readiness: tuple[float, Readiness] | None = None
+        self._endings: dict[tuple[str, str, str], tuple[float, bool]] = {}
 
     async def start(self) -> None:
         """Asks the servers once, then keeps asking in the background."""
@@ -146,6 +152,24 @@ class Pool:
     async def detokenize(self, model: str, token_ids: list[int]) -> str:
         """The text of token ids. Raises FlashserveError."""
         return await self._any_client(model).detokenize(token_ids, model=model)
+
+    async def prompt_ends_with(self, tag: str, model: str, template: Mapping[str, Any]) -> bool:
+        """Whether the model's chat template, with these fields, ends a prompt with a tag. Asked once a minute."""
+        key = (tag, model, json.dumps(template, sort_keys=True, default=str)[:_TEMPLATE_KEY_LENGTH])
+        known = self._endings.get(key)
+        if known is not None and time.monotonic() - known[0] < _ENDING_LIFETIME_S:
+            return known[1]
+        candidates = self._candidates(model)
+        if not candidates:
+            return False
+        try:
+            prompt = await candidates[0].client.render(_PROBE_MESSAGES, model=model, **template)
+        except FlashserveError:  # no template, or fields that it refuses: the request itself will be told
+            return False
+        if len(self._endings) >= _KNOWN_ENDINGS:
+            self._endings.clear()
+        self._endings[key] = (time.monotonic(), prompt.rstrip().endswith(tag))
+        return self._endings[key][1]
 
     async def refresh(self) -> None:
         """Asks every server for its models now."""

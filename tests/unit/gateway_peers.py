@@ -85,6 +85,8 @@ class MemoryTransport:
     script: Script = field(default_factory=lambda: says("one ", "two ", "three"))
     names: tuple[str, ...] = ("demo",)
     asked: list[Asked] = field(default_factory=list)
+    template: str = "%s"
+    """Of chat messages."""
     index_error: Exception | None = None
 
     def open(self, request: InferRequest) -> MemoryReader:
@@ -120,7 +122,7 @@ class MemoryReader:
 
     async def read(self) -> Chunk | None:
         if "tokenize_request" in self._request.strings:
-            return _tokenized(json.loads(self._request.strings["tokenize_request"]))
+            return _tokenized(json.loads(self._request.strings["tokenize_request"]), self._transport.template)
         if self._pieces is None:
             self._asked = Asked(self._request)
             self._transport.asked.append(self._asked)
@@ -137,12 +139,13 @@ class MemoryReader:
             self._asked.ended = self._asked.ended or "cancelled"
 
 
-def _tokenized(body: dict[str, Any]) -> Chunk:
+def _tokenized(body: dict[str, Any], template: str) -> Chunk:
     """A token per character."""
     if "token_ids" in body:
         return Chunk(json.dumps({"text": "".join(map(chr, body["token_ids"]))}))
     text = body.get("text") or "".join(message["content"] for message in body["messages"])
-    return Chunk(json.dumps({"token_ids": [ord(character) for character in text]}))
+    ids = [ord(character) for character in text]
+    return Chunk(json.dumps({"token_ids": ids, "prompt": template % text}))
 
 
 @dataclass
