@@ -11,13 +11,14 @@ from starlette.exceptions import HTTPException
 
 from flashserve_client import AsyncClient
 
+from .engine_metrics import EngineMetrics
 from .errors import ApiError
 from .gateway import Gateway
 from .keys import Keyring
 from .metrics import Metrics
 from .middleware import Surround
 from .pool import Pool
-from .routes import chat, completions, models, operations
+from .routes import chat, completions, models, operations, page
 from .settings import Settings
 from .version import VERSION
 
@@ -35,7 +36,13 @@ def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
     if pool is None:
         clients = [AsyncClient(f"grpc://{address}", model="") for address in settings.triton]
         pool = Pool(clients, settings.refresh_s)
-    gateway = Gateway(settings, pool, Keyring.load(settings.keys_file), Metrics(pool.in_flight))
+    gateway = Gateway(
+        settings,
+        pool,
+        Keyring.load(settings.keys_file),
+        Metrics(pool.in_flight),
+        EngineMetrics(settings.triton_metrics),
+    )
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -43,12 +50,13 @@ def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
         try:
             yield
         finally:
+            await gateway.engine_metrics.aclose()
             await gateway.pool.aclose()
 
     app = FastAPI(title="flashserve", version=VERSION, description=_DESCRIPTION, lifespan=lifespan, redoc_url=None)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
-    for module in (chat, completions, models, operations):
+    for module in (chat, completions, models, operations, page):
         app.include_router(module.routes(gateway))
     if settings.cors_origins:
         app.add_middleware(

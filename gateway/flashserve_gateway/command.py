@@ -45,6 +45,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--triton", action="append", metavar="HOST:PORT", type=_address,
         help=f"the gRPC endpoint of a tritonserver; repeatable (default: {DEFAULT_TRITON})",
     )  # fmt: skip
+    parser.add_argument(
+        "--triton-metrics", action="append", default=[], metavar="HOST:PORT", type=_address,
+        help="the metrics of a tritonserver, for the page's figures; repeatable (default: no figures)",
+    )  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=_port, default=DEFAULT_PORT, help="default: %(default)s; 0: any free one")
     parser.add_argument("--keys", metavar="FILE", type=Path, help="API keys (default: everybody is served)")
@@ -77,6 +81,7 @@ def run_gateway(arguments: argparse.Namespace) -> int:
         return 0
     settings = Settings(
         triton=tuple(arguments.triton or [DEFAULT_TRITON]),
+        triton_metrics=tuple(arguments.triton_metrics),
         host=arguments.host,
         port=arguments.port,
         keys_file=arguments.keys,

@@ -12,6 +12,7 @@ from fastapi import Request
 
 from flashserve_client import Delta, FlashserveError, GenerateResult
 
+from .engine_metrics import EngineMetrics
 from .errors import ApiError, internal_error, of_engine
 from .incoming import read_object
 from .keys import Caller, Keyring
@@ -30,6 +31,7 @@ class Gateway:
     pool: Pool
     keyring: Keyring
     metrics: Metrics
+    engine_metrics: EngineMetrics
 
     def caller(self, request: Request) -> Caller:
         """Who asks. Raises ApiError."""

@@ -34,6 +34,8 @@ class Settings:
 
     triton: tuple[str, ...] = (DEFAULT_TRITON,)
     """HOST:PORT of each server's gRPC endpoint."""
+    triton_metrics: tuple[str, ...] = ()
+    """HOST:PORT of each server's metrics, for the page; the figures are left out without."""
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
     keys_file: Path | None = None

@@ -32,6 +32,7 @@ class GatewayChild:
         self._command = [
             *(sys.executable, "-m", "flashserve_gateway", "--end-with", str(os.getpid())),
             *("--triton", f"{endpoints.local_host}:{endpoints.grpc}"),
+            *("--triton-metrics", endpoints.metrics_address),
             *("--host", endpoints.host, "--port", str(endpoints.gateway)),
             *(["--keys", keys] if keys is not None else []),
         ]
