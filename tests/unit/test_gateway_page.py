@@ -129,7 +129,7 @@ async def test_an_answer_is_streamed_and_formatted_at_every_size_in_both_themes(
         colors = set()
         for scheme in ("light", "dark"):
             await page.emulate_media(color_scheme=scheme)
-            await page.wait_for_function(f"document.documentElement.dataset.theme === '{scheme}'")
+            await page.locator(f":root[data-theme={scheme}]").wait_for()
             colors.add(await page.evaluate("getComputedStyle(document.body).backgroundColor"))
         assert len(colors) == 2
 
