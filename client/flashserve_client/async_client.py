@@ -104,9 +104,12 @@ class AsyncClient:
         request = self._request(prompt, True, model, timeout_s, priority, request_id, params)
         return self._open(request, self._timeout(timeout_s), self._retries)
 
-    async def tokenize(self, prompt: str | Sequence[Mapping[str, Any]], *, model: str | None = None) -> list[int]:
-        """The token ids of a text, or of chat messages rendered with the model's template."""
-        answer = await self._ask_tokenizer(tokenize_body(prompt), model)
+    async def tokenize(
+        self, prompt: str | Sequence[Mapping[str, Any]], *, model: str | None = None, **template: Any
+    ) -> list[int]:
+        """The token ids of a text, or of chat messages rendered with the model's template, whose other fields (tools,
+        chat_template_kwargs, ...) may be given."""
+        answer = await self._ask_tokenizer({**tokenize_body(prompt), **template}, model)
         ids = answer.get("token_ids")
         if not isinstance(ids, list):
             raise InternalError("the server's answer to tokenize has no token_ids")

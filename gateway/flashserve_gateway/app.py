@@ -15,10 +15,11 @@ from .engine_metrics import EngineMetrics
 from .errors import ApiError
 from .gateway import Gateway
 from .keys import Keyring
+from .messages import anthropic_error
 from .metrics import Metrics
 from .middleware import Surround
 from .pool import Pool
-from .routes import chat, completions, models, operations, page
+from .routes import chat, completions, messages, models, operations, page, torchweave
 from .settings import Settings
 from .version import VERSION
 
@@ -56,7 +57,7 @@ def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
     app = FastAPI(title="flashserve", version=VERSION, description=_DESCRIPTION, lifespan=lifespan, redoc_url=None)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
-    for module in (chat, completions, models, operations, page):
+    for module in (chat, completions, messages, torchweave, models, operations, page):
         app.include_router(module.routes(gateway))
     if settings.cors_origins:
         app.add_middleware(
@@ -72,7 +73,8 @@ def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
 
 async def _answer_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return Response(error.body, error.status, error.headers)
+    body = anthropic_error(error) if request.url.path.startswith(messages.PATH) else error.body
+    return Response(body, error.status, error.headers)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:

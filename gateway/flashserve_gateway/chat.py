@@ -75,6 +75,11 @@ def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**message, "role": "system"} if message.get("role") == "developer" else message for message in messages]
 
 
+def template_of(ask: Ask) -> dict[str, Any]:
+    """What the chat template is given beside messages and tools."""
+    return {name: ask.params[name] for name in _TEMPLATE_FIELDS if name in ask.params}
+
+
 def _tools(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The tools that may be called; none with `tool_choice: none`."""
     tools = parameters.read(body, "tools", list, [])
@@ -94,7 +99,7 @@ def _tools(body: Mapping[str, Any]) -> list[dict[str, Any]]:
 async def make_reader(call: Call, chat: ChatRequest) -> Reader:
     """How the answer is to be read. Raises ApiError."""
     answer = ToolReader(chat.tools) if chat.tools else PlainReader()
-    template = {name: chat.ask.params[name] for name in _TEMPLATE_FIELDS if name in chat.ask.params}
+    template = template_of(chat.ask)
     has_begun = False
     if not template.get("continue_final_message"):
         has_begun = await call.gateway.pool.prompt_ends_with(OPENING, chat.ask.model, template)

@@ -145,9 +145,9 @@ class Pool:
             finally:
                 server.in_flight -= 1
 
-    async def tokenize(self, model: str, prompt: Any) -> list[int]:
-        """Token ids of a text or of messages. Raises FlashserveError."""
-        return await self._any_client(model).tokenize(prompt, model=model)
+    async def tokenize(self, model: str, prompt: Any, template: Mapping[str, Any] | None = None) -> list[int]:
+        """Token ids of a text, or of messages with what else their template takes. Raises FlashserveError."""
+        return await self._any_client(model).tokenize(prompt, model=model, **(template or {}))
 
     async def detokenize(self, model: str, token_ids: list[int]) -> str:
         """The text of token ids. Raises FlashserveError."""

@@ -43,7 +43,7 @@ class EventStream(Response):
     Args:
         events: the bytes of whole events.
         on_error: turns what that raises into an ApiError, which becomes the status or, after an event, the last event.
-        error_event, keep_alive: the bytes of other protocols than OpenAI's.
+        error_body, error_event, keep_alive: the bytes of other protocols than OpenAI's.
     """
 
     def __init__(
@@ -53,7 +53,8 @@ class EventStream(Response):
         *,
         settings: Settings,
         headers: Mapping[str, str],
-        error_event: Callable[[ApiError], bytes] = lambda error: data(error.body),
+        error_body: Callable[[ApiError], bytes] = lambda error: error.body,
+        error_event: Callable[[bytes], bytes] = lambda body: data(body),
         keep_alive: bytes = _KEEP_ALIVE,
     ) -> None:
         # Not Response.__init__, which renders a body: FastAPI only asks whether it is a Response.
@@ -64,6 +65,7 @@ class EventStream(Response):
         self._keep_alive_s = settings.keep_alive_s
         self._first_timeout_s = settings.limits.first_token_timeout_s
         self._slow_reader_timeout_s = settings.limits.slow_reader_timeout_s
+        self._error_body = error_body
         self._error_event = error_event
         self._keep_alive = keep_alive
         self._lock = asyncio.Lock()
@@ -101,10 +103,10 @@ class EventStream(Response):
     async def _fail(self, send: Send, error: ApiError) -> None:
         async with self._lock:
             self._is_over = True
+            body = self._error_body(error)
             if self._has_begun:
-                body = self._error_event(error)
+                body = self._error_event(body)
             else:
-                body = error.body
                 await send(_start(error.status, {**error.headers, **self._sent_headers}))
             await send({"type": "http.response.body", "body": body, "more_body": False})
 
