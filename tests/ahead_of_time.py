@@ -61,7 +61,8 @@ E4M3, HALF, FULL = torch.float8_e4m3fn, torch.float16, torch.float32
 CASES = (
     Case("Qwen3-8B", ModelShape(4096, 32, 8, 128, 12288, 151936, 36)),
     Case("Qwen3-8B, FP8 cache", ModelShape(4096, 32, 8, 128, 12288, 151936, 36, cache_dtype=E4M3)),
-    Case("SmolLM2-135M", ModelShape(576, 9, 3, 64, 1536, 49152, 30)),
+    # Small heads and odd widths: where the two makers' compilers differ, not each of their GPUs.
+    Case("SmolLM2-135M", ModelShape(576, 9, 3, 64, 1536, 49152, 30), (H200, MI300X)),
     # Heads that are no power of two, full multi-head attention, float16.
     Case("Phi-2", ModelShape(2560, 32, 32, 80, 10240, 51200, 32, HALF, HALF), (A100,)),
     # Sliding windows in every other layer, a soft cap, the largest heads, large blocks.
