@@ -19,7 +19,7 @@ from .messages import anthropic_error
 from .metrics import Metrics
 from .middleware import Surround
 from .pool import Pool
-from .routes import chat, completions, messages, models, operations, page, torchweave
+from .routes import chat, completions, messages, models, operations, page, responses, torchweave
 from .settings import Settings
 from .version import VERSION
 
@@ -57,7 +57,7 @@ def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
     app = FastAPI(title="flashserve", version=VERSION, description=_DESCRIPTION, lifespan=lifespan, redoc_url=None)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
-    for module in (chat, completions, messages, torchweave, models, operations, page):
+    for module in (chat, completions, responses, messages, torchweave, models, operations, page):
         app.include_router(module.routes(gateway))
     if settings.cors_origins:
         app.add_middleware(

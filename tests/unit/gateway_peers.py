@@ -143,7 +143,7 @@ def _tokenized(body: dict[str, Any], template: str) -> Chunk:
     """A token per character."""
     if "token_ids" in body:
         return Chunk(json.dumps({"text": "".join(map(chr, body["token_ids"]))}))
-    text = body.get("text") or "".join(message["content"] for message in body["messages"])
+    text = body["text"] if "text" in body else "".join(message["content"] for message in body["messages"])
     ids = [ord(character) for character in text]
     return Chunk(json.dumps({"token_ids": ids, "prompt": template % text}))
 

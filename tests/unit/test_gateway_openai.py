@@ -288,7 +288,10 @@ async def test_tokens_of_a_text_and_back():
         assert (await gateway.http.post("/tokenize", json=of_messages)).json()["count"] == 5
         back = await gateway.http.post("/detokenize", json={"model": "demo", "tokens": [104, 105]})
         assert back.json() == {"prompt": "hi"}
-        for wrong in ({"model": "demo"}, {"model": "demo", "prompt": "a", **CHAT}, {"model": "demo", "prompt": 5}):
+        empty = await gateway.http.post("/tokenize", json={"model": "demo", "prompt": ""})
+        assert empty.json() == {"count": 0, "tokens": []}
+        for wrong in ({}, {"prompt": None}, {"prompt": "a", **CHAT}, {"prompt": 5}, {"messages": "a"}):
+            wrong = {"model": "demo", **wrong}
             assert (await gateway.http.post("/tokenize", json=wrong)).status_code == 400
 
 

@@ -46,11 +46,11 @@ def routes(gateway: Gateway) -> APIRouter:
     async def tokenize(request: Request) -> dict[str, Any]:
         call = await gateway.begin(request)
         parameters.check_names(call.body, frozenset({"model", "prompt", "messages"}))
-        text = parameters.read(call.body, "prompt", str, "")
-        messages = parameters.read(call.body, "messages", list, [])
-        if bool(messages) == ("prompt" in call.body):
-            raise invalid("prompt", "one of prompt, messages is needed")
-        ids = await unless_gone(request, _tokenize(call, messages or text))
+        given = [name for name in ("prompt", "messages") if call.body.get(name) is not None]
+        if len(given) != 1:
+            raise invalid("prompt", "exactly one of prompt, messages is needed")
+        prompt = parameters.read(call.body, "prompt", str, "") or parameters.read(call.body, "messages", list, [])
+        ids = await unless_gone(request, _tokenize(call, prompt or ""))
         return {"count": len(ids), "tokens": ids}
 
     @router.post("/detokenize", openapi_extra=_DETOKENIZE, responses=documents.responses())
