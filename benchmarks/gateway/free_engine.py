@@ -10,9 +10,10 @@ import uvicorn
 from flashserve_client import AsyncClient, ModelInfo
 from flashserve_client.request import InferRequest
 from flashserve_client.transport import Chunk
-from flashserve_gateway import Settings, create_app
+from flashserve_gateway.app import create_app
 from flashserve_gateway.pool import Pool
 from flashserve_gateway.protocol import bounded_protocol
+from flashserve_gateway.settings import Settings
 
 _WORD = Chunk(" word", "None", 8, 1)
 

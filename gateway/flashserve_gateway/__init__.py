@@ -2,10 +2,6 @@
 
     flashserve gateway --triton localhost:8001 --port 9000
 
-`create_app` makes the ASGI application; `serve` runs it.
+`app.create_app` makes the ASGI application, `server.serve` runs it. The package itself imports nothing: the command
+line lists its options without a web framework.
 """
-
-from .app import create_app
-from .settings import Limits, Settings
-
-__all__ = ["Limits", "Settings", "create_app"]

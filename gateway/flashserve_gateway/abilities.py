@@ -1,11 +1,11 @@
-"""What an engine may lack, in one table: requests that ask for it are refused by name, and nothing is ignored.
+"""What the engine lacks, in one table: requests that ask for it are refused by name, and nothing is ignored.
 
-An engine that has learned one of these is one entry less to refuse: `Settings` and the routes stay as they are.
+What it learns goes out of here and into `parameters.ENGINE`; the routes stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,53 +14,44 @@ from .errors import ApiError, invalid
 
 @dataclass(frozen=True)
 class Ability:
-    """One thing that engines can or cannot do.
+    """One thing that the engine cannot do.
 
     Attributes:
-        name: as engines declare it.
         words: for the message.
         fields: request fields that ask for it, with the values under which they ask for nothing (null always does).
     """
 
-    name: str
     words: str
     fields: Mapping[str, tuple[Any, ...]]
 
 
 TABLE: tuple[Ability, ...] = (
-    Ability("n", "several answers to one request", {"n": (1,), "best_of": (1,)}),
-    Ability("logprobs", "log probabilities", {"logprobs": (False,), "top_logprobs": (), "prompt_logprobs": ()}),
+    Ability("several answers to one request", {"n": (1,), "best_of": (1,)}),
+    Ability("log probabilities", {"logprobs": (False,), "top_logprobs": (), "prompt_logprobs": ()}),
+    Ability("penalties", {"presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,)}),
+    Ability("biased tokens", {"logit_bias": ({},)}),
     Ability(
-        "penalties",
-        "penalties",
-        {"presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,)},
-    ),
-    Ability("logit_bias", "biased tokens", {"logit_bias": ({},)}),
-    Ability(
-        "grammar",
         "structured output",
         {"response_format": ({"type": "text"},), "structured_outputs": (), "guided_json": (), "guided_regex": (),
          "guided_choice": (), "guided_grammar": ()},
     ),
-    Ability("forced_tools", "a tool that must be called", {"tool_choice": ("auto", "none")}),
-    Ability("suffix", "text after the completion", {"suffix": ("",)}),
-    Ability("audio", "audio", {"audio": (), "modalities": (["text"],)}),
-    Ability("prediction", "predicted output", {"prediction": ()}),
-    Ability("web_search", "web search", {"web_search_options": ()}),
-    Ability("reasoning_effort", "a choice of how much to reason", {"reasoning_effort": ()}),
-    Ability("verbosity", "a choice of how much to say", {"verbosity": ()}),
-    Ability("moderation", "moderation", {"moderation": ()}),
-    Ability("functions", "functions (give tools instead)", {"functions": ([],), "function_call": ("auto", "none")}),
+    Ability("a tool that must be called", {"tool_choice": ("auto", "none")}),
+    Ability("text after the completion", {"suffix": ("",)}),
+    Ability("audio", {"audio": (), "modalities": (["text"],)}),
+    Ability("predicted output", {"prediction": ()}),
+    Ability("web search", {"web_search_options": ()}),
+    Ability("a choice of how much to reason", {"reasoning_effort": ()}),
+    Ability("a choice of how much to say", {"verbosity": ()}),
+    Ability("moderation", {"moderation": ()}),
+    Ability("functions (give tools instead)", {"functions": ([],), "function_call": ("auto", "none")}),
 )  # fmt: skip
 
 FIELDS = frozenset(name for ability in TABLE for name in ability.fields)
 
 
-def refuse_missing(body: Mapping[str, Any], has: Collection[str] = ()) -> None:
+def refuse_missing(body: Mapping[str, Any]) -> None:
     """Raises ApiError for the first field that asks for an ability that the engine lacks."""
     for ability in TABLE:
-        if ability.name in has:
-            continue
         for name, neutral in ability.fields.items():
             value = body.get(name)
             if value is not None and not any(_same(value, item) for item in neutral):

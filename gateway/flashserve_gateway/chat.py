@@ -53,7 +53,7 @@ def read_chat(call: Call) -> ChatRequest:
         prompt=_messages(body),
         params=params,
         request_id=call.request_id,
-        priority=call.caller.priority(body.get("priority") and parameters.read(body, "priority", int, 0)),
+        priority=call.caller.priority(parameters.read_priority(body)),
         stream=stream,
     )
     return ChatRequest(

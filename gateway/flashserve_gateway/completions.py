@@ -44,7 +44,7 @@ def read_completion(call: Call) -> CompletionRequest:
     params = parameters.engine_params(body)
     params["max_tokens"] = parameters.read_count(body, "max_tokens") or _DEFAULT_MAX_TOKENS
     model = parameters.read_model(body)
-    priority = call.caller.priority(body.get("priority") and parameters.read(body, "priority", int, 0))
+    priority = call.caller.priority(parameters.read_priority(body))
     prompts = read_prompts(body.get("prompt"), call.gateway.settings.limits.prompts)
     asks = []
     for index, prompt in enumerate(prompts):

@@ -76,6 +76,11 @@ def read_count(body: Mapping[str, Any], name: str) -> int | None:
     return count
 
 
+def read_priority(body: Mapping[str, Any]) -> int | None:
+    """An integer, or None, which leaves it to the key. Raises ApiError."""
+    return None if body.get("priority") is None else read(body, "priority", int, 0)
+
+
 def read_model(body: Mapping[str, Any]) -> str:
     """The model's name. Raises ApiError."""
     name = read(body, "model", str, "")

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from gateway_peers import CHAT, Gate, MemoryTransport, endless, gate, piece, says, silent
 
-from flashserve_gateway import Limits, Settings
+from flashserve_gateway.settings import Limits, Settings
 
 
 async def connect(gateway: Gate) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

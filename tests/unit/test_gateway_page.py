@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from gateway_peers import Gate, MemoryTransport, endless, gate, says
 
-from flashserve_gateway import Settings
+from flashserve_gateway.settings import Settings
 
 METRICS = """
 # TYPE vllm:num_requests_running gauge

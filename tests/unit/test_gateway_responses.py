@@ -13,9 +13,10 @@ from openai.types.responses import Response
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 
 from flashserve_client import InternalError
-from flashserve_gateway import Settings, responses
+from flashserve_gateway import responses
 from flashserve_gateway.keys import new_key
 from flashserve_gateway.responses import ResponseStore
+from flashserve_gateway.settings import Settings
 
 TOOL = {"type": "function", "name": "weather", "parameters": {"type": "object", "properties": {}}, "strict": True}
 CALL = ["Let me see.", '<tool_call>{"name": "wea', 'ther", "arguments": {"city": ', '"Rome"', "}}</tool_call>"]

@@ -11,6 +11,7 @@ import threading
 import time
 
 from flashserve.launcher.console import Console
+from flashserve.launcher.errors import LauncherError
 from flashserve.launcher.ports import Endpoints
 
 # What it imports beside what serving needs; looked for, not imported.
@@ -29,6 +30,11 @@ class GatewayChild:
     """Keeps one gateway alive, from a thread that reads what it says."""
 
     def __init__(self, endpoints: Endpoints, keys: str | None, console: Console) -> None:
+        """``keys``: the file of API keys. Raises LauncherError if there is none."""
+        if keys is not None and not os.path.isfile(keys):
+            raise LauncherError(
+                f"--gateway-keys {keys}: no such file", "flashserve gateway --new-key NAME prints an entry for it"
+            )
         self._command = [
             *(sys.executable, "-m", "flashserve_gateway", "--end-with", str(os.getpid())),
             *("--triton", f"{endpoints.local_host}:{endpoints.grpc}"),
