@@ -176,17 +176,16 @@ async def test_a_compressed_body_and_one_that_says_it_is_text():
 @pytest.mark.parametrize(
     "head",
     [
-        b"GET /live HTTP/1.1\r\n" + b"".join(b"X-%d: %s\r\n" % (i, b"a" * 500) for i in range(1000)),
         b"GET /live HTTP/1.1\r\nX: " + b"a" * 1_000_000,
         b"GET /live?" + b"a" * 1_000_000,
+        b"GET /live HTTP/1.1\r\n" + b"".join(b"X-%d: %s\r\n" % (i, b"a" * 500) for i in range(100)) + b"\r\n",
     ],
-    ids=["many headers", "one header", "the address"],
+    ids=["a header without end", "an address without end", "many headers"],
 )
 async def test_a_flood_of_headers(head: bytes):
     async with gate() as gateway:
         reader, writer = await connect(gateway)
         writer.write(head)
-        writer.write(b"\r\n\r\n")
         assert b" 431 " in await reader.readline()
         writer.close()
         assert (await gateway.http.get("/live")).status_code == 200
