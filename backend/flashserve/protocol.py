@@ -15,6 +15,10 @@ FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 """Why a request ended: a stop condition, a length limit, the client, its deadline, or a fault."""
 
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below it are greedy, as in vLLM: dividing logits by less only loses their digits."""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """How a request's tokens are chosen and when it ends. Names and meanings are vLLM's.
 
@@ -39,6 +43,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     skip_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None
     """Keep this many tokens at the prompt's end."""
+    n: int = 1
+    """Samples of one prompt, the next one with the next seed."""
 
 
 # --- stub to engine ---------------------------------------------------------------------------------------
@@ -63,6 +69,8 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
     """End these requests now. Their last TokenOutput (finish_reason "abort") confirms it."""
 
     request_ids: list[int]
+    samples: list[tuple[int, int]] = []
+    """Single samples that have given tokens: (request id, index). The request's others go on."""
 
 
 StubMessage = GenerateRequest | Abort
@@ -91,13 +99,15 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """New tokens of one request. Exactly one output of a request has a finish_reason, its last."""
+    """New tokens of one sample of a request. Exactly one output of a sample has a finish_reason, its last."""
 
     request_id: int
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     timings: RequestTimings | None = None
     error: ErrorInfo | None = None
+    index: int = 0
+    """Which of the request's ``n`` samples."""
 
 
 class Stats(msgspec.Struct, frozen=True, array_like=True, gc=False):

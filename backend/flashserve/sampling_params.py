@@ -15,18 +15,18 @@ from typing import Any, Literal
 
 from flashserve.coercion import bool_of, integer_of, is_unicode, list_of, number_of, plain, same, shorten
 from flashserve.errors import InvalidArgument
-from flashserve.protocol import SamplingParams
+from flashserve.protocol import GREEDY_BELOW, SamplingParams
 
 Kind = Literal["int", "float", "bool", "str", "str_list", "int_list"]
 
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
-GREEDY_BELOW = 1e-5  # as in vLLM: dividing logits by less only loses their digits
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 256
 MAX_NAME_LENGTH = 256
+MAX_SAMPLES = 128  # a fraction of the requests that run at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,7 @@ TABLE: tuple[Parameter, ...] = (
     Parameter("ignore_eos", "bool"),
     Parameter("skip_special_tokens", "bool"),
     Parameter("truncate_prompt_tokens", "int", 1, INT32_MAX),
+    Parameter("n", "int", 1, MAX_SAMPLES),
     Parameter("prompt_token_ids", "int_list", 0, INT32_MAX, of_request=True),
     Parameter("priority", "int", -INT32_MAX - 1, INT32_MAX, of_request=True),
     Parameter("timeout_ms", "int", 1, INT32_MAX, of_request=True),
@@ -105,7 +106,6 @@ PARAMETERS: dict[str, Parameter] = {parameter.name: parameter for parameter in T
 # What vLLM knows and flashserve does not (yet), with the values under which that makes no difference; null is
 # always one of them. Triton's OpenAI frontend sends several of these with every request.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "use_beam_search": (False,),
     "length_penalty": (1,),

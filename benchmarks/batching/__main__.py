@@ -24,11 +24,12 @@ from benchmarks.batching.grid import Grid, measure_grid
 from benchmarks.batching.load import Mixed, measure_load, measure_mixed
 from benchmarks.batching.pictures import draw_all
 from benchmarks.batching.report import Findings, as_json, as_markdown
-from benchmarks.batching.workload import equal_lengths, mixed_lengths
+from benchmarks.batching.workload import mixed_lengths
 from benchmarks.common.arguments import CACHE, CORES, new_parser, numbers
 from benchmarks.common.environments import NotAvailable
 from benchmarks.common.machine import describe_machine, measure_ceilings
 from benchmarks.common.processes import Processes
+from benchmarks.common.protocol import Requests
 from benchmarks.common.random_model import make_random_model
 from benchmarks.common.results import cpu_result, result_folder, write_json
 from benchmarks.common.shapes import CPU_SHAPES, SHAPES, ModelCost
@@ -95,11 +96,11 @@ def _measure(args: argparse.Namespace, found: Findings) -> None:
     model = make_random_model(args.shape)
     vocab_size = SHAPES[args.shape]["vocab_size"]
     work = [
-        (batch, equal_lengths(batch, args.prompt, max(args.output), vocab_size))
+        (batch, Requests.equal(batch, args.prompt, max(args.output), vocab_size))
         for batch in sorted({*args.batch, args.load_batch})
     ]
     count, batch, scale = (8, 4, 0.25) if args.quick else (32, 8, 1.0)
-    work.append((batch, equal_lengths(1, *LONGEST, vocab_size)))
+    work.append((batch, Requests.equal(1, *LONGEST, vocab_size)))
     with Processes(model, CACHE, work, threads=args.threads) as processes:
         if "grid" in args.parts:
             print(f"grid: {len(found.grid.measurements())} measurements, {args.rounds} rounds", flush=True)

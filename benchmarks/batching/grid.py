@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.batching.workload import SYSTEMS, equal_lengths
+from benchmarks.batching.workload import SYSTEMS
 from benchmarks.common.engines import ENGINES, NAIVE, STATIC
 from benchmarks.common.processes import Processes
+from benchmarks.common.protocol import Requests
 
 
 @dataclass
@@ -65,9 +66,8 @@ def measure_grid(processes: Processes, grid: Grid, rounds: int) -> None:
     for number in range(1, rounds + 1):
         for index, key in enumerate(keys, 1):
             name, requests, batch, output = key
-            outcome = processes.run(
-                name, batch, equal_lengths(requests, grid.prompt, output, processes.config["vocab_size"])
-            )
+            work = Requests.equal(requests, grid.prompt, output, processes.config["vocab_size"])
+            outcome = processes.run(name, batch, work)
             grid.rates.setdefault(key, []).append(outcome.tokens_per_s)
             print(
                 f"  round {number} of {rounds}, {index} of {len(keys)}: {requests:3} requests, batch {batch:2}, "

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
 from benchmarks.common.engines import CONTINUOUS, NAIVE, STATIC
-from benchmarks.common.protocol import Requests
+from benchmarks.common.protocol import Requests, random_prompts
 
 OURS, SERVED = "flashserve", "flashserve-served"
 SYSTEMS = (NAIVE, STATIC, CONTINUOUS, OURS, SERVED)
 """The compared engines, in the order of the tables."""
-
-
-def equal_lengths(count: int, prompt: int, output: int, vocab_size: int) -> Requests:
-    """All at once, all of one length."""
-    rng = random.Random(prompt)
-    return Requests(_prompts(rng, [prompt] * count, vocab_size), [output] * count, [0.0] * count)
 
 
 def mixed_lengths(count: int, rate: float | None, vocab_size: int, scale: float = 1.0, seed: int = 0) -> Requests:
@@ -30,13 +23,9 @@ def mixed_lengths(count: int, rate: float | None, vocab_size: int, scale: float 
     def lengths(low: int, high: int) -> list[int]:
         return [max(2, round(scale * low * (high / low) ** rng.random())) for _ in range(count)]
 
-    prompts, outputs = _prompts(rng, lengths(16, 256), vocab_size), lengths(8, 128)
+    prompts, outputs = random_prompts(rng, lengths(16, 256), vocab_size), lengths(8, 128)
     clock, arrivals = 0.0, []
     for _ in range(count):
         arrivals.append(clock)
         clock += rng.expovariate(rate) if rate else 0.0
     return Requests(prompts, outputs, arrivals)
-
-
-def _prompts(rng: random.Random, lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
-    return [[rng.randrange(3, vocab_size) for _ in range(length)] for length in lengths]

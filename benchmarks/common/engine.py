@@ -2,23 +2,52 @@
 
 from __future__ import annotations
 
+import random
 import time
 from pathlib import Path
 from typing import Any
 
 from flashserve.config import EngineConfig
 from flashserve.models.registry import open_model
+from flashserve.protocol import SamplingParams
 from flashserve.runner.device import CpuDevice
 from flashserve.runner.loading import load_runner
 from flashserve.runner.model_runner import ModelRunner
 from flashserve.scheduling.block_manager import BlockManager
-from flashserve.scheduling.output import SchedulerOutput, StepResult
+from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput, StepResult
 
 
 def load_on_cpu(model: Path, **settings: Any) -> ModelRunner:
     """A model on this CPU, ready to step. settings: those of model.json."""
     config = EngineConfig.from_mapping({"model": str(model), **settings}, Path.cwd())
     return load_runner(open_model(config), config, CpuDevice())
+
+
+def repeatable_step(
+    runner: ModelRunner, rows: int, queries: int, context: int, *, fill: bool = False
+) -> SchedulerOutput:
+    """A step that can be run again and again: the last ``queries`` tokens of equal rows of ``context`` tokens.
+
+    The rows are admitted with a step of their own first; fill: with steps that compute their whole context, without
+    which a CPU's cache is not in memory yet. Where the cache is smaller than all rows, blocks far apart are shared: it
+    is many times a GPU's L2, so they come from memory all the same.
+    """
+    resolved, rng = runner.resolved, random.Random(0)
+    width, num_blocks, vocab_size = -(-context // resolved.block_size), resolved.num_blocks, resolved.model.vocab_size
+    order = rng.sample(range(num_blocks), num_blocks)
+    tables = [[order[(index * width + i) % num_blocks] for i in range(width)] for index in range(rows)]
+    greedy = SamplingParams(temperature=0.0, ignore_eos=True)
+
+    def row(index: int, count: int, table: list[int]) -> ScheduledRow:
+        tokens = [rng.randrange(vocab_size) for _ in range(count)] if count > 1 else []
+        return ScheduledRow(index, index, context - count, count, tokens, table, 1)
+
+    count, together = (context, max(1, resolved.max_num_batched_tokens // context)) if fill else (queries, rows)
+    for group in (range(rows)[first : first + together] for first in range(0, rows, together)):
+        admissions = [Admission(index, index, greedy, 0, context, ()) for index in group]
+        admitted = [row(index, count, tables[index]) for index in group]
+        runner.wait(runner.submit(SchedulerOutput(0, admissions, admitted, count * len(group), [])))
+    return SchedulerOutput(1, [], [row(index, queries, []) for index in range(rows)], rows * queries, [])
 
 
 class Watch:

@@ -12,16 +12,17 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from benchmarks.common.results import ROOT
-from benchmarks.common.timing import best_seconds
+from benchmarks.common.timing import Timer, gemm_rate, read_bandwidth
 
 CEILINGS_TIMEOUT_S = 120.0
+GEMM_SIZE = 2048
 
 
 @dataclass(frozen=True)
@@ -74,27 +75,20 @@ def measure_ceilings(weight_bytes: int, threads: int) -> Ceilings:
     return Ceilings(**json.loads(done.stdout))
 
 
-def read_bandwidth(size: int, threads: int) -> float:
-    """GB/s of a dot product: two streams that are read, and next to nothing else."""
+def read_ceilings(weight_bytes: int) -> Ceilings:
+    """In this process, with as many threads as torch has."""
     import torch
 
-    torch.set_num_threads(threads)
-    first, second = torch.ones(2, size // 8)
-    return size / best_seconds(lambda: first.dot(second)) / 1e9
-
-
-def gemm_tflop_s(threads: int) -> float:
-    import torch
-
-    torch.set_num_threads(threads)
-    size = 2048
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / best_seconds(lambda: a @ b) / 1e12
+    timer = Timer(torch.device("cpu"), seconds=1.0)
+    return Ceilings(read_bandwidth(timer, weight_bytes) / 1e9, gemm_rate(timer, GEMM_SIZE, torch.bfloat16) / 1e12)
 
 
 def main() -> None:
-    size, threads = int(sys.argv[1]), int(sys.argv[2])
-    print(json.dumps({"read_gb_s": read_bandwidth(size, threads), "gemm_tflop_s": gemm_tflop_s(threads)}))
+    import torch
+
+    num_bytes, threads = int(sys.argv[1]), int(sys.argv[2])
+    torch.set_num_threads(threads)
+    print(json.dumps(asdict(read_ceilings(num_bytes))))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import sys
 import traceback
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -45,6 +47,11 @@ class EngineSetup:
         }
 
 
+def random_prompts(rng: random.Random, lengths: Iterable[int], vocab_size: int) -> list[list[int]]:
+    """Token ids but the first three, which are special where the models here have them."""
+    return [[rng.randrange(3, vocab_size) for _ in range(length)] for length in lengths]
+
+
 @dataclass(frozen=True)
 class Requests:
     """In the order of their arrival."""
@@ -54,6 +61,11 @@ class Requests:
     """Tokens that each request asks for, and gets: there is no end token."""
     arrivals: list[float]
     """Seconds after the beginning."""
+
+    @classmethod
+    def equal(cls, count: int, prompt: int, output: int, vocab_size: int) -> Requests:
+        """All at once, all of one length; the same tokens for everyone who asks."""
+        return cls(random_prompts(random.Random(prompt), [prompt] * count, vocab_size), [output] * count, [0.0] * count)
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -1,7 +1,5 @@
 """Makes a model of a well-known shape with random weights, for measuring speed where no weights can be had.
 
-    python -m benchmarks.common.random_model smollm2-135m /tmp/smollm2
-
 The tokenizer is byte-level with as many tokens as the model has, so text goes in and comes out (as nonsense).
 """
 
@@ -12,8 +10,8 @@ import json
 import string
 from pathlib import Path
 
-from benchmarks.common.arguments import CACHE, new_parser
-from benchmarks.common.shapes import CPU_SHAPES, SHAPES
+from benchmarks.common.arguments import CACHE
+from benchmarks.common.shapes import SHAPES
 
 
 def make_random_model(shape: str, folder: Path | None = None) -> Path:
@@ -56,15 +54,3 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": specials[0]}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-
-
-def main() -> None:
-    parser = new_parser(__doc__, "common.random_model")
-    parser.add_argument("shape", choices=CPU_SHAPES)
-    parser.add_argument("folder", type=Path)
-    arguments = parser.parse_args()
-    print(make_random_model(arguments.shape, arguments.folder))
-
-
-if __name__ == "__main__":
-    main()

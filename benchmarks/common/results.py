@@ -36,6 +36,12 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def one_line(text: str, most: int = 160) -> str:
+    """A text on one line, cut where it is too long for a table."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def rounded(value: Any) -> Any:
     """Four digits are more than any of these figures has. A number that JSON cannot hold becomes its name."""
     if isinstance(value, dict):

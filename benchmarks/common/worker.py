@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.results import ROOT
+from benchmarks.common.results import ROOT, one_line
 
 QUIT_TIMEOUT_S = 30.0
 KILL_TIMEOUT_S = 5.0
@@ -65,7 +65,7 @@ class Worker:
             self.kill()
             raise WorkerGone(f"no answer to {request['op']!r} within {timeout_s:.0f} s") from None
         if "error" in answer:
-            raise EngineError(_one_line(answer["error"]))
+            raise EngineError(one_line(answer["error"]))
         return answer
 
     def _read_line(self, deadline: float) -> bytes:
@@ -86,10 +86,12 @@ class Worker:
             self.process.wait(KILL_TIMEOUT_S)
         self.kill()
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        return WorkerGone(_one_line(f"ended with status {self.process.returncode}: {lines[-1] if lines else ''}"))
+        return WorkerGone(one_line(f"ended with status {self.process.returncode}: {lines[-1] if lines else ''}"))
 
     def pause(self) -> None:
+        """Returns when it stands still: only a group that has stopped by then is ended with this process."""
         self._signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
@@ -119,9 +121,3 @@ class Worker:
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, number)
-
-
-def _one_line(text: str) -> str:
-    """The first 160 characters of what matters in an error."""
-    text = " ".join(text.split())
-    return text if len(text) <= 160 else text[:157] + "..."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -41,9 +40,7 @@ class Cell:
 
     def work(self, vocab_size: int) -> Requests:
         """The same token ids for every engine and round."""
-        rng = random.Random(self.prompt)
-        prompts = [[rng.randrange(3, vocab_size) for _ in range(self.prompt)] for _ in range(self.requests)]
-        return Requests(prompts, [self.output] * self.requests, [0.0] * self.requests)
+        return Requests.equal(self.requests, self.prompt, self.output, vocab_size)
 
 
 @dataclass
@@ -108,30 +105,16 @@ def agreement(record: Record, reference: Record, cells: Iterable[Cell]) -> float
     return statistics.fmean(equal) if equal else None
 
 
-@dataclass(frozen=True)
-class Streaming:
-    """What users of a served engine saw, over all rounds."""
-
-    tokens_per_s: list[float]
-    """One for each round."""
-    ttft_p50_ms: float
-    gap_p50_ms: float
-    """Between two responses of one request."""
-    gap_p99_ms: float
-    tokens_per_response_p50: float
-
-    @classmethod
-    def of(cls, record: Record, cell: Cell) -> Streaming | None:
-        """None where answers did not come in pieces."""
-        runs = [run for run in record.runs.get(cell, []) if run.responses]
-        streams = [stream for run in runs for stream in zip(run.starts, run.responses, strict=True)]
-        gaps = [later[0] - earlier[0] for _, responses in streams for earlier, later in itertools.pairwise(responses)]
-        if not gaps:
-            return None
-        return cls(
-            tokens_per_s=record.values(cell),
-            ttft_p50_ms=1000 * statistics.median(responses[0][0] - start for start, responses in streams),
-            gap_p50_ms=1000 * statistics.median(gaps),
-            gap_p99_ms=1000 * percentile(gaps, 0.99),
-            tokens_per_response_p50=statistics.median(count for _, responses in streams for _, count in responses),
-        )
+def streaming(record: Record, cell: Cell) -> dict[str, float]:
+    """What users of a served engine saw over all rounds; empty where answers did not come in pieces."""
+    runs = [run for run in record.runs.get(cell, []) if run.responses]
+    streams = [stream for run in runs for stream in zip(run.starts, run.responses, strict=True)]
+    gaps = [later[0] - earlier[0] for _, responses in streams for earlier, later in itertools.pairwise(responses)]
+    if not gaps:
+        return {}
+    return {
+        "ttft_p50_ms": 1000 * statistics.median(responses[0][0] - start for start, responses in streams),
+        "gap_p50_ms": 1000 * statistics.median(gaps),
+        "gap_p99_ms": 1000 * percentile(gaps, 0.99),
+        "tokens_per_response_p50": statistics.median(count for _, responses in streams for _, count in responses),
+    }

@@ -13,7 +13,7 @@ from benchmarks.common.plots import COLORS, Theme, draw
 from benchmarks.common.results import Spread, cpu_result, write_json
 from benchmarks.common.shapes import ModelCost
 from benchmarks.common.tables import markdown
-from benchmarks.compare.measure import OURS, Cell, Record, Streaming, agreement
+from benchmarks.compare.measure import OURS, Cell, Record, agreement, streaming
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,9 @@ def _served_lines(found: Findings, cell: Cell) -> list[str]:
         if not record.takes(cell):
             continue
         row = [record.engine.title, _figure(record, cell)]
-        if (streaming := Streaming.of(record, cell)) is not None:
-            times = (streaming.ttft_p50_ms, streaming.gap_p50_ms, streaming.gap_p99_ms)
+        if seen := streaming(record, cell):
             starts = ", ".join(f"{seconds:.1f}" for seconds in record.started.first_token_s)
-            row += [*(f"{value:.1f}" for value in times), f"{streaming.tokens_per_response_p50:g}", starts]
+            row += [*(f"{value:.1f}" for value in seen.values()), starts]
         rows.append(row + ["-"] * (len(rows[0]) - len(row)))
     return ["", f"{cell.requests} requests, {cell.batch} users, client on the same cores:", "", *markdown(rows)]
 
@@ -147,7 +146,6 @@ def as_json(found: Findings) -> dict[str, Any]:
 
 def _cell_json(found: Findings, cell: Cell) -> dict[str, Any]:
     peer, speedup = found.best_peer(cell), found.speedup(cell)
-    streams = {name: Streaming.of(record, cell) for name, record in found.records.items()}
     return {
         **asdict(cell),
         "unit": "s to first token" if cell.is_ttft else "output tokens/s",
@@ -155,7 +153,7 @@ def _cell_json(found: Findings, cell: Cell) -> dict[str, Any]:
         "rounds": {name: values for name, record in found.records.items() if (values := record.values(cell))},
         "best_peer": peer and peer.name,
         "speedup": speedup and asdict(speedup),
-        "streaming": {name: asdict(stream) for name, stream in streams.items() if stream is not None},
+        "streaming": {name: seen for name, record in found.records.items() if (seen := streaming(record, cell))},
     }
 
 

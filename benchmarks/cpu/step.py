@@ -1,25 +1,25 @@
 """Where the time of a step goes on a CPU: milliseconds per kind of operation.
 
-Runs the model's recorded program as the engine does: prompts of --context tokens, then decodes. Medians of whole steps;
-the kinds' shares are the mean of a few more steps. FLASHSERVE_KERNELS=native:avx2 in the environment forces a path.
+Runs the model's recorded program as the engine does: as many prompts of --context tokens as fit into a step, then
+decodes. Medians of whole steps; the kinds' shares are the mean of a few more steps. FLASHSERVE_KERNELS=native:avx2 in
+the environment forces a path.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 
 import numpy as np
 
 from benchmarks.common.arguments import model_folder, numbers
-from benchmarks.common.engine import load_on_cpu
+from benchmarks.common.engine import load_on_cpu, repeatable_step
 from benchmarks.common.timing import wall_seconds
-from flashserve.protocol import SamplingParams
 from flashserve.runner.model_runner import ModelRunner
-from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput
 from flashserve_kernels.cpu.program import KINDS
 
-STEPS = 12
+STEPS, PROFILED = 12, 4
 BUDGET = 2048
 
 
@@ -37,57 +37,32 @@ def run(args: argparse.Namespace) -> None:
         quantization=args.quantization,
         kv_cache_memory_bytes=2 << 30,
         max_num_batched_tokens=BUDGET,
+        max_num_seqs=max(args.batches),
         max_model_len=args.context + 64,
     )
-    for batch in args.batches:
-        _measure(runner, batch, args.context)
+    context, together = args.context, max(1, BUDGET // args.context)
+    steps = [[(min(batch, together), context, context), (batch, 1, context + 1)] for batch in args.batches]
+    for step in dict.fromkeys(itertools.chain(*steps)):
+        _measure(runner, *step)
 
 
-def _measure(runner: ModelRunner, batch: int, context: int) -> None:
-    """Print a line for the prompts' steps and one for the decodes."""
-    blocks = -(-(context + STEPS + 8) // 16)
-    greedy = SamplingParams(temperature=0)
-    admissions = [Admission(i, i, greedy, 0, context, ()) for i in range(batch)]
-    rows = [
-        ScheduledRow(i, i, 0, context, [3 + (7 * i + j) % 30000 for j in range(context)],
-                     list(range(i * blocks, (i + 1) * blocks)), 1)
-        for i in range(batch)
-    ]  # fmt: skip
-    together = max(1, BUDGET // context)
-    groups = [slice(first, first + together) for first in range(0, batch, together)]
-    seconds = [
-        sum(_step(runner, SchedulerOutput(0, admissions[g], rows[g], context * len(rows[g]), [])) for g in groups)
-        for _ in range(3)
-    ]
-    last = len(rows[groups[-1]])
-    _report(f"{batch} x {context} prompt", seconds, _shares(runner, (last * context, last, last)), batch * context)
-    seconds = []
-    for number in range(STEPS):
-        decodes = [ScheduledRow(i, i, context + number, 1, [], [], 1) for i in range(batch)]
-        seconds.append(_step(runner, SchedulerOutput(0, [], decodes, batch, [])))
-    _report(f"{batch} x 1 decode", seconds, _shares(runner, (batch, batch, batch)), batch)
+def _measure(runner: ModelRunner, rows: int, queries: int, context: int) -> None:
+    """Print a line for steps of ``queries`` tokens of each row."""
+    plan = repeatable_step(runner, rows, queries, context, fill=True)
+    median = statistics.median(wall_seconds(lambda: runner.wait(runner.submit(plan))) for _ in range(STEPS))
+    kinds = _milliseconds(runner, (rows * queries, rows, rows))
+    shown = ", ".join(f"{kind} {ms:.2f}" for kind, ms in sorted(kinds.items(), key=lambda item: -item[1]) if ms >= 0.01)
+    name = f"{rows} x {queries} {'prompt' if queries > 1 else 'decode'}"
+    print(f"{name:18} {median * 1e3:8.2f} ms  {rows * queries / median:7.0f} tokens/s   {shown}", flush=True)
 
 
-def _step(runner: ModelRunner, plan: SchedulerOutput) -> float:
-    """Seconds from the plan to the tokens."""
-    return wall_seconds(lambda: runner.wait(runner.submit(plan)))
-
-
-def _shares(runner: ModelRunner, sizes: tuple[int, int, int], repeats: int = 4) -> dict[str, float]:
-    """Milliseconds per kind of operation of the last step's program."""
+def _milliseconds(runner: ModelRunner, sizes: tuple[int, int, int]) -> dict[str, float]:
+    """Of the last step's program, by kind of operation."""
     program = runner._steps._forward  # type: ignore[attr-defined]
     seconds = np.zeros(len(program.kinds))
-    for _ in range(repeats):
+    for _ in range(PROFILED):
         program.run(*sizes, seconds)
     totals: dict[str, float] = {}
-    for kind, own in zip(program.kinds, seconds / repeats * 1e3, strict=True):
+    for kind, own in zip(program.kinds, seconds / PROFILED * 1e3, strict=True):
         totals[KINDS[kind]] = totals.get(KINDS[kind], 0.0) + own
     return totals
-
-
-def _report(name: str, seconds: list[float], totals: dict[str, float], tokens: int) -> None:
-    median = statistics.median(seconds)
-    parts = ", ".join(
-        f"{kind} {ms:.2f}" for kind, ms in sorted(totals.items(), key=lambda item: -item[1]) if ms >= 0.01
-    )
-    print(f"{name:18} {median * 1e3:8.2f} ms  {tokens / median:7.0f} tokens/s   {parts}", flush=True)

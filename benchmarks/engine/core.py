@@ -13,7 +13,8 @@ from flashserve.engine.core import EngineCore
 from flashserve.protocol import GenerateRequest, SamplingParams
 from flashserve.runner.null_runner import NullRunner
 from flashserve.scheduling.block_manager import BlockManager
-from flashserve.scheduling.scheduler import Scheduler, SchedulerConfig
+from flashserve.scheduling.config import SchedulerConfig
+from flashserve.scheduling.scheduler import Scheduler
 
 BLOCK_SIZE = 16
 PARAMS = SamplingParams(temperature=0.0, stop_token_ids=(1, 2))

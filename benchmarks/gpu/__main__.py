@@ -7,7 +7,7 @@
 Weights are random and made on the device. The result is printed, and written after every figure to
 benchmarks/gpu/results/<gpu>/<date>.json, so that a run that is cut short keeps what it has. A section that fails says
 so there and ends nothing else; where it leaves the device unusable, a new process does the rest. Kernels are compared
-with float64, with torch's own op, and with the ceilings, which are measured first.
+with float64, with torch's own ops, and with the ceilings, which are measured first.
 """
 
 from __future__ import annotations
@@ -22,19 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.arguments import new_parser
-from benchmarks.common.results import ROOT, result_folder
+from benchmarks.common.results import ROOT, result_folder, slug
 from benchmarks.common.shapes import GPU_SHAPES, SHAPES, TINY_SHAPE
 from benchmarks.common.tables import keyed
-from benchmarks.gpu.report import TARGETS, Budget, Report, result_file
+from benchmarks.gpu.report import TARGETS, Budget, Report
 
 # A lent machine may have torch and nothing of ours.
 sys.path[:0] = [str(ROOT / "backend"), str(ROOT / "kernels")]
 
-SECTIONS = ("ceilings", "attention", "kernels", *GPU_SHAPES, "transformers")
-PEER_WORKLOAD = (256, 128, 128)
-KERNEL_KEYS = (
-    "correct", "error", "same_tokens", "us", "gb_s", "tflop_s", "of_ceiling", "torch_us", "sdpa_us",
-)  # fmt: skip
+KERNEL_SECTIONS = ("attention", "kernels")
+SECTIONS = ("ceilings", *KERNEL_SECTIONS, *GPU_SHAPES, "transformers")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -52,8 +49,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING)
-    if args.device == "cpu":
-        interpret_kernels()
+    if args.device == "cpu":  # kernels in Triton's interpreter, models on torch's ops
+        os.environ |= {"TRITON_INTERPRET": "1", "FLASHSERVE_KERNELS": "torch"}
     import torch
 
     from benchmarks.common.timing import Timer, device_facts
@@ -64,13 +61,14 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda:0" if args.device == "cuda" else args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    timer, budget = Timer(device), Budget(args.budget_s)
-    say = partial(print, flush=True)
+    timer = Timer(device, seconds=0.0, least=1) if args.tiny else Timer(device)
+    budget, say = Budget(args.budget_s), partial(print, flush=True)
     if args.resume:
         report = Report.resume(args.resume, say)
     else:
         facts = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "dtype": args.dtype, **device_facts(device)}
-        report = Report(result_file(args.output, facts["device"], time.localtime()), facts, say=say)
+        file = args.output / slug(facts["device"]) / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
+        report = Report(file, facts, say=say)
     say(f"{report.facts}; budget {args.budget_s:.0f} s; {report.file}")
     chosen = [name for name in SECTIONS if name in args.sections]
     for index, section in enumerate(chosen):
@@ -87,13 +85,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def is_usable(device: Any) -> bool:
     """After an illegal access every later call of a process fails."""
-    if device.type != "cuda":
-        return True
     import torch
 
     try:
-        torch.cuda.empty_cache()
-        torch.cuda.synchronize(device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.synchronize(device)
     except RuntimeError:
         return False
     return True
@@ -123,55 +120,27 @@ def measure(section: str, args: argparse.Namespace, report: Report, budget: Budg
         from benchmarks.gpu.models import ModelBench
 
         ModelBench(report, budget, timer, section, TINY_SHAPE if args.tiny else SHAPES[section], tiny=args.tiny).run()
-    elif args.tiny and section == "transformers":
+    elif section in KERNEL_SECTIONS:
+        from benchmarks.gpu.kernels import measure_section
+
+        measure_section(section, args.tiny, dtype, report, budget, timer)
+    elif args.tiny:
         report.put(section, "missing", "not in a tiny run")
-    elif section == "transformers":
+    else:
+        from benchmarks.gpu.peers import measure_peer
+
         measure_peer(report, budget)
-    else:
-        with torch.inference_mode():
-            measure_ops(section, args.tiny, dtype, report, budget, timer)
-
-
-def measure_ops(section: str, tiny: bool, dtype: Any, report: Report, budget: Budget, timer: Any) -> None:
-    from benchmarks.gpu import attention, kernels
-
-    sizes = kernels.Sizes.tiny() if tiny else kernels.Sizes()
-    if section == "kernels":
-        kernels.measure_kernels(report, timer, sizes, dtype)
-    else:
-        attention.measure_attention(report, budget, timer, dtype, attention.TINY_CASES if tiny else attention.CASES)
-
-
-def measure_peer(report: Report, budget: Budget) -> None:
-    from benchmarks.gpu.peers import TIMEOUT_S, measure_transformers
-
-    for shape in GPU_SHAPES:
-        budget.require(20, f"transformers on {shape}")
-        found = measure_transformers(shape, *PEER_WORKLOAD, min(TIMEOUT_S, budget.left_s))
-        ours = report.get(shape, "throughput {} x {}/{}".format(*PEER_WORKLOAD))
-        if isinstance(ours, dict) and "tokens_s" in ours:
-            found["flashserve_tokens_s"] = ours["tokens_s"]
-        report.put("transformers", shape, found)
-        report.say(f"   {shape}: {found}")
-
-
-def interpret_kernels() -> None:
-    """On a CPU the kernels run in Triton's interpreter, and the models on torch's ops."""
-    os.environ["FLASHSERVE_KERNELS"] = "torch"
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def show(report: Report, section: str) -> None:
     """A section's table; whole models have said their figures already."""
-    rows = []
-    for name, value in report.sections.get(section, {}).items():
-        if isinstance(value, float) and section == "ceilings" and name != "seconds":
-            report.say(f"   {name} {value:.4g}")
-        elif isinstance(value, dict) and section in ("kernels", "attention") and name != "failure":
-            row = {key: value[key] for key in KERNEL_KEYS if key in value}
-            rows.append({"what": name, **({"failure": value["error"]} if "traceback" in value else row)})
-    for line in keyed(rows) if rows else ():
-        report.say(line)
+    figures = report.sections.get(section, {})
+    if section == "ceilings":
+        report.say(f"   {figures}")
+    if section in KERNEL_SECTIONS:
+        rows = [{"what": name, **value} for name, value in figures.items() if isinstance(value, dict)]
+        for line in keyed([{key: cell for key, cell in row.items() if key != "traceback"} for row in rows]):
+            report.say(line)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.common.engine import repeatable_step
 from benchmarks.common.shapes import ModelCost
 from benchmarks.common.timing import Timer
 from benchmarks.gpu.report import Budget, Report, profile_figures
@@ -25,12 +25,14 @@ from flashserve.protocol import GenerateRequest, ModelCard, SamplingParams
 from flashserve.runner.device import open_device
 from flashserve.runner.loading import load_runner
 from flashserve.runner.model_runner import ModelRunner
-from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput, StepResult
+from flashserve.scheduling.output import SchedulerOutput, StepResult
 from flashserve_kernels import Ops
 
 MAX_MODEL_LEN = 8192 + 64
 KV_SHARE = 0.4  # of the free memory: the eager and the captured steps have a cache each, one after the other
-GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
+Figure = dict[str, Any]
+Measure = Callable[[], Figure]
+Figures = list[tuple[str, Measure]]
 
 
 class RandomWeights:
@@ -117,24 +119,6 @@ class TimedRunner:
         """The runner is used again."""
 
 
-@contextmanager
-def late_compiles() -> Iterator[list[str]]:
-    """The warnings of the watch over late compilation that come inside."""
-    messages: list[str] = []
-
-    def keep(record: logging.LogRecord) -> bool:
-        if "late compilation" in record.getMessage():
-            messages.append(record.getMessage()[:300])
-        return True
-
-    logger = logging.getLogger("flashserve_kernels.gpu.launch")
-    logger.addFilter(keep)
-    try:
-        yield messages
-    finally:
-        logger.removeFilter(keep)
-
-
 def load_shape(config: dict[str, Any], device_name: str, max_num_seqs: int, **settings: Any) -> ModelRunner:
     """A model of this shape, with KV blocks for KV_SHARE of the memory that its weights leave free."""
     files, device = RandomFiles(config), open_device(device_name)
@@ -169,41 +153,40 @@ class ModelBench:
     def run(self) -> None:
         """All of them, the most telling first. The section is the shape's name."""
         try:
-            self._put("load", lambda: self._load(enforce_eager=False))
+            self._put("load", partial(self._load, enforce_eager=False))
             if "traceback" in self.report.get(self.name, "load"):
                 return
-            with late_compiles() as late:
-                self._run_captured()
-                self.report.put(self.name, "late compilations", list(late))
+            for figure, measure in self._captured().items():
+                self._put(figure, measure)
             self.runner.close()
-            self._put("load without graphs", lambda: self._load(enforce_eager=True))
-            for context in self.contexts[:1]:
-                for batch in self.batches:
-                    self._put(f"decode {batch} x {context} eager", self._decode, batch, context)
+            self._put("load without graphs", partial(self._load, enforce_eager=True))
+            for batch in self.batches:
+                self._put(f"decode {batch} x {self.contexts[0]} eager", partial(self._decode, batch, self.contexts[0]))
         finally:
             if hasattr(self, "runner"):
                 self.runner.close()
 
-    def _run_captured(self) -> None:
-        self._put(f"decode 1 x {self.contexts[0]} graphs", self._decode, 1, self.contexts[0])
-        largest = max(self.batches)
-        for workload in self.workloads[:1]:
-            self._put("throughput {} x {}/{}".format(*workload), self._throughput, *workload)
-        self._put(f"idle {largest} x {self.contexts[0]}", self._idle, largest, self.contexts[0])
-        for context in self.contexts:
-            for batch in self.batches:
-                if self.report.get(self.name, f"decode {batch} x {context} graphs") is None:
-                    self._put(f"decode {batch} x {context} graphs", self._decode, batch, context)
-        for prefill in self.prefills:
-            self._put("prefill {} x {} of {}".format(*prefill), self._prefill, *prefill)
-        for workload in self.workloads[1:]:
-            self._put("throughput {} x {}/{}".format(*workload), self._throughput, *workload)
-        self._put("idle 1 x " + str(self.contexts[0]), self._idle, 1, self.contexts[0])
+    def _captured(self) -> dict[str, Measure]:
+        """Figures by name; a name that comes twice keeps its first place."""
 
-    def _put(self, figure: str, measure: Callable[..., dict[str, Any]], *args: Any) -> None:
+        def figures(kind: str, text: str, measure: Callable[..., Figure], sizes: Iterable[Sequence[int]]) -> Figures:
+            return [(f"{kind} {text.format(*size)}", partial(measure, *size)) for size in sizes]
+
+        first, largest = self.contexts[0], max(self.batches)
+        decodes = partial(figures, "decode", "{} x {} graphs", self._decode)
+        throughput = partial(figures, "throughput", "{} x {}/{}", self._throughput)
+        idle = partial(figures, "idle", "{} x {}", self._idle)
+        return dict([
+            *decodes([(1, first)]), *throughput(self.workloads[:1]), *idle([(largest, first)]),
+            *decodes([(batch, context) for context in self.contexts for batch in self.batches]),
+            *figures("prefill", "{} x {} of {}", self._prefill, self.prefills),
+            *throughput(self.workloads[1:]), *idle([(1, first)]),
+        ])  # fmt: skip
+
+    def _put(self, figure: str, measure: Measure) -> None:
         """Keep a figure, or how it failed. Raises OutOfTime."""
         self.budget.require(10, f"{self.name}: {figure}")
-        found = self.report.attempt(self.name, figure, lambda: measure(*args))
+        found = self.report.attempt(self.name, figure, measure)
         self.report.say(f"   {self.name}: {figure}: {found.get('error') or json.dumps(_short(found))}")
 
     def _load(self, *, enforce_eager: bool) -> dict[str, Any]:
@@ -218,24 +201,21 @@ class ModelBench:
 
     def _decode(self, batch: int, context: int) -> dict[str, Any]:
         """Milliseconds per step of ``batch`` rows at this context, one step ahead as the engine runs them."""
-        step_s = self._seconds_per_step(self._decode_plan(batch, context))
-        bandwidth, flops = (self.report.get("ceilings", name) for name in ("copy_bytes_s", "gemm_flop_s"))
-        found = {"step_ms": step_s * 1e3, "tokens_s": batch / step_s}
-        found["gb_s"] = self.cost.decode_bytes(batch, context) / step_s / 1e9
-        if bandwidth and flops:
-            found["of_copy"] = self.cost.decode_bytes(batch, context) / step_s / bandwidth
-            found["of_floor"] = self.cost.decode_floor_s(batch, context, bandwidth, flops) / step_s
+        step_s = self._seconds_per_step(repeatable_step(self.runner, batch, 1, context))
+        moved = self.cost.decode_bytes(batch, context) / step_s
+        found = {"step_ms": step_s * 1e3, "tokens_s": batch / step_s, "gb_s": moved / 1e9}
+        if ceilings := self.report.ceilings:
+            found["of_copy"] = moved / ceilings[0]
+            found["of_floor"] = self.cost.decode_floor_s(batch, context, *ceilings) / step_s
         return found
 
     def _prefill(self, rows: int, queries: int, context: int) -> dict[str, Any]:
         """Tokens per second of steps that compute the last ``queries`` tokens of each row."""
-        plan = self._plan(rows, context, queries)
-        step_s = self._seconds_per_step(plan)
-        found = {"step_ms": step_s * 1e3, "tokens_s": rows * queries / step_s}
+        step_s = self._seconds_per_step(repeatable_step(self.runner, rows, queries, context))
         rate = self.cost.prefill_flops(rows, queries, context) / step_s
-        found["tflop_s"] = rate / 1e12
-        if ceiling := self.report.get("ceilings", "gemm_flop_s"):
-            found["of_gemm"] = rate / ceiling
+        found = {"step_ms": step_s * 1e3, "tokens_s": rows * queries / step_s, "tflop_s": rate / 1e12}
+        if ceilings := self.report.ceilings:
+            found["of_gemm"] = rate / ceilings[1]
         return found
 
     def _seconds_per_step(self, plan: SchedulerOutput) -> float:
@@ -255,30 +235,6 @@ class ModelBench:
             handle = following
         self.runner.wait(handle)
         return time.perf_counter() - started
-
-    def _decode_plan(self, batch: int, context: int) -> SchedulerOutput:
-        return self._plan(batch, context, 1)
-
-    def _plan(self, rows: int, context: int, queries: int) -> SchedulerOutput:
-        """A step that can be repeated: the last ``queries`` tokens of rows of ``context`` tokens.
-
-        The rows' blocks are admitted with a step of their own first. Where the cache is smaller than all rows, blocks
-        far apart are shared: it is many times the L2, so they come from memory all the same.
-        """
-        wanted = -(-context // self.resolved.block_size)
-        num_blocks, rng = self.resolved.num_blocks, random.Random(0)
-        order = rng.sample(range(num_blocks), num_blocks)
-        vocab = self.resolved.model.vocab_size
-
-        def row(index: int, blocks: list[int]) -> ScheduledRow:
-            tokens = [rng.randrange(vocab) for _ in range(queries)] if queries > 1 else []
-            return ScheduledRow(index, index, context - queries, queries, tokens, blocks, 1)
-
-        tables = [[order[(index * wanted + i) % num_blocks] for i in range(wanted)] for index in range(rows)]
-        admissions = [Admission(index, index, GREEDY, 0, context, ()) for index in range(rows)]
-        first = [row(index, table) for index, table in enumerate(tables)]
-        self.runner.wait(self.runner.submit(SchedulerOutput(0, admissions, first, rows * queries, [])))
-        return SchedulerOutput(1, [], [row(index, []) for index in range(rows)], rows * queries, [])
 
     def _throughput(self, requests: int, prompt_len: int, output_len: int) -> dict[str, Any]:
         """All requests at once through scheduler and engine core, greedy, without an end token."""
@@ -323,7 +279,7 @@ class ModelBench:
         """Share of the time in which no kernel runs, from torch's profiler over some decode steps."""
         if self.timer.device.type != "cuda":
             return {"idle": None, "why": "no GPU"}
-        plan, steps = self._decode_plan(batch, context), 20
+        plan, steps = repeatable_step(self.runner, batch, 1, context), 20
         self._pipeline(plan, 5)
         activities = [torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profiler:

@@ -14,25 +14,34 @@ from importlib.util import find_spec
 from typing import Any
 
 from benchmarks.common.results import ROOT
-from benchmarks.common.shapes import SHAPES
+from benchmarks.common.shapes import GPU_SHAPES, SHAPES
+from benchmarks.gpu.report import Budget, Report
 
+WORKLOAD = (256, 128, 128)
 TIMEOUT_S = 80.0
 
 
-def measure_transformers(
-    shape: str, requests: int, prompt_len: int, output_len: int, timeout_s: float
-) -> dict[str, Any]:
-    """Its figures, or why there are none."""
+def measure_peer(report: Report, budget: Budget) -> None:
+    """The section "transformers": a shape's figures beside ours, or why there are none."""
+    for shape in GPU_SHAPES:
+        budget.require(20, f"transformers on {shape}")
+        found = _measure(shape, min(TIMEOUT_S, budget.left_s))
+        ours = report.get(shape, "throughput {} x {}/{}".format(*WORKLOAD)) or {}
+        found["flashserve_tokens_s"] = ours.get("tokens_s")
+        report.put("transformers", shape, found)
+        report.say(f"   {shape}: {found}")
+
+
+def _measure(shape: str, timeout_s: float) -> dict[str, Any]:
     if find_spec("transformers") is None:
         return {"missing": "transformers is not installed"}
-    numbers = [str(number) for number in (requests, prompt_len, output_len)]
-    command = [sys.executable, "-m", "benchmarks.gpu.peers", shape, *numbers]
+    command = [sys.executable, "-m", "benchmarks.gpu.peers", shape, *map(str, WORKLOAD)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=True, cwd=ROOT)
     except subprocess.TimeoutExpired:
         return {"missing": f"no result within {timeout_s:.0f} s"}
-    if done.returncode != 0:
-        return {"missing": "it failed", "output": done.stderr.strip().splitlines()[-6:]}
+    except subprocess.CalledProcessError as error:
+        return {"missing": "it failed", "output": error.stderr.strip().splitlines()[-6:]}
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
@@ -49,10 +58,10 @@ def generate(shape: str, requests: int, prompt_len: int, output_len: int, device
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
     rng = random.Random(1)
     prompts = [[rng.randrange(config.vocab_size) for _ in range(prompt_len)] for _ in range(requests)]
+    batching = ContinuousBatchingConfig(max_requests_per_batch=requests, allow_block_sharing=False)
 
     def run(tokens: int) -> tuple[float, int]:
         generation = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        batching = ContinuousBatchingConfig(max_requests_per_batch=requests, allow_block_sharing=False)
         started = time.perf_counter()
         results = model.generate_batch(
             inputs=prompts, generation_config=generation, continuous_batching_config=batching, progress_bar=False
@@ -65,13 +74,11 @@ def generate(shape: str, requests: int, prompt_len: int, output_len: int, device
     return {
         "tokens_s": tokens / seconds,
         "tokens_s_without_start": (tokens - first_tokens) / (seconds - start_s),
-        "seconds": seconds,
-        "tokens": tokens,
         "transformers": transformers.__version__,
         "attention": model.config._attn_implementation,
     }
 
 
 if __name__ == "__main__":
-    requests, prompt, output = (int(number) for number in sys.argv[2:5])
+    requests, prompt, output = map(int, sys.argv[2:5])
     print(json.dumps(generate(sys.argv[1], requests, prompt, output)))

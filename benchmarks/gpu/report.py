@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.results import rounded, slug
+from benchmarks.common.results import one_line, rounded
 
 TRACEBACK_LINES = 6
 
@@ -60,6 +60,12 @@ class Report:
         """A figure of before, or None where it is missing."""
         return self.sections.get(section, {}).get(name)
 
+    @property
+    def ceilings(self) -> tuple[float, float] | None:
+        """The device's bytes and FLOP per second, once both are measured."""
+        bandwidth, flops = (self.get("ceilings", name) for name in ("copy_bytes_s", "gemm_flop_s"))
+        return (bandwidth, flops) if bandwidth and flops else None
+
     def attempt(self, section: str, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Keep and return a figure, or how it failed: that is its own, and no other's. OutOfTime passes."""
         try:
@@ -82,7 +88,7 @@ class Report:
             self.say(f"   skipped the rest: {error}")
         except Exception as error:
             self.put(section, "failure", failure_of(error))
-            self.say(f"   FAILED: {type(error).__name__}: {first_line(str(error))}")
+            self.say(f"   FAILED: {type(error).__name__}: {one_line(str(error))}")
         self.put(section, "seconds", round(time.monotonic() - started, 1))
 
     def write(self) -> None:
@@ -97,30 +103,7 @@ def failure_of(error: BaseException) -> dict[str, Any]:
     """What a failed measurement leaves in the report."""
     lines = traceback.format_exception(type(error), error, error.__traceback__)
     tail = "".join(lines).strip().splitlines()[-TRACEBACK_LINES:]
-    return {"error": f"{type(error).__name__}: {first_line(str(error))}", "traceback": tail}
-
-
-def first_line(text: str) -> str:
-    """Its first line, 200 characters at most."""
-    line = text.strip().splitlines()[0] if text.strip() else ""
-    return line if len(line) <= 200 else line[:197] + "..."
-
-
-def result_file(folder: Path, device_name: str, date: time.struct_time) -> Path:
-    """``<folder>/<gpu>/<date>.json``."""
-    return folder / slug(device_name) / f"{time.strftime('%Y%m%d-%H%M%S', date)}.json"
-
-
-def speed(seconds: float, ceiling: float | None, *, bytes_: float = 0, flops: float = 0) -> dict[str, float]:
-    """Time and rate of a kernel, and the share of a ceiling (bytes or FLOP per second) that the rate is.
-
-    bytes_: what it must move through memory; flops: what it must compute; one of them.
-    """
-    rate = (flops or bytes_) / seconds
-    found = {"us": seconds * 1e6, ("tflop_s" if flops else "gb_s"): rate / (1e12 if flops else 1e9)}
-    if ceiling:
-        found["of_ceiling"] = rate / ceiling
-    return found
+    return {"error": f"{type(error).__name__}: {one_line(str(error))}", "traceback": tail}
 
 
 def busy_share(intervals: Sequence[tuple[float, float]]) -> float:

@@ -11,14 +11,7 @@ from typing import Any
 from .connect import DEFAULT_URL, parse_url, transport_class
 from .deadline import Deadline
 from .errors import FlashserveError, InternalError, Timeout, Unavailable
-from .request import (
-    InferRequest,
-    Prompt,
-    detokenize_body,
-    generate_request,
-    tokenize_body,
-    tokenize_request,
-)
+from .request import Prompt, detokenize_body, generate_request, tokenize_body, tokenize_request
 from .results import GenerateResult, Health, ModelInfo
 from .stream import CLIENT_GRACE_S, AsyncStream
 from .transport import Transport
@@ -87,8 +80,7 @@ class AsyncClient:
                 messages also tools, chat_template_kwargs, add_generation_prompt, continue_final_message.
         """
         # Not `self.stream`: a single response costs the server 100-170 µs, one per token as many times more.
-        request = self._request(prompt, False, model, timeout_s, priority, request_id, params)
-        return await _finish(self._open(request, self._timeout(timeout_s), self._retries))
+        return await _finish(self._open(prompt, False, model, timeout_s, priority, request_id, params))
 
     def stream(
         self,
@@ -101,8 +93,7 @@ class AsyncClient:
         **params: Any,
     ) -> AsyncStream:
         """Like `generate`, but iterates over `Delta`s as they come; `.result` of the stream has the whole."""
-        request = self._request(prompt, True, model, timeout_s, priority, request_id, params)
-        return self._open(request, self._timeout(timeout_s), self._retries)
+        return self._open(prompt, True, model, timeout_s, priority, request_id, params)
 
     async def tokenize(
         self, prompt: str | Sequence[Mapping[str, Any]], *, model: str | None = None, **template: Any
@@ -195,15 +186,7 @@ class AsyncClient:
             self._transport = self._make_transport(self._address, self._headers, self._connect_timeout_s)
         return self._transport
 
-    def _open(self, request: InferRequest, timeout_s: float | None, retries: int) -> AsyncStream:
-        stream = AsyncStream(self._connected(), request, timeout_s, retries)
-        self._streams.add(stream)
-        return stream
-
-    def _timeout(self, timeout_s: float | None) -> float | None:
-        return self._timeout_s if timeout_s is None else timeout_s
-
-    def _request(
+    def _open(
         self,
         prompt: Prompt,
         stream: bool,
@@ -212,16 +195,21 @@ class AsyncClient:
         priority: int | None,
         request_id: str | None,
         params: Mapping[str, Any],
-    ) -> InferRequest:
-        return generate_request(
+        retries: int | None = None,
+    ) -> AsyncStream:
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        request = generate_request(
             prompt,
             model=model or self._model,
             stream=stream,
-            timeout_s=self._timeout(timeout_s),
+            timeout_s=timeout_s,
             priority=priority,
             request_id=request_id,
             params=params,
         )
+        opened = AsyncStream(self._connected(), request, timeout_s, self._retries if retries is None else retries)
+        self._streams.add(opened)
+        return opened
 
     async def _ask_tokenizer(self, body: Mapping[str, Any], model: str | None) -> dict[str, Any]:
         reader = self._connected().open(tokenize_request(body, model=model or self._model))
@@ -243,8 +231,7 @@ class AsyncClient:
     async def _probe(self, model: str, timeout_s: float) -> None:
         """Has the engine generate one token; raises why it did not."""
         budget_s = max(timeout_s - CLIENT_GRACE_S, 0.1)
-        request = self._request([0], False, model, budget_s, _PROBE_PRIORITY, None, {"max_tokens": 1})
-        await _finish(self._open(request, budget_s, retries=0))
+        await _finish(self._open([0], False, model, budget_s, _PROBE_PRIORITY, None, {"max_tokens": 1}, retries=0))
 
 
 async def _finish(stream: AsyncStream) -> GenerateResult:

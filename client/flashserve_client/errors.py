@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from .results import GenerateResult
 
-_SUFFIX = re.compile(r"\s*\[code=([A-Z_]+)((?: [a-z_]+=[^\s\]]+)*)\]$")
+_SUFFIX = re.compile(r" ?\[code=([A-Z_]+)((?: [a-z_]+=[^\s\]]+)*)\]$")
 
 # tritonserver's own messages, in the order in which they are tried.
 _TRITON_TEXTS = (
@@ -97,12 +97,14 @@ class Timeout(FlashserveError, TimeoutError):
     default_code = "TIMEOUT"
 
 
-_BY_CODE: dict[str, type[FlashserveError]] = {
+# What the suffix says: its code, or its code and reason; anything else is the server's fault.
+_KINDS: dict[str, type[FlashserveError]] = {
     "INVALID_ARG": InvalidRequest,
     "UNSUPPORTED": InvalidRequest,
     "NOT_FOUND": NotFound,
     "UNAVAILABLE": Unavailable,
     "CANCELLED": Cancelled,
+    "CANCELLED deadline": DeadlineExceeded,
     "INTERNAL": InternalError,
 }
 
@@ -112,17 +114,10 @@ def error_from_message(message: str, default_code: str = "INVALID_ARG") -> Flash
     match = _SUFFIX.search(message)
     if match is None:
         code = next((code for text, code in _TRITON_TEXTS if text.search(message)), default_code)
-        return _BY_CODE.get(code, InternalError)(message, code=code)
+        return _KINDS.get(code, InternalError)(message, code=code)
     code = match[1]
     fields = dict(field.split("=", 1) for field in match[2].split())
-    retry = fields.get("retry_after_ms", "")
-    reason = fields.get("reason")
-    kind = _BY_CODE.get(code, InternalError)
-    if kind is Cancelled and reason == "deadline":
-        kind = DeadlineExceeded
-    return kind(
-        message[: match.start()],
-        code=code,
-        retry_after_ms=int(retry) if retry.isdecimal() else None,
-        reason=reason,
-    )
+    retry, reason = fields.get("retry_after_ms", ""), fields.get("reason")
+    kind = _KINDS.get(f"{code} {reason}") or _KINDS.get(code, InternalError)
+    retry_after_ms = int(retry) if retry.isdecimal() else None
+    return kind(message[: match.start()], code=code, retry_after_ms=retry_after_ms, reason=reason)

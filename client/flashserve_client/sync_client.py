@@ -6,19 +6,20 @@ import asyncio
 import contextlib
 import threading
 import weakref
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent import futures
+from functools import wraps
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from .async_client import AsyncClient
 from .connect import DEFAULT_URL
 from .errors import Cancelled
-from .request import Prompt
-from .results import Delta, GenerateResult, Health, ModelInfo
+from .results import Delta, GenerateResult
 from .stream import AsyncStream
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _CLOSE_TIMEOUT_S = 5.0
@@ -181,6 +182,31 @@ def _shut_down(loop: _LoopThread, client: AsyncClient) -> None:
     loop.close(client.aclose())
 
 
+def _blocking(
+    method: Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Client, P], T]:
+    """A method of `AsyncClient` as one of `Client`: with its signature, and waited for."""
+
+    @wraps(method)
+    def call(self: Client, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._loop.wait(method(self._client, *args, **kwargs))
+
+    return call
+
+
+def _streaming(method: Callable[Concatenate[AsyncClient, P], AsyncStream]) -> Callable[Concatenate[Client, P], Stream]:
+    """Likewise for the one that gives a stream, which is to be iterated over with `for`."""
+
+    @wraps(method)
+    def call(self: Client, *args: P.args, **kwargs: P.kwargs) -> Stream:
+        async def on_the_loop() -> AsyncStream:
+            return method(self._client, *args, **kwargs)
+
+        return Stream(self._loop.wait(on_the_loop()), self._loop)
+
+    return call
+
+
 class Client:
     """The synchronous client; the arguments are those of `AsyncClient`. Any number of threads may share one.
 
@@ -209,70 +235,14 @@ class Client:
         self._loop = _LoopThread()
         self._finalizer = weakref.finalize(self, _shut_down, self._loop, self._client)
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        model: str | None = None,
-        timeout_s: float | None = None,
-        priority: int | None = None,
-        request_id: str | None = None,
-        **params: Any,
-    ) -> GenerateResult:
-        """See `AsyncClient.generate`."""
-        return self._loop.wait(
-            self._client.generate(
-                prompt, model=model, timeout_s=timeout_s, priority=priority, request_id=request_id, **params
-            )
-        )
-
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        model: str | None = None,
-        timeout_s: float | None = None,
-        priority: int | None = None,
-        request_id: str | None = None,
-        **params: Any,
-    ) -> Stream:
-        """See `AsyncClient.stream`; iterate over it with `for`."""
-        stream = self._loop.wait(
-            _call(
-                self._client.stream,
-                prompt,
-                model=model,
-                timeout_s=timeout_s,
-                priority=priority,
-                request_id=request_id,
-                **params,
-            )
-        )
-        return Stream(stream, self._loop)
-
-    def tokenize(self, prompt: str | Sequence[Mapping[str, Any]], *, model: str | None = None) -> list[int]:
-        """See `AsyncClient.tokenize`."""
-        return self._loop.wait(self._client.tokenize(prompt, model=model))
-
-    def detokenize(self, token_ids: Sequence[int], *, model: str | None = None) -> str:
-        """See `AsyncClient.detokenize`."""
-        return self._loop.wait(self._client.detokenize(token_ids, model=model))
-
-    def health(self, *, model: str | None = None, timeout_s: float = 5.0) -> Health:
-        """See `AsyncClient.health`."""
-        return self._loop.wait(self._client.health(model=model, timeout_s=timeout_s))
-
-    def models(self) -> list[ModelInfo]:
-        """See `AsyncClient.models`."""
-        return self._loop.wait(self._client.models())
-
-    def load_model(self, name: str) -> None:
-        """See `AsyncClient.load_model`."""
-        self._loop.wait(self._client.load_model(name))
-
-    def unload_model(self, name: str) -> None:
-        """See `AsyncClient.unload_model`."""
-        self._loop.wait(self._client.unload_model(name))
+    generate = _blocking(AsyncClient.generate)
+    stream = _streaming(AsyncClient.stream)
+    tokenize = _blocking(AsyncClient.tokenize)
+    detokenize = _blocking(AsyncClient.detokenize)
+    health = _blocking(AsyncClient.health)
+    models = _blocking(AsyncClient.models)
+    load_model = _blocking(AsyncClient.load_model)
+    unload_model = _blocking(AsyncClient.unload_model)
 
     def close(self) -> None:
         """Ends the running requests, the connections and the thread, within 10 s. May be called several times."""
@@ -285,8 +255,3 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-async def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Calls a plain function on the loop's thread."""
-    return function(*args, **kwargs)

@@ -46,8 +46,7 @@ def read_chat(call: Call) -> ChatRequest:
     params["max_tokens"] = limit or parameters.INT32_MAX
     params.update({name: body[name] for name in _TEMPLATE_FIELDS if body.get(name) is not None})
     tools = _tools(body)
-    if tools:
-        params["tools"] = tools
+    params.update(tool_params(tools, params))
     ask = Ask(
         model=parameters.read_model(body),
         prompt=_messages(body),
@@ -73,6 +72,11 @@ def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
         if not isinstance(message, dict):
             raise invalid(f"messages[{index}]", f"messages[{index}] must be an object")
     return [{**message, "role": "system"} if message.get("role") == "developer" else message for message in messages]
+
+
+def tool_params(tools: list[dict[str, Any]], params: Mapping[str, Any]) -> dict[str, Any]:
+    """What tools add to a request. The marks of their calls are special tokens in some models, and must be seen."""
+    return {"tools": tools, "skip_special_tokens": params.get("skip_special_tokens", False)} if tools else {}
 
 
 def template_of(ask: Ask) -> dict[str, Any]:

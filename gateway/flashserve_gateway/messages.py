@@ -12,7 +12,7 @@ import orjson
 from flashserve_client import FlashserveError, GenerateResult
 
 from . import parameters
-from .chat import ChatRequest, make_reader, new_call_id, read_message, template_of
+from .chat import ChatRequest, make_reader, new_call_id, read_message, template_of, tool_params
 from .errors import ApiError, error_object, invalid, of_engine
 from .gateway import Call
 from .output.events import CallArguments, CallStart, Event, Reasoning, Text
@@ -57,8 +57,7 @@ def _read(call: Call, max_tokens: int) -> ChatRequest:
     if choice.get("type", "auto") not in ("auto", "none"):
         raise invalid("tool_choice", "tool_choice: this engine does not support a tool that must be called")
     tools = [] if choice.get("type") == "none" else _tools(parameters.read(body, "tools", list, []))
-    if tools:
-        params["tools"] = tools
+    params.update(tool_params(tools, params))
     ask = Ask(
         model=parameters.read_model(body),
         prompt=_conversation(body),

@@ -14,7 +14,7 @@ import orjson
 from flashserve_client import GenerateResult
 
 from . import parameters
-from .chat import ChatRequest, make_reader
+from .chat import ChatRequest, make_reader, tool_params
 from .errors import ApiError, invalid
 from .gateway import Call
 from .pool import Answer, Ask
@@ -112,8 +112,7 @@ def read_response_request(call: Call, store: ResponseStore) -> ResponseRequest:
     tools = [] if body.get("tool_choice") == "none" else _tools(parameters.read(body, "tools", list, []))
     params: dict[str, Any] = {name: body[name] for name in SAMPLING if body.get(name) is not None}
     params["max_tokens"] = parameters.read_count(body, "max_output_tokens") or parameters.INT32_MAX
-    if tools:
-        params["tools"] = tools
+    params.update(tool_params(tools, params))
     ask = Ask(
         model=parameters.read_model(body),
         prompt=[*([{"role": "system", "content": instructions}] if instructions else []), *messages],

@@ -7,6 +7,7 @@ The layout is private to the kernels of a device. Others know block ids and a la
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,6 +71,14 @@ def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         count *= size
     memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
+
+
+def copy_blocks(cache: Sequence[KVLayer], pairs: Tensor) -> None:
+    """Block ``pairs[i, 1]`` becomes a copy of block ``pairs[i, 0]`` in all layers. pairs: [N, 2] int64."""
+    sources, targets = pairs.unbind(1)
+    for layer in cache:
+        for blocks in (layer.k, layer.v):
+            blocks[targets] = blocks[sources]
 
 
 def write_kv(k: Tensor, v: Tensor, cache: KVLayer, slot_mapping: Tensor) -> None:

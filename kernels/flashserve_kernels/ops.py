@@ -147,6 +147,11 @@ class Ops:
         """Store keys and values, [T, KV heads, D], any strides; slot_mapping: [T] int64, -1: not stored."""
         kv_cache.write_kv(k, v, cache, slot_mapping)
 
+    def copy_blocks(self, cache: Sequence[CacheLayer], pairs: Tensor) -> None:
+        """Copy whole blocks between steps: ``pairs[i, 1]`` becomes what ``pairs[i, 0]`` is, in all layers of what
+        :meth:`allocate_kv_cache` gave. pairs: [N, 2] int64; no block is written twice, or written and read."""
+        kv_cache.copy_blocks(cache, pairs)
+
     def paged_attention(
         self,
         q: Tensor,

@@ -26,8 +26,9 @@ td.words { white-space: normal; text-align: left; }
 .figures { display: flex; flex-wrap: wrap; gap: .8rem; margin-top: 1.2rem; }
 .figure { background: var(--tint); border-radius: 6px; padding: .6rem 1rem; } .figure b { font-size: 1.3rem;
   display: block; font-weight: 600; }
-img { max-width: 100%; height: auto; } ul { padding-left: 1.2rem; } dt { font-weight: 600; margin-top: .6rem; }
-dd { margin: 0; }
+img { max-width: 100%; min-width: 46rem; height: auto; }
+ul { padding-left: 1.2rem; } dt { font-weight: 600; margin-top: .6rem; }
+dd { margin: 0; } @media (max-width: 40rem) { td:first-child { white-space: normal; min-width: 6rem; } }
 """
 _COLUMNS = ("count", "mean", "p50", "p90", "p95", "p99", "p99.9", "min", "max")
 
@@ -90,9 +91,9 @@ def _picture(picture: Picture) -> str:
     data = {theme: base64.b64encode(path.read_bytes()).decode() for theme, path in picture.files.items()}
     title = escape(picture.title)
     return (
-        f"<h2>{title}</h2><picture>"
+        f'<h2>{title}</h2><div class="wide"><picture>'
         f'<source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{data["dark"]}">'
-        f'<img alt="{title}" src="data:image/png;base64,{data["light"]}"></picture>'
+        f'<img alt="{title}" src="data:image/png;base64,{data["light"]}"></picture></div>'
     )
 
 

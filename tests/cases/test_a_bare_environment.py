@@ -10,15 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from harness import SOURCES, Server
-from null_models import null_model, write_null_model
-from requests_helper import generate
 
 from flashserve.errors import ConfigError
 from flashserve.home import with_home
 from flashserve.launcher import workspace
 from flashserve.launcher.errors import LauncherError
 from flashserve_kernels.cpu import library
+from harness import SOURCES, Server
+from null_models import null_model, write_null_model
+from requests_helper import generate
 
 # As on a machine whose list of users lacks this one's number.
 NOT_LISTED = """

@@ -13,8 +13,6 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from harness import HTTP, Server, wait_until
-from null_models import null_model, write_null_model
 
 from flashserve.config import EngineConfig
 from flashserve.errors import Unavailable
@@ -23,6 +21,8 @@ from flashserve.frontend.engine_watch import EngineWatch
 from flashserve.frontend.metrics import Metrics
 from flashserve.ipc.supervisor import EngineSupervisor
 from flashserve.protocol import GenerateRequest, SamplingParams
+from harness import HTTP, Server, wait_until
+from null_models import null_model, write_null_model
 
 TIMEOUT_MS = 1000
 BOUND_S = 20.0  # a stopped engine would answer never
@@ -41,7 +41,7 @@ def ask(server: Server, kind: str, **parameters: Any) -> httpx.Response:
 
 
 def test_a_request_to_a_stopped_engine_ends_at_its_deadline(server: Server) -> None:
-    (engine,) = [pid for pid, words in server.processes().items() if "flashserve.engine" in words]
+    (engine,) = server.engines()
     process = psutil.Process(engine)
     process.suspend()
     try:

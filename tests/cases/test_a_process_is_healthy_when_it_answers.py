@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import HTTP, Server, wait_until
-from null_models import null_model, write_null_model
 from test_launcher import ask, standin
 
 from flashserve import progress
@@ -24,6 +22,8 @@ from flashserve.launcher.restarts import Restarts
 from flashserve.launcher.stubs import FrozenStubs, LoadWatch
 from flashserve.progress import Progress
 from flashserve.stub_processes import Stub
+from harness import HTTP, Server, wait_until
+from null_models import null_model, write_null_model
 
 ANEW = "started anew with the models that it had"
 AGAIN_TIMEOUT_S = 60.0

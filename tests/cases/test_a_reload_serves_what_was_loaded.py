@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import HTTP, Server, wait_until
-from null_models import null_model, write_null_model
 
 from flashserve.launcher import health
 from flashserve.launcher.loads import Loads
 from flashserve.load_notes import LoadNote
+from harness import HTTP, Server, wait_until
+from null_models import null_model, write_null_model
 
 CONTEXT_LEN = 48
 CONFIG = {"backend": "flashserve", "parameters": {"REPORT_CUSTOM_METRICS": {"string_value": "false"}}}

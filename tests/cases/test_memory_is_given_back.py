@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
+
 from async_requests import engine_of
+from flashserve.memory import RETURNING
 from harness import HTTP, Server
 from null_models import null_model, write_null_model
-
-from flashserve.memory import RETURNING
 
 LARGE_MB, AT_ONCE, TIMES = 40, 4, 3
 ALLOWED_MB = 24

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from harness import Server, wait_until
 from null_models import null_model, write_null_model
 
@@ -36,7 +37,7 @@ def test_a_killed_stub_and_its_engine_leave_no_zombie(first_process: None, tmp_p
         assert server.launcher is not None
         before = {child.pid for child in psutil.Process().children()}
         dead = [server.stubs("demo")[0].pid]
-        dead += [pid for pid, words in server.processes().items() if "flashserve.engine" in words]
+        dead += server.engines()
         assert len(dead) == 2
         os.kill(dead[0], signal.SIGKILL)
         server.wait_for_log("model demo: ready again", 60)

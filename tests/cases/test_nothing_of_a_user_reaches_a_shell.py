@@ -7,11 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from harness import Server
 from test_launcher import ask, flashserve, standin
 
 from flashserve.launcher import shell_words
 from flashserve.triton_http import ask as ask_triton
+from harness import Server
 
 EVIL = "$(touch PWNED)"
 

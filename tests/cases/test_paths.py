@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from harness import Server
 from null_models import null_model, write_null_model
 from requests_helper import generate

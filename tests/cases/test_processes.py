@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 import psutil
+
 from harness import Server
 from null_models import null_model, write_null_model
 from requests_helper import generate

@@ -1,7 +1,7 @@
 """Nobody waits for ever: no order of the queue starves a request of the same priority."""
 
 import pytest
-from fake_runner import MiniEngine
+from mini_engine import MiniEngine
 
 HOUR = 3600.0
 

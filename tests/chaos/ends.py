@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from async_requests import FAR_AWAY
+from flashserve_client import AsyncClient, Cancelled, ConnectionFailed, FlashserveError
 from harness import HTTP, Server
 from null_models import null_model, write_null_model
-
-from flashserve_client import AsyncClient, Cancelled, ConnectionFailed, FlashserveError
 
 STREAMS = 16
 MODELS = ("first", "second")

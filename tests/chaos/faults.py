@@ -10,10 +10,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import psutil
-from async_requests import engine_of
-from harness import HTTP, Server
 
+from async_requests import engine_of
 from flashserve_client import AsyncClient, FlashserveError
+from harness import HTTP, Server
 
 RECOVERY_BOUND_S = 60.0
 

@@ -21,14 +21,14 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "server"), str(HERE.parent), str(HERE.parent / "unit")]
+sys.path[:0] = [str(HERE), str(HERE.parent / "support")]
 
 from ends import count_ends  # noqa: E402
 from faults import Breaker, State, leftovers  # noqa: E402
-from harness import ROOT, Server, wait_until  # noqa: E402
 from traffic import Good, Tally, ask, good_requests, leave, offend  # noqa: E402
 
 from flashserve_client import AsyncClient  # noqa: E402
+from harness import ROOT, Server, wait_until  # noqa: E402
 
 Answers = dict[Good, tuple[str, str]]
 

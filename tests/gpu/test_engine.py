@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine_logits import mixed_prompts
+from driver import Engine, load, random_prompts
 from flashserve import LLM
-from flashserve.config import EngineConfig
-from flashserve.engine.loading import load_engine
-from flashserve.protocol import Abort, GenerateRequest, SamplingParams
+from flashserve.protocol import Abort
+from flashserve.runner.device import open_device
 from tiny_models import make_tiny_model
 
 LENGTHS = (3, 20, 45, 33, 7, 60, 16, 31)
@@ -27,35 +26,14 @@ def folder(tmp_path_factory):
     return make_tiny_model("llama", tmp_path_factory.mktemp("llama"))
 
 
-class Engine:
-    """The engine's core, and the tokens that came out of it."""
-
-    def __init__(self, folder: Path, device: str, **settings) -> None:
-        defaults = {"max_num_seqs": 6, "max_num_batched_tokens": 32, "max_model_len": 256, "device": device}
-        _, self.core = load_engine(EngineConfig.from_mapping({"model": str(folder), **defaults, **settings}))
-        self.tokens: dict[int, list[int]] = {}
-
-    def add(self, request_id: int, prompt: list[int], **params) -> None:
-        self.tokens[request_id] = []
-        own = SamplingParams(**{"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True, **params})
-        self.core.handle(GenerateRequest(request_id, prompt, own, arrival=0.0))
-
-    def step(self) -> None:
-        for output in self.core.step().outputs:
-            assert output.error is None, output.error
-            self.tokens[output.request_id] += output.token_ids
-
-    def finish(self) -> None:
-        while self.core.has_work:
-            self.step()
-
-
 @pytest.fixture
 def start(folder, device):
     engines: list[Engine] = []
 
     def make(**settings) -> Engine:
-        engines.append(Engine(folder, device, **settings))
+        defaults = {"max_num_seqs": 6, "max_num_batched_tokens": 32, "max_model_len": 256}
+        runner = load(folder, open_device(device), **{**defaults, **settings})
+        engines.append(Engine(runner, max_tokens=NUM_TOKENS))
         return engines[-1]
 
     yield make
@@ -67,7 +45,7 @@ def start(folder, device):
 def expected(start) -> list[list[int]]:
     """The tokens of requests that are computed one after the other, without graphs."""
     engine = start(enforce_eager=True)
-    for index, prompt in enumerate(mixed_prompts(LENGTHS)):
+    for index, prompt in enumerate(random_prompts(LENGTHS)):
         engine.add(index, prompt)
         engine.finish()
     return [engine.tokens[index] for index in range(len(LENGTHS))]
@@ -77,14 +55,14 @@ def expected(start) -> list[list[int]]:
 def test_aborts_while_steps_are_under_way(seed, start, expected):
     """Six slots for eight requests: slots of the aborted are used again while the step they were in is under way."""
     engine, rng = start(), random.Random(seed)
-    for index, prompt in enumerate(mixed_prompts(LENGTHS)):
+    for index, prompt in enumerate(random_prompts(LENGTHS)):
         engine.add(index, prompt)
     gone = rng.sample(range(len(LENGTHS)), 3)
     for request_id in gone:
         for _ in range(rng.randint(3, 9)):
             engine.step()
         engine.core.handle(Abort([request_id]))
-    late = mixed_prompts([12, 50], seed=9)
+    late = random_prompts([12, 50], seed=9)
     for request_id, prompt in enumerate(late, 100):
         engine.add(request_id, prompt)
     engine.finish()
@@ -99,21 +77,15 @@ def test_aborts_while_steps_are_under_way(seed, start, expected):
 
 def test_preemption_while_a_step_is_under_way(start, expected):
     engine = start(num_gpu_blocks_override=18, enable_prefix_caching=False)
-    for index, prompt in enumerate(mixed_prompts(LENGTHS)):
-        engine.add(index, prompt)
-    engine.finish()
+    assert engine.generate(random_prompts(LENGTHS)) == expected
     assert engine.core.scheduler.stats().preemptions > 0
-    assert [engine.tokens[index] for index in range(len(LENGTHS))] == expected
 
 
 def test_chunks_of_a_long_prompt_that_sample_nothing(start):
     """Many steps without a sample follow each other: none may overwrite the numbers of those still under way."""
-    [prompt] = mixed_prompts([200])
+    prompts = random_prompts([200])
     whole, chunked = start(max_num_batched_tokens=256, enforce_eager=True), start(max_num_batched_tokens=8)
-    for engine in (whole, chunked):
-        engine.add(0, prompt)
-        engine.finish()
-    assert whole.tokens == chunked.tokens
+    assert whole.generate(prompts) == chunked.generate(prompts)
 
 
 def test_seeded_samples_do_not_depend_on_graphs_or_neighbours(start):
@@ -121,7 +93,7 @@ def test_seeded_samples_do_not_depend_on_graphs_or_neighbours(start):
         {"temperature": 0.9, "seed": 7, "top_k": 20},
         {"temperature": 1.1, "seed": 8, "top_p": 0.8, "min_p": 0.01},
     ]
-    prompts = mixed_prompts(LENGTHS)
+    prompts = random_prompts(LENGTHS)
     together = start()
     for index, prompt in enumerate(prompts):
         together.add(index, prompt, **params[index % 2], min_tokens=5, stop_token_ids=(3, 4))
@@ -140,7 +112,7 @@ def test_nothing_is_compiled_after_the_start(family, dtype, tmp_path, device, ca
     with LLM(folder, device=device, max_num_seqs=20, max_num_batched_tokens=300, max_model_len=1000) as llm:
         with caplog.at_level(logging.WARNING, logger="flashserve_kernels"):
             for lengths in ([1], [2] * 20, [5] * 3, [8], [9], [17] * 4, [65], [700], rng.choices(range(1, 400), k=40)):
-                prompts = mixed_prompts(lengths, seed=len(lengths))
+                prompts = random_prompts(lengths, seed=len(lengths))
                 params = [
                     {
                         "temperature": rng.choice([0, 0.8]),
@@ -180,7 +152,7 @@ def test_memory_stays_within_its_share(tmp_path, device):
     settings = {"max_num_seqs": 256, "max_num_batched_tokens": 8192, "max_model_len": 2048}
     with LLM(folder, device=device, gpu_memory_utilization=share, **settings) as llm:
         loaded = free - torch.cuda.mem_get_info()[0]
-        llm.generate(mixed_prompts([1500] * 100), {"temperature": 0, "max_tokens": 4, "ignore_eos": True})
+        llm.generate(random_prompts([1500] * 100), {"temperature": 0, "max_tokens": 4, "ignore_eos": True})
         used = free - torch.cuda.mem_get_info()[0]
     print(f"{loaded / 1e9:.2f} GB after loading, {used / 1e9:.2f} GB after generating, of {3.0:.2f} GB")
     assert 0.7 * 3e9 <= used <= 3e9

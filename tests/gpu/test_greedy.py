@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine_logits import agreement, mixed_prompts
+from agreement import Agreement, agreement
+from driver import Engine, load, random_prompts
 from flashserve import LLM
+from flashserve.model_card import read_model_card
+from flashserve.runner.device import open_device
+from flashserve.text.tokenizer import Tokenizer
 from tiny_models import FAMILIES, make_tiny_model
 
 LENGTHS = (3, 20, 45, 1, 33, 7, 130, 60, 16, 31)
@@ -44,12 +48,19 @@ def folders(tmp_path_factory):
     return get
 
 
+def judge(folder: Path, device: str, prompts=None, num_tokens: int = NUM_TOKENS, **settings) -> Agreement:
+    engine = Engine(load(folder, open_device(device), **SETTINGS, **settings))
+    try:
+        return agreement(folder, engine, prompts or random_prompts(LENGTHS), num_tokens)
+    finally:
+        engine.core.close()
+
+
 @pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32(family, enforce_eager, folders, device):
     folder = folders(family)
-    with LLM(folder, device=device, enforce_eager=enforce_eager, **SETTINGS) as llm:
-        found = agreement(folder, llm, mixed_prompts(LENGTHS), NUM_TOKENS)
+    found = judge(folder, device, enforce_eager=enforce_eager)
     assert found.num_positions == len(LENGTHS) * NUM_TOKENS
     assert found.wrong == []
     assert found.qualifying >= 0.99, found
@@ -62,8 +73,7 @@ def test_float32(family, enforce_eager, folders, device):
 def test_16_bits(dtype, share, family, enforce_eager, folders, device):
     skip_without_bfloat16(dtype, device)
     folder = folders(family, dtype)
-    with LLM(folder, device=device, dtype=dtype, enforce_eager=enforce_eager, **SETTINGS) as llm:
-        found = agreement(folder, llm, mixed_prompts(LENGTHS), NUM_TOKENS)
+    found = judge(folder, device, dtype=dtype, enforce_eager=enforce_eager)
     assert found.wrong == []
     assert found.qualifying >= share, found
 
@@ -72,9 +82,9 @@ def test_16_bits(dtype, share, family, enforce_eager, folders, device):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_trained_model(dtype, enforce_eager, device):
     skip_without_bfloat16(dtype, device)
-    with LLM(DEMO, device=device, dtype=dtype, enforce_eager=enforce_eager, **SETTINGS) as llm:
-        prompts = [llm.tokenizer.encode(text) for text in PYTHON]
-        found = agreement(DEMO, llm, prompts, 48)
+    tokenizer = Tokenizer.from_card(read_model_card(DEMO))
+    prompts = [tokenizer.encode(text) for text in PYTHON]
+    found = judge(DEMO, device, prompts, 48, dtype=dtype, enforce_eager=enforce_eager)
     assert found.wrong == []
     assert found.qualifying >= 0.9, found
 
@@ -93,9 +103,7 @@ def test_little_shared_memory_makes_tiles_smaller(kilobytes, dtype, folders, dev
     monkeypatch.setattr(
         properties, "_read", lambda where: dataclasses.replace(read(where), shared_memory_bytes=kilobytes << 10)
     )
-    folder = make_wide_model(folders, dtype)
-    with LLM(folder, device=device, dtype=dtype, **SETTINGS) as llm:
-        found = agreement(folder, llm, mixed_prompts(LENGTHS[:5]), NUM_TOKENS)
+    found = judge(make_wide_model(folders, dtype), device, random_prompts(LENGTHS[:5]), dtype=dtype)
     assert found.wrong == []
 
 
@@ -108,7 +116,7 @@ def make_wide_model(folders, dtype: str):
 def test_two_models_in_turns_and_from_other_threads(folders, device):
     """Each has streams of its own, whichever the caller's thread has at the moment."""
     families = ("llama", "qwen3")
-    prompts = mixed_prompts(LENGTHS[:6])
+    prompts = random_prompts(LENGTHS[:6])
     params = {"temperature": 0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
     expected, found = {}, {}
     for family in families:

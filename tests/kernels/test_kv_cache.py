@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashserve_kernels.kv_cache import KVCacheSpec, KVLayer, allocate_kv_cache, block_bytes, write_kv
+from flashserve_kernels.kv_cache import KVCacheSpec, KVLayer, allocate_kv_cache, block_bytes, copy_blocks, write_kv
 from flashserve_kernels.rotary import rope_and_cache, rotary_embedding_
 
 LAYERS, BLOCKS, BLOCK_SIZE, HEADS, DIM = 3, 7, 4, 2, 8
@@ -62,6 +62,18 @@ def test_write_puts_each_token_in_its_slot_and_nothing_else(make_layers):
         expected_v[slot // BLOCK_SIZE, slot % BLOCK_SIZE] = v[token]
     assert torch.equal(layers[1].k, expected_k) and torch.equal(layers[1].v, expected_v)
     assert not any(view.any() for layer in (layers[0], layers[2]) for view in layer[:2])
+
+
+@pytest.mark.parametrize("make_layers", [contiguous_layers, interleaved_layers])
+def test_blocks_are_copied_in_all_layers(make_layers):
+    layers = make_layers()
+    for layer in layers:
+        for view in layer[:2]:
+            view.copy_(torch.randn_like(view))
+    before = [view.clone() for layer in layers for view in layer[:2]]
+    copy_blocks(layers, torch.tensor([[2, 5], [2, 0], [3, 6]]))
+    for view, old in zip((view for layer in layers for view in layer[:2]), before, strict=True):
+        assert torch.equal(view, old[[2, 1, 2, 3, 4, 2, 3]])
 
 
 @pytest.mark.parametrize("make_layers", [contiguous_layers, interleaved_layers])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-import random
-
 import pytest
 import torch
 
-from flashserve_kernels.attention import AttentionBatch, paged_attention
+from attention_problem import AttentionProblem
+from flashserve_kernels.attention import paged_attention
 from flashserve_kernels.kv_cache import KVLayer
 
 # (tokens computed in this step, tokens of the sequence so far)
@@ -26,71 +24,24 @@ BATCHES = {
 WINDOWS = [None, 1, 5, 16, 37, 4096]
 
 
-class Problem:
-    """Random queries, a cache whose unused slots hold garbage, and shuffled block tables."""
+class Problem(AttentionProblem):
+    """In a cache whose unused slots hold garbage."""
 
     def __init__(
-        self,
-        rows: list[tuple[int, int]],
-        heads: int = 6,
-        kv_heads: int = 2,
-        dim: int = 16,
-        block_size: int = 16,
-        dtype: torch.dtype = torch.float32,
-        interleaved: bool = False,
+        self, rows, heads=6, kv_heads=2, dim=16, block_size=16, dtype=torch.float32, interleaved=False
     ) -> None:
-        rng, generator = random.Random(0), torch.Generator().manual_seed(0)
-        self.rows, self.heads, self.kv_heads, self.dim, self.block_size = rows, heads, kv_heads, dim, block_size
-        needed = [-(-seq_len // block_size) for _, seq_len in rows]
-        num_blocks = sum(needed) + 3
-        ids = rng.sample(range(num_blocks), num_blocks)
-        width = max(needed) + 2
-        tables = [[ids.pop() for _ in range(n)] for n in needed]
-        self.tables = torch.tensor([table + [ids[0]] * (width - len(table)) for table in tables], dtype=torch.int32)
-        shape = (num_blocks, block_size, kv_heads, dim)
-        cache = torch.randn(2, *shape, generator=generator).to(dtype)
+        super().__init__(rows, heads, kv_heads, dim, block_size, dtype)
+        cache = torch.randn(2, self.num_blocks * block_size, kv_heads, dim).to(dtype)
+        for row in range(len(rows)):
+            cache[:, self.slots(row)] = torch.stack([self.keys[row], self.values[row]])
+        cache = cache.unflatten(1, (self.num_blocks, block_size))
         if interleaved:
             cache = cache.transpose(0, 1).contiguous().transpose(0, 1)
         self.cache = KVLayer(cache[0], cache[1])
-        query_lens = [query_len for query_len, _ in rows]
-        self.num_tokens = sum(query_lens)
-        # Queries are a slice of the fused projection: strided.
-        qkv = torch.randn(self.num_tokens, heads + 2 * kv_heads, dim, generator=generator).to(dtype)
-        self.q = qkv[:, :heads]
-        self.starts = [0, *itertools.accumulate(query_lens)]
-        self.batch = AttentionBatch(
-            query_start_loc=torch.tensor(self.starts, dtype=torch.int32),
-            seq_lens=torch.tensor([seq_len for _, seq_len in rows], dtype=torch.int32),
-            block_tables=self.tables,
-            slot_mapping=torch.zeros(self.num_tokens, dtype=torch.int64),
-            block_size=block_size,
-            max_query_len=max(query_lens),
-            host_query_lens=query_lens,
-            host_seq_lens=[seq_len for _, seq_len in rows],
-        )
-
-    def expected(self, scale: float, window: int | None) -> torch.Tensor:
-        """softmax(q k^T scale) v over the keys a query sees, straight from the definition."""
-        out = torch.empty(self.num_tokens, self.heads, self.dim, dtype=torch.float64)
-        for row, (query_len, seq_len) in enumerate(self.rows):
-            slots = [
-                (int(self.tables[row, position // self.block_size]), position % self.block_size)
-                for position in range(seq_len)
-            ]
-            k, v = (torch.stack([stored[slot] for slot in slots]).double() for stored in self.cache[:2])
-            for index in range(query_len):
-                position = seq_len - query_len + index
-                first = 0 if window is None else max(0, position - window + 1)
-                token = self.starts[row] + index
-                for head in range(self.heads):
-                    kv_head = head // (self.heads // self.kv_heads)
-                    scores = k[first : position + 1, kv_head] @ self.q[token, head].double() * scale
-                    out[token, head] = scores.softmax(0) @ v[first : position + 1, kv_head]
-        return out.flatten(1)
 
     def check(self, scale: float = 0.3, window: int | None = None, tolerance: float = 1e-5) -> None:
         out = paged_attention(self.q, self.cache, self.batch, scale, window)
-        assert out.dtype == self.q.dtype and out.shape == (self.num_tokens, self.heads * self.dim)
+        assert out.dtype == self.q.dtype and out.shape == (len(self.q), self.heads * self.dim)
         torch.testing.assert_close(out.double(), self.expected(scale, window), rtol=tolerance, atol=tolerance)
 
 
@@ -130,8 +81,9 @@ def test_half_precision(dtype, tolerance):
 
 def test_layers_share_the_plan_but_not_the_cache():
     """The groups are made once per step; a second layer with another cache must not see the first one's."""
-    first, second = Problem(DECODES), Problem(DECODES, dtype=torch.float32)
-    second.cache = KVLayer(first.cache.k.flip(0), first.cache.v.flip(0))
+    first, second = Problem(DECODES), Problem(DECODES)
+    second.cache = KVLayer(first.cache.v, first.cache.k)
+    second.keys, second.values = first.values, first.keys
     second.batch = first.batch
     first.check()
     groups = first.batch.groups(None)

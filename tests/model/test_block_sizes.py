@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 def test_the_bytes_reported_are_the_bytes_allocated(block_size, cache_dtype, folder, drive):
     settings = {"block_size": block_size, "kv_cache_dtype": cache_dtype, "kv_cache_memory_bytes": BUDGET}
     driver = drive(folder, **settings, max_model_len=BUDGET // (1 << 12))
-    resolved, layers = driver.resolved, driver.runner._step_model.kv_cache
+    resolved, layers = driver.resolved, driver.runner.step_model.kv_cache
     assert sum(layer.memory.nbytes for layer in layers) == resolved.kv_cache_bytes
     assert BUDGET - resolved.block_bytes < resolved.kv_cache_bytes <= BUDGET
     assert f"({resolved.kv_cache_bytes / 2**20:.0f} MiB)" in resolved.summary()

@@ -4,7 +4,7 @@ import pytest
 
 from flashserve import LLM, SamplingParams
 from flashserve.errors import ConfigError, InvalidArgument
-from tests.tiny_models import make_tiny_model
+from tiny_models import make_tiny_model
 
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 
@@ -64,11 +64,20 @@ def test_a_truncated_prompt_keeps_its_end(llm):
     assert result.prompt_token_ids == ids[-4:]
 
 
-@pytest.mark.parametrize("prompt", [[], [10**9], [-1], list(range(5)) * 1000])
-def test_bad_prompts_are_refused_before_anything_runs(llm, prompt):
+@pytest.mark.parametrize(
+    ("prompt", "params", "words"),
+    [
+        ([], GREEDY, "prompt is empty"),
+        ([10**9], GREEDY, "prompt: token id 1000000000 is not in"),
+        ([-1], GREEDY, "prompt: token id -1 is not in"),
+        (list(range(5)) * 1000, GREEDY, "prompt has 5000 tokens"),
+        ("a", {**GREEDY, "stop_token_ids": [10**9]}, "stop_token_ids: token id 1000000000 is not in"),
+    ],
+)
+def test_bad_prompts_are_refused_before_anything_runs(llm, prompt, params, words):
     steps = llm.stats().steps
-    with pytest.raises(InvalidArgument):
-        llm.generate([[1, 2], prompt], GREEDY)
+    with pytest.raises(InvalidArgument, match=words):
+        llm.generate([[1, 2], prompt], params)
     assert llm.stats().steps == steps
 
 
@@ -93,3 +102,31 @@ def test_an_interruption_leaves_an_empty_engine(llm, monkeypatch):
 def test_settings_are_checked_by_name(tmp_path):
     with pytest.raises(ConfigError, match="did you mean max_num_seqs"):
         LLM(tmp_path, max_num_seq=4)
+
+
+SAMPLED = {"temperature": 0.9, "seed": 5, "max_tokens": 12, "ignore_eos": True}
+
+
+def test_several_samples_of_a_prompt_are_those_of_the_next_seeds(llm):
+    results = llm.generate(["def f(", "x"], {**SAMPLED, "n": 3})
+    alone = [llm.generate(prompt, {**SAMPLED, "seed": seed})[0] for prompt in ("def f(", "x") for seed in (5, 6, 7)]
+    assert [(r.prompt_token_ids, r.token_ids) for r in results] == [(r.prompt_token_ids, r.token_ids) for r in alone]
+    assert len({r.text for r in results}) == 6
+
+
+def test_a_stop_string_ends_one_sample_and_not_its_siblings(llm):
+    whole = llm.generate("a", {**SAMPLED, "n": 3})
+    stop = llm.tokenizer.decode(whole[1].token_ids[4:6])
+    assert stop and stop not in whole[0].text + whole[2].text
+    stopped = llm.generate("a", {**SAMPLED, "n": 3, "stop": [stop]})
+    assert [r.finish_reason for r in stopped] == ["length", "stop", "length"]
+    assert stopped[1].text == whole[1].text[: whole[1].text.index(stop)]
+    assert [stopped[0].text, stopped[2].text] == [whole[0].text, whole[2].text]
+    assert free_blocks(llm) == llm.stats().total_blocks
+
+
+def test_more_samples_than_fit_are_refused(llm):
+    with pytest.raises(InvalidArgument, match=r"n=5 samples .* do not fit: at most 4 do"):
+        llm.generate("a", {**SAMPLED, "n": 5})
+    assert llm.generate("a", GREEDY)[0].finish_reason == "length"
+    assert free_blocks(llm) == llm.stats().total_blocks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from safetensors.torch import load_file
 
 from flashserve import LLM
@@ -10,14 +9,8 @@ from flashserve.config import EngineConfig
 from flashserve.models import files as model_files
 from flashserve.models.registry import open_model
 from memory_files import MemoryFiles
-from tiny_models import make_tiny_model
 
 SETTINGS = {"device": "cpu", "dtype": "float32", "kv_cache_memory_bytes": 1 << 20, "num_threads": 1}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_tiny_model("llama", tmp_path_factory.mktemp("llama"))
 
 
 def test_a_start_reads_each_file_of_weights_once(folder, monkeypatch):

@@ -4,50 +4,29 @@ from __future__ import annotations
 
 import random
 from dataclasses import fields
+from functools import partial
 
 import pytest
 
-from flashserve.engine.core import EngineCore, build_core
-from flashserve.protocol import Abort, GenerateRequest, SamplingParams
+from driver import Engine, load
+from flashserve.protocol import Abort, SamplingParams
 from flashserve.runner.model_runner import decode_batch_sizes
 from flashserve.runner.sampler_state import COLUMNS
 from flashserve.runner.staging import StepFields
-from lazy_device import LazyCpu, LazyQueue
-from tiny_models import make_tiny_model
+from lazy_device import LazyCpu
 
 LENGTHS = (3, 20, 45, 33, 7, 60, 16, 31)
 NUM_TOKENS = 24
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_tiny_model("llama", tmp_path_factory.mktemp("llama"))
+class LateEngine(Engine):
+    """Over a lazy device."""
 
-
-class Engine:
-    """The real scheduler and core over a lazy device."""
-
-    def __init__(self, runner, queue: LazyQueue) -> None:
-        self.queue = queue
-        self.core: EngineCore = build_core(runner.resolved, runner, "test")
-        self.tokens: dict[int, list[int]] = {}
-        self.ended: dict[int, str] = {}
-
-    def add(self, request_id: int, prompt: list[int], **params) -> None:
-        self.tokens[request_id] = []
-        own = SamplingParams(**{"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True, **params})
-        self.core.handle(GenerateRequest(request_id, prompt, own, arrival=0.0))
-
-    def step(self) -> None:
-        for output in self.core.step().outputs:
-            assert output.error is None, output.error
-            self.tokens[output.request_id] += output.token_ids
-            if output.finish_reason is not None:
-                self.ended[output.request_id] = output.finish_reason
-
-    def finish(self) -> None:
-        while self.core.has_work:
-            self.step()
+    def __init__(self, folder, seed: int, **settings) -> None:
+        device = LazyCpu(seed)
+        defaults = {"max_num_seqs": 6, "max_num_batched_tokens": 32, "max_model_len": 128}
+        super().__init__(load(folder, device, **{**defaults, **settings}), max_tokens=NUM_TOKENS)
+        self.queue = device.queue
 
 
 @pytest.fixture(scope="module")
@@ -57,37 +36,24 @@ def expected(folder, greedy_reference, random_prompts):
 
 
 @pytest.fixture
-def start(folder, load_model):
-    def start(seed: int, **settings) -> Engine:
-        defaults = {"max_num_seqs": 6, "max_num_batched_tokens": 32, "max_model_len": 128}
-        device = LazyCpu(seed)
-        return Engine(load_model(folder, device, **{**defaults, **settings}), device.queue)
-
-    return start
+def start(folder):
+    return partial(LateEngine, folder)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_tokens_are_those_of_transformers_however_late_the_device_is(seed, start, expected, random_prompts):
     """Six slots for eight requests: slots are used again while the step that freed them is still under way."""
-    prompts = random_prompts(LENGTHS)
     engine = start(seed)
-    for index, prompt in enumerate(prompts):
-        engine.add(index, prompt)
-    engine.finish()
-    assert [engine.tokens[index] for index in range(len(prompts))] == expected
+    assert engine.generate(random_prompts(LENGTHS)) == expected
     # Two steps wait at once (an upload, two replays and a download each), and most steps are replayed.
     assert engine.queue.most_waiting >= 6
     assert engine.queue.replays > NUM_TOKENS
 
 
 def test_preemption_while_a_step_is_under_way(start, expected, random_prompts):
-    prompts = random_prompts(LENGTHS)
     engine = start(1, num_gpu_blocks_override=14, enable_prefix_caching=False)
-    for index, prompt in enumerate(prompts):
-        engine.add(index, prompt)
-    engine.finish()
+    assert engine.generate(random_prompts(LENGTHS)) == expected
     assert engine.core.scheduler.stats().preemptions > 0
-    assert [engine.tokens[index] for index in range(len(prompts))] == expected
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -155,10 +121,7 @@ def test_sampled_and_masked_rows_are_those_of_a_device_that_is_in_time(folder, s
 def test_single_tokens_of_which_some_do_not_sample(num_seqs, start, expected, random_prompts):
     """A budget of one token per request: prompts advance by single tokens in captured steps, unsampled but the last."""
     engine = start(3, max_num_seqs=num_seqs, max_num_batched_tokens=num_seqs)
-    for index, prompt in enumerate(random_prompts(LENGTHS)):
-        engine.add(index, prompt)
-    engine.finish()
-    assert [engine.tokens[index] for index in range(len(LENGTHS))] == expected
+    assert engine.generate(random_prompts(LENGTHS)) == expected
 
 
 def test_batch_sizes_that_are_captured():

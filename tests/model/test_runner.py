@@ -6,14 +6,8 @@ import pytest
 
 from flashserve.protocol import SamplingParams
 from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput
-from tiny_models import make_tiny_model
 
 GREEDY = SamplingParams(temperature=0)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_tiny_model("llama", tmp_path_factory.mktemp("llama"))
 
 
 def test_samples_come_in_the_plans_order_and_only_for_rows_that_sample(folder, drive, greedy_reference, random_prompts):

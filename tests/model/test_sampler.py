@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
-
 from flashserve.protocol import SamplingParams
-from tiny_models import make_tiny_model
 
 LENGTHS = (3, 20, 45, 33, 7, 60)
 NUM_TOKENS = 20
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_tiny_model("llama", tmp_path_factory.mktemp("llama"))
 
 
 def test_a_seeded_request_gives_the_same_text_whatever_shares_its_batch(folder, drive, random_prompts):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from shared_servers import server  # noqa: F401 - a fixture for every test below this folder
 
 from flashserve.launcher.discover import find_triton
+from shared_servers import server  # noqa: F401 - a fixture for every test below this folder
 
 HERE = Path(__file__).parent
 

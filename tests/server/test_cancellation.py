@@ -20,11 +20,11 @@ import numpy as np
 import psutil
 import pytest
 import tritonclient.grpc
+
 from async_requests import FAR_AWAY, cancel, read, until
+from flashserve_client import AsyncClient
 from harness import Server, wait_until
 from null_models import MetricsReader, null_model, write_null_model
-
-from flashserve_client import AsyncClient
 
 GRPC_BOUND_S = 3.0
 SSE_WAITING_BOUND_S = 6.0  # Triton notices at the next chunk, and a waiting request gets an empty one each second

@@ -12,11 +12,12 @@ from typing import Any
 
 import psutil
 import pytest
+
+from async_requests import engine_of
+from flashserve_client import AsyncClient, GenerateResult
 from harness import Server, wait_until
 from null_models import null_model, write_null_model
 from requests_helper import COUNTERS_WITHIN_S, generate, stream_sse, text_of, wait_idle
-
-from flashserve_client import AsyncClient, GenerateResult
 
 STREAMS = 64
 BIG_VOCABULARY = 150_000
@@ -75,7 +76,7 @@ async def test_two_models_run_at_once_each_in_an_engine_of_its_own(server: Serve
         together = await asyncio.gather(*(streamed(client, **request) for request in requests))
     assert [result.text for result in together] == [result.text for result in alone]
     assert together[0].text != together[1].text, "the models differ"
-    engines = {name: engine_pid(server, name) for name in names}
+    engines = {name: engine_of(server, name).pid for name in names}
     assert len(set(engines.values())) == len(names)
     assert all("libtorch" in mapped(pid) for pid in engines.values())
 
@@ -85,17 +86,6 @@ def test_no_stub_maps_torch(server: Server) -> None:
     assert len(stubs) >= 2
     for stub in stubs:
         assert "torch" not in mapped(stub.pid)
-
-
-def engine_pid(server: Server, model: str) -> int:
-    """The one engine process that the model's stub has started."""
-    (stub,) = server.stubs(model)
-    (pid,) = [
-        pid
-        for pid, words in server.processes().items()
-        if "flashserve.engine" in words and words[words.index("--parent") + 1] == str(stub.pid)
-    ]
-    return pid
 
 
 def mapped(pid: int) -> str:

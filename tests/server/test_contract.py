@@ -7,11 +7,11 @@ import uuid
 from typing import Any
 
 import pytest
+
+from flashserve_client import Client
 from harness import HTTP, Server, wait_until
 from requests_helper import ASK_FOR_ALL, GrpcCall, Raw, call, call_one, generate, post, stream_sse, strings, text_of
 from shared_servers import letters
-
-from flashserve_client import Client
 
 HELLO, HELLO_TOKENS = "hello", 3
 FIVE = letters(HELLO_TOKENS, 5)

@@ -14,12 +14,12 @@ from uuid import uuid4
 import grpc
 import pytest
 from faults.faulty_backend import BREAKS_PARSER, BREAKS_STEP, BREAKS_TEXT, SECRET
+
+from flashserve_client import Client, DeadlineExceeded, InternalError, InvalidRequest, NotFound, Unavailable
 from harness import Server, wait_until
 from null_models import null_model, write_null_model
 from requests_helper import COUNTERS_WITHIN_S, GrpcCall, call, generate, post, wait_idle
 from shared_servers import LETTERS, letters
-
-from flashserve_client import Client, DeadlineExceeded, InternalError, InvalidRequest, NotFound, Unavailable
 
 PROMPT = [40, 41, 42]
 STEP_S = 0.005

@@ -14,11 +14,11 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+
 from harness import HTTP, Server, wait_until
 from null_models import null_model, write_null_model
 from requests_helper import wait_idle
 from shared_servers import REAL, letters
-
 from tiny_models import make_tiny_model
 
 MESSAGES = [{"role": "user", "content": "hello"}]

@@ -7,11 +7,11 @@ import json
 from typing import Any
 
 import pytest
-from harness import Server
-from requests_helper import call, generate, stream_sse, text_of
-from shared_servers import EOS_LETTER, LETTERS, letters
 
 from flashserve_client import AsyncClient
+from harness import Server
+from requests_helper import call, generate, post, stream_sse, text_of, wait_idle
+from shared_servers import EOS_LETTER, LETTERS, letters
 
 HELLO, HELLO_TOKENS = "hello", 3
 TO_THE_END = LETTERS[HELLO_TOKENS : LETTERS.index(EOS_LETTER)]  # IJKL...abc
@@ -200,3 +200,35 @@ def test_each_stray_byte_is_one_replacement_character(server: Server) -> None:
     ask = {"prompt_token_ids": prompt, "max_tokens": 26, "exclude_input_in_output": True}
     assert generate(server, **ask)["text_output"] == "\ufffd" * 23 + "FGH"
     assert text_of(stream_sse(server, model="paced", **ask)) == "\ufffd" * 23 + "FGH"
+
+
+# --- several samples of one prompt -------------------------------------------------------------------------
+
+
+def test_samples_are_those_of_the_next_seeds(server: Server) -> None:
+    ask = {**OUTPUT_ONLY, "text_input": "seeded", "ignore_eos": True, "max_tokens": 30}
+    alone = [generate(server, model="llama", **ask, seed=seed)["text_output"] for seed in (5, 6, 7)]
+    together = generate(server, model="llama", **ask, seed=5, n=3)
+    assert together["text_output"] == alone
+    assert (together["finish_reason"], together["num_output_tokens"]) == (["length"] * 3, [30] * 3)
+    events = stream_sse(server, model="llama", **ask, seed=5, n=3)
+    assert ["".join(column) for column in zip(*(event["text_output"] for event in events), strict=True)] == alone
+    assert events[-1]["finish_reason"] == ["length"] * 3
+    wait_idle(server, "llama")
+
+
+def test_a_stop_string_ends_the_sample_that_has_it(server: Server) -> None:
+    ask = {**OUTPUT_ONLY, "text_input": "seeded", "ignore_eos": True, "max_tokens": 30, "seed": 5, "n": 3}
+    whole = generate(server, model="llama", **ask)["text_output"]
+    stop = whole[1][10:14]
+    assert stop not in whole[0] + whole[2]
+    stopped = generate(server, model="llama", **ask, sampling_parameters=json.dumps({"stop": [stop]}))
+    assert stopped["text_output"] == [whole[0], whole[1][: whole[1].index(stop)], whole[2]]
+    assert stopped["finish_reason"] == ["length", "stop", "length"]
+    wait_idle(server, "llama")
+
+
+def test_samples_that_could_never_run_together_are_refused(server: Server) -> None:
+    response = post(server, {"text_input": HELLO, "n": 33, "max_tokens": 1}, model="llama")
+    assert response.status_code == 400
+    assert "n=33 samples of up to 4 tokens do not fit: at most 32 do [code=INVALID_ARG]" in response.text

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from harness import Server, wait_until
 from requests_helper import GrpcCall, Raw, call, generate, post, strings, wait_idle
 from shared_servers import LETTERS, NULL_IDS, letters
@@ -257,7 +258,7 @@ WRONG_VALUES: dict[str, list[Any]] = {
     "timeout_ms": [0, -1, 2**31, 0.5],
     "cache_salt": [5, "x" * 257, "\n", "\0", "\ud800"],
     "id": ["x" * 257, "a\nb", "\x1b[2J", [], True],
-    "n": [2, 0, "2", True],
+    "n": [129, 0, "0", True],
     "logit_bias": [{"5": 1}],
     "structured_outputs": [{"json": {}}],
     "temprature": [1],

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,9 @@ from typing import Any
 
 import httpx
 import pytest
+
 from harness import SOURCES, Server, sse_events, wait_until
+from requests_helper import stream_in_thread
 
 STANDIN = Path(__file__).parent / "standin"
 
@@ -35,23 +36,9 @@ def ask(server: Server, model: str = "demo", text: str = "one two three", timeou
     return [event["text_output"] for event in sse_events(response)]
 
 
-def endless_stream(server: Server) -> threading.Event:
-    """Start a stream of ten minutes in a thread; the event is set once it runs."""
-    running = threading.Event()
-
-    def read() -> None:
-        body = {"text_input": " ".join(["word"] * 6000)}
-        try:
-            url = f"{server.http}/v2/models/demo/generate_stream"
-            with httpx.stream("POST", url, json=body, timeout=60) as response:
-                for _ in response.iter_lines():
-                    running.set()
-        except httpx.HTTPError:
-            pass  # the server is stopped under it
-
-    threading.Thread(target=read, daemon=True).start()
-    assert running.wait(10), "no first word"
-    return running
+def endless_stream(server: Server) -> None:
+    """Start a stream of ten minutes."""
+    stream_in_thread(server, text_input=" ".join(["word"] * 6000))
 
 
 @pytest.fixture(scope="module")

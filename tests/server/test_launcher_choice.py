@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import httpx
+
 from harness import Server
 from null_models import null_model, write_null_model
 

@@ -8,8 +8,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from harness import Server, wait_until
 from test_launcher import endless_stream, standin
+
+from harness import Server, wait_until
 
 
 @pytest.fixture

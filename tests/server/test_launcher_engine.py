@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
-from harness import Server, wait_until
 
+from harness import Server, wait_until
+from requests_helper import stream_in_thread
 from tiny_models import make_tiny_model
+
+LONG = {"text_input": "def f(x):", "stream": True, "sampling_parameters": '{"max_tokens": 2000, "ignore_eos": true}'}
 
 
 @pytest.fixture(scope="module")
@@ -26,37 +27,14 @@ def streaming(model: Path) -> Iterator[Server]:
     """In the middle of 2,000 tokens at 20 tokens per second."""
     server = Server({"demo": {"model": str(model), "device": "null:50"}}).start()
     try:
-        stream(server)
+        stream_in_thread(server, **LONG)
         yield server
     finally:
         server.destroy()
 
 
-def stream(server: Server) -> None:
-    """Start a long stream in a thread; returns once it runs."""
-    running = threading.Event()
-    parameters = '{"max_tokens": 2000, "ignore_eos": true}'
-    body = {"text_input": "def f(x):", "stream": True, "sampling_parameters": parameters}
-
-    def read() -> None:
-        try:
-            url = f"{server.http}/v2/models/demo/generate_stream"
-            with httpx.stream("POST", url, json=body, timeout=60) as response:
-                for _ in response.iter_lines():
-                    running.set()
-        except httpx.HTTPError:
-            pass  # the server is stopped under it
-
-    threading.Thread(target=read, daemon=True).start()
-    assert running.wait(10), "no first token"
-
-
-def engines(server: Server) -> list[int]:
-    return [pid for pid, words in server.processes().items() if "flashserve.engine" in words]
-
-
 def test_the_stub_ends_its_streams_before_the_launcher_must_use_force(streaming: Server) -> None:
-    assert len(engines(streaming)) == 1
+    assert len(streaming.engines()) == 1
     time.sleep(1.5)  # the stub must have seen its model ready
     assert streaming.stop() <= 10
     assert "the rest was killed" not in streaming.log
@@ -71,9 +49,9 @@ def test_nothing_is_left_when_the_launcher_is_killed_in_mid_stream(streaming: Se
 
 
 def test_a_killed_stub_takes_its_engine_along_and_the_model_comes_back(streaming: Server) -> None:
-    before = engines(streaming)
+    before = streaming.engines()
     os.kill(streaming.stubs("demo")[0].pid, signal.SIGKILL)
     streaming.wait_for_log(r"model demo: ready again", 30)
-    assert wait_until(lambda: len(engines(streaming)) == 1, 5)
-    assert engines(streaming) != before
-    stream(streaming)
+    assert wait_until(lambda: len(streaming.engines()) == 1, 5)
+    assert streaming.engines() != before
+    stream_in_thread(streaming, **LONG)

@@ -18,10 +18,10 @@ from typing import Any
 
 import httpx
 import pytest
-from harness import HTTP, ROOT, SOURCES, Server
-from null_models import null_model, write_null_model
 
 from flashserve.launcher.ports import free_port
+from harness import HTTP, ROOT, SOURCES, Server
+from null_models import null_model, write_null_model
 
 pytestmark = pytest.mark.slow
 # Locust runs in children only: importing it here would patch the standard library under all other tests.

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from harness import HTTP, Server, wait_until
-from requests_helper import ASK_FOR_ALL, GrpcCall, call, generate, post, stream_sse, wait_idle
 
 from flashserve_client import AsyncClient, Unavailable
+from harness import HTTP, Server, wait_until
+from requests_helper import ASK_FOR_ALL, GrpcCall, call, generate, post, stream_sse, wait_idle
 
 MODEL, BLOCKS, BLOCK_SIZE = "counted", 20, 16
 PROMPT = [40] * 40

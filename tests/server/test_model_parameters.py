@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from async_requests import engine_of
 from harness import HTTP, Server, wait_until
 from null_models import null_model, write_null_model

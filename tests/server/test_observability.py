@@ -16,10 +16,10 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from harness import HTTP, ROOT, Server, wait_until
-from requests_helper import GrpcCall, generate, post, wait_idle
 
 from flashserve.launcher.ports import free_port
+from harness import HTTP, ROOT, Server, wait_until
+from requests_helper import GrpcCall, generate, post, wait_idle
 
 FOLDER = ROOT / "deploy" / "observability"
 DASHBOARD = json.loads((FOLDER / "grafana" / "flashserve.json").read_text())

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Server
-from requests_helper import wait_metric
 
 from flashserve_client import AsyncClient, GenerateResult
+from harness import Server
+from requests_helper import wait_metric
 from tiny_models import FAMILIES, VOCAB_SIZE, make_tiny_model
 
 FIRST_CHARACTER = 0x4E00

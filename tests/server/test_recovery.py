@@ -12,11 +12,11 @@ from typing import Any
 
 import psutil
 import pytest
+
 from async_requests import FAR_AWAY, alive, cancel, engine_of, errors_of, read, shared_memory, until
+from flashserve_client import AsyncClient, DeadlineExceeded, Timeout, Unavailable, grpc_transport
 from harness import HTTP, Server, wait_until
 from null_models import MetricsReader, null_model, write_null_model
-
-from flashserve_client import AsyncClient, DeadlineExceeded, Timeout, Unavailable, grpc_transport
 
 AT_ONCE_S = 1.0
 LOAD_TIMEOUT_S = 30.0

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from async_requests import errors_of, read, until
+from flashserve_client import AsyncClient, Cancelled, ConnectionFailed, FlashserveError
 from harness import Server
 from null_models import MetricsReader, null_model, write_null_model
-
-from flashserve_client import AsyncClient, Cancelled, ConnectionFailed, FlashserveError
 
 DRAIN_S = 2.0
 END_S = 10.0

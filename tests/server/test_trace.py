@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from async_requests import engine_of
-from harness import Server
-from requests_helper import generate
 
+from async_requests import engine_of
 from flashserve.launcher.errors import LauncherError
 from flashserve.launcher.trace import EngineProcess, choose, find_engines, save_trace
+from harness import Server
+from requests_helper import generate
 
 
 def test_an_engine_writes_its_last_steps_and_requests_and_goes_on(server: Server, tmp_path: Path) -> None:

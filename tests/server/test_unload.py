@@ -10,12 +10,12 @@ from typing import Any
 
 import psutil
 import pytest
+
 from async_requests import alive, engine_of, errors_of, read, shared_memory, until
+from flashserve_client import AsyncClient, Cancelled, Unavailable
 from harness import Server
 from null_models import null_model, write_null_model
 from requests_helper import COUNTERS_WITHIN_S
-
-from flashserve_client import AsyncClient, Cancelled, Unavailable
 
 DRAIN_S = 1.0
 GONE_S = 10.0

@@ -8,7 +8,7 @@ from benchmarks.batching import analysis
 from benchmarks.batching.grid import Grid
 from benchmarks.batching.load import Mixed, Point
 from benchmarks.batching.report import Findings, as_json, as_markdown
-from benchmarks.batching.workload import OURS, SERVED, SYSTEMS, equal_lengths, mixed_lengths
+from benchmarks.batching.workload import OURS, SERVED, SYSTEMS, mixed_lengths
 from benchmarks.common.engines import ENGINES, NAIVE, STATIC
 from benchmarks.common.protocol import Requests, Run
 
@@ -67,7 +67,7 @@ def test_speedups_are_over_one_by_one():
 
 
 def test_workloads_are_the_same_each_time():
-    assert equal_lengths(3, 5, 7, 100) == equal_lengths(3, 5, 7, 100)
+    assert Requests.equal(3, 5, 7, 100) == Requests.equal(3, 5, 7, 100)
     work = mixed_lengths(50, 2.0, 1000)
     assert work == mixed_lengths(50, 2.0, 1000) and work.arrivals == sorted(work.arrivals)
     assert all(16 <= len(prompt) <= 256 for prompt in work.prompts) and all(8 <= n <= 128 for n in work.outputs)

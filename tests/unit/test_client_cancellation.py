@@ -9,8 +9,8 @@ import threading
 import time
 
 import pytest
-from client_peers import PEERS, Peer, endless, peer_in_thread, silent, until, words
 
+from client_peers import PEERS, Peer, endless, peer_in_thread, silent, until, words
 from flashserve_client import AsyncClient, Cancelled, Client
 
 
@@ -27,6 +27,42 @@ def far_peer(request):
         yield peer
 
 
+class OnThread:
+    """The synchronous client, or a stream of it, with the methods of the asynchronous one: each call on a thread."""
+
+    def __init__(self, plain):
+        self._plain = plain
+
+    def stream(self, *args, **options):
+        return OnThread(self._plain.stream(*args, **options))
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        delta = await asyncio.to_thread(next, self._plain, None)
+        if delta is None:
+            raise StopAsyncIteration
+        return delta
+
+    async def generate(self, *args, **options):
+        return await asyncio.to_thread(self._plain.generate, *args, **options)
+
+    async def aclose(self):
+        await asyncio.to_thread(self._plain.close)
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        await self.aclose()
+
+
+@pytest.fixture(params=["async", "sync"])
+def connect(request):
+    return AsyncClient if request.param == "async" else lambda url: OnThread(Client(url))
+
+
 async def consume(stream):
     async for _ in stream:
         pass
@@ -37,8 +73,8 @@ async def cancelled(peer: Peer) -> bool:
     return await until(lambda: bool(peer.asked) and all(asked.cancelled for asked in peer.asked))
 
 
-async def test_closing_the_stream(peer: Peer):
-    async with AsyncClient(peer.url) as client:
+async def test_closing_the_stream(peer: Peer, connect):
+    async with connect(peer.url) as client:
         stream = client.stream("x")
         await stream.__anext__()
         await stream.aclose()
@@ -47,15 +83,15 @@ async def test_closing_the_stream(peer: Peer):
             await stream.__anext__()
 
 
-async def test_leaving_its_with_block(peer: Peer):
-    async with AsyncClient(peer.url) as client:
+async def test_leaving_its_with_block(peer: Peer, connect):
+    async with connect(peer.url) as client:
         async with client.stream("x") as stream:
             await stream.__anext__()
         assert await cancelled(peer)
 
 
-async def test_dropping_it_after_a_break(peer: Peer):
-    async with AsyncClient(peer.url) as client:
+async def test_dropping_it_after_a_break(peer: Peer, connect):
+    async with connect(peer.url) as client:
         async for _ in client.stream("x"):
             break
         gc.collect()
@@ -95,9 +131,9 @@ async def test_cancelling_the_task_that_waits_for_a_first_answer(peer: Peer, str
 
 
 @pytest.mark.parametrize("script", [endless, silent])
-async def test_closing_under_a_reader_tells_the_reader(peer: Peer, script):
+async def test_closing_under_a_reader_tells_the_reader(peer: Peer, connect, script):
     peer.script = script
-    async with AsyncClient(peer.url) as client:
+    async with connect(peer.url) as client:
         stream = client.stream("x", timeout_s=20)
         task = asyncio.create_task(consume(stream))
         await asyncio.sleep(0.1)
@@ -107,8 +143,8 @@ async def test_closing_under_a_reader_tells_the_reader(peer: Peer, script):
         assert await cancelled(peer)
 
 
-async def test_closing_the_client_ends_its_streams(peer: Peer):
-    client = AsyncClient(peer.url)
+async def test_closing_the_client_ends_its_streams(peer: Peer, connect):
+    client = connect(peer.url)
     tasks = [asyncio.create_task(consume(client.stream("x"))) for _ in range(5)]
     assert await until(lambda: len(peer.asked) == 5)
     await client.aclose()
@@ -117,14 +153,24 @@ async def test_closing_the_client_ends_its_streams(peer: Peer):
     assert await cancelled(peer)
 
 
-async def test_closing_before_anything_was_sent_sends_nothing(peer: Peer):
-    async with AsyncClient(peer.url) as client, client.stream("x"):
+async def test_closing_before_anything_was_sent_sends_nothing(peer: Peer, connect):
+    async with connect(peer.url) as client, client.stream("x"):
         pass
     assert peer.asked == []
 
 
-async def test_a_burst_of_cancellations_leaves_the_client_usable(peer: Peer):
-    async with AsyncClient(peer.url) as client:
+async def test_a_client_that_is_closed_says_so(peer: Peer, connect):
+    client = connect(peer.url)
+    await client.aclose()
+    await client.aclose()
+    with pytest.raises(RuntimeError, match="closed"):
+        await client.generate("x")
+    with pytest.raises(RuntimeError, match="closed"):
+        client.stream("x")
+
+
+async def test_a_burst_of_cancellations_leaves_the_client_usable(peer: Peer, connect):
+    async with connect(peer.url) as client:
         streams = [client.stream("x") for _ in range(50)]
         await asyncio.gather(*(stream.__anext__() for stream in streams))
         await asyncio.gather(*(stream.aclose() for stream in streams))
@@ -138,66 +184,6 @@ async def test_a_burst_of_cancellations_leaves_the_client_usable(peer: Peer):
 
 def cancelled_far(peer: Peer) -> bool:
     return asyncio.run(cancelled(peer))
-
-
-def test_sync_closing_the_stream(far_peer: Peer):
-    with Client(far_peer.url) as client:
-        stream = client.stream("x")
-        next(stream)
-        stream.close()
-        assert cancelled_far(far_peer)
-        with pytest.raises(Cancelled):
-            next(stream)
-
-
-def test_sync_leaving_its_with_block(far_peer: Peer):
-    with Client(far_peer.url) as client:
-        with client.stream("x") as stream:
-            next(stream)
-        assert cancelled_far(far_peer)
-
-
-def test_sync_break(far_peer: Peer):
-    with Client(far_peer.url) as client:
-        for _ in client.stream("x"):
-            break
-        gc.collect()
-        assert cancelled_far(far_peer)
-
-
-def test_sync_closing_under_a_reader(far_peer: Peer):
-    with Client(far_peer.url) as client:
-        stream = client.stream("x")
-        next(stream)
-        timer = threading.Timer(0.2, stream.close)
-        timer.start()
-        with pytest.raises(Cancelled):
-            list(stream)
-        timer.join()
-        assert cancelled_far(far_peer)
-
-
-def test_sync_closing_the_client_wakes_its_readers(far_peer: Peer):
-    client = Client(far_peer.url)
-    outcomes: list[BaseException] = []
-
-    def work():
-        try:
-            list(client.stream("x"))
-        except BaseException as error:
-            outcomes.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.3)
-    client.close()
-    for thread in threads:
-        thread.join(5)
-        assert not thread.is_alive()
-    assert len(outcomes) == 4
-    assert all(isinstance(outcome, (Cancelled, RuntimeError)) for outcome in outcomes)
-    assert cancelled_far(far_peer)
 
 
 def test_sync_dropping_the_client(far_peer: Peer):
@@ -240,13 +226,3 @@ def test_sync_no_thread_and_no_socket_is_left(far_peer: Peer):
     use()
     # grpc keeps some for the process, more on a busy machine; a leak is one that goes on.
     assert not all(grows() for _ in range(4))
-
-
-def test_sync_a_client_that_is_closed_says_so(far_peer: Peer):
-    client = Client(far_peer.url)
-    client.close()
-    client.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        client.generate("x")
-    with pytest.raises(RuntimeError, match="closed"):
-        client.stream("x")

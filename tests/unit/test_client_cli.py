@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 
 import pytest
-from client_peers import PEERS, Error, Peer, endless, peer_in_thread, say, until
 
 import flashserve_client
+from client_peers import PEERS, Error, Peer, endless, peer_in_thread, say, until
 from flashserve_client import cli
 
 PROGRAM = (

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 
+from flashserve import errors
 from flashserve_client import (
     Cancelled,
     ConnectionFailed,
@@ -38,6 +39,31 @@ def test_the_suffix_becomes_type_and_fields(message, kind, words, retry_after_ms
     assert type(error) is kind
     assert (str(error), error.message) == (words, words)
     assert (error.retry_after_ms, error.reason) == (retry_after_ms, reason)
+
+
+SENT = [
+    (errors.FlashserveError("words"), InternalError),
+    (errors.InvalidArgument("words"), InvalidRequest),
+    (errors.ConfigError("words"), InvalidRequest),
+    (errors.NotFound("words"), NotFound),
+    (errors.Unavailable("words [1]", retry_after_ms=850), Unavailable),
+    (errors.Cancelled("words", reason="deadline"), DeadlineExceeded),
+    (errors.Cancelled("words", reason="shutdown"), Cancelled),
+    (errors.InternalError("words"), InternalError),
+]
+
+
+@pytest.mark.parametrize(("sent", "kind"), SENT, ids=repr)
+def test_the_client_reads_what_the_backend_writes(sent, kind):
+    error = error_from_message(sent.wire_message())
+    assert (type(error), error.message, error.code) == (kind, sent.message, sent.code)
+    read = {"retry_after_ms": error.retry_after_ms, "reason": error.reason}
+    assert {name: value for name, value in read.items() if value is not None} == sent.details
+
+
+def test_no_error_of_the_backend_is_left_out():
+    kinds = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)}
+    assert kinds == {type(sent) for sent, _ in SENT}
 
 
 def test_a_suffix_in_the_middle_is_text():

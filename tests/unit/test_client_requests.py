@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 import pytest
-from client_peers import PEERS, Error, Peer, say
 
+from client_peers import PEERS, Error, Peer, say
 from flashserve_client import AsyncClient, Client, InvalidRequest, NotFound
 from flashserve_client.connect import parse_url
 
@@ -197,13 +197,6 @@ def test_a_bad_url_is_refused_at_once(url):
     for kind in (AsyncClient, Client):
         with pytest.raises(ValueError, match="server URL"):
             kind(url)
-
-
-async def test_a_closed_client_says_so(peer: Peer):
-    client = AsyncClient(peer.url)
-    await client.aclose()
-    with pytest.raises(RuntimeError, match="closed"):
-        await client.generate("x")
 
 
 async def test_health_asks_the_engine_through_an_urgent_request(peer: Peer):

@@ -7,8 +7,8 @@ import contextlib
 import time
 
 import pytest
-from client_peers import PEERS, Error, Garbage, HttpPeer, Peer, Relay, endless, say, silent
 
+from client_peers import PEERS, Error, Garbage, HttpPeer, Peer, Relay, endless, say, silent
 from flashserve_client import (
     AsyncClient,
     ConnectionFailed,

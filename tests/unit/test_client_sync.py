@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from client_peers import PEERS, Error, Peer, peer_in_thread, say
 
 import flashserve_client
+from client_peers import PEERS, Error, Peer, peer_in_thread, say
 from flashserve_client import Client, Delta, InvalidRequest, Unavailable
 from flashserve_client import sync_client as sync_module
 

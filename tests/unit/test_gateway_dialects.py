@@ -7,9 +7,9 @@ from typing import Any
 
 import anthropic
 import pytest
-from gateway_peers import CHAT, MemoryTransport, endless, fails, gate, piece, says
 
 from flashserve_client import InvalidRequest, Unavailable
+from gateway_peers import CHAT, MemoryTransport, endless, fails, gate, piece, says
 
 MESSAGE: dict[str, Any] = {"model": "demo", "max_tokens": 20, "messages": [{"role": "user", "content": "hello"}]}
 TOOL = {"name": "weather", "description": "of a city", "input_schema": {"type": "object", "properties": {}}}

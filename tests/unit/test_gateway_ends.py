@@ -8,9 +8,9 @@ import time
 
 import httpx
 import pytest
-from gateway_peers import CHAT, Gate, MemoryTransport, endless, gate, piece, says, silent
 
 from flashserve_gateway.settings import Limits, Settings
+from gateway_peers import CHAT, Gate, MemoryTransport, endless, gate, piece, says, silent
 
 
 async def connect(gateway: Gate) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

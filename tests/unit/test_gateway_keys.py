@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway_peers import MemoryTransport, endless, gate
 
 from flashserve_gateway.errors import ApiError
 from flashserve_gateway.keys import Caller, Key, KeysFileError, hash_key, new_key, read_keys
 from flashserve_gateway.settings import Settings
+from gateway_peers import MemoryTransport, endless, gate
 
 
 def write(tmp_path: Path, **limits: Any) -> tuple[str, Settings]:

@@ -6,13 +6,13 @@ import asyncio
 
 import openai
 import pytest
-from gateway_peers import CHAT, MemoryTransport, fails, gate, piece, says
 from openai.types.chat import ChatCompletionChunk
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 
 from flashserve_client import ConnectionFailed, DeadlineExceeded, InternalError, InvalidRequest, Unavailable
 from flashserve_gateway import abilities, parameters
+from gateway_peers import CHAT, MemoryTransport, fails, gate, piece, says
 
 
 def client(url: str) -> openai.AsyncOpenAI:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 import pytest
-from gateway_peers import MemoryTransport, gate, says
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from flashserve_gateway.chat import Message, read_message
 from flashserve_gateway.output.events import CallArguments, PlainReader, Reader
 from flashserve_gateway.output.reasoning import ReasoningReader
 from flashserve_gateway.output.tools import ToolReader
+from gateway_peers import MemoryTransport, gate, says
 
 TOOLS = ("f", "g", "get_weather")
 NESTED = '{"a": {"b": [1, "}] \\" {", {"c": null}]}, "code": "if (x) { return \\"</tool_call>\\"; }"}'
@@ -217,6 +217,10 @@ async def test_a_streamed_call_has_its_id_and_name_once():
             assert "".join(delta["function"]["arguments"] for delta in others) == '{"city": "Rome"}'
         assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
         assert gateway.engine.asked[0].chat["tools"] == [TOOL]
+        # Mistral's mark of a call is a special token, which is left out of text otherwise.
+        assert gateway.engine.asked[0].sampling["skip_special_tokens"] is False
+        await gateway.chat()
+        assert "skip_special_tokens" not in gateway.engine.asked[1].sampling
 
 
 async def test_a_whole_call_and_its_content():

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from gateway_peers import Gate, MemoryTransport, endless, gate, says
 
 from flashserve_gateway.settings import Settings
+from gateway_peers import Gate, MemoryTransport, endless, gate, says
 
 METRICS = """
 # TYPE vllm:num_requests_running gauge

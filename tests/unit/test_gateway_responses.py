@@ -8,7 +8,6 @@ from typing import Any
 
 import openai
 import pytest
-from gateway_peers import MemoryTransport, fails, gate, says
 from openai.types.responses import Response
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 
@@ -17,6 +16,7 @@ from flashserve_gateway import responses
 from flashserve_gateway.keys import new_key
 from flashserve_gateway.responses import ResponseStore
 from flashserve_gateway.settings import Settings
+from gateway_peers import MemoryTransport, fails, gate, says
 
 TOOL = {"type": "function", "name": "weather", "parameters": {"type": "object", "properties": {}}, "strict": True}
 CALL = ["Let me see.", '<tool_call>{"name": "wea', 'ther", "arguments": {"city": ', '"Rome"', "}}</tool_call>"]

@@ -2,22 +2,14 @@
 
 import json
 
-import numpy as np
 import pytest
-from small_tokenizers import byte_level
 
 from flashserve.errors import ConfigError
-from flashserve.frontend.request_parser import ParserContext, RawRequest, parse
-from flashserve.protocol import EngineLimits
+from flashserve.frontend.request_parser import ParserContext
 from flashserve.text.chat_template import ChatTemplate
 from flashserve.text.generation_defaults import read_generation_defaults
-from flashserve.text.tokenizer import Tokenizer
+from parsed_requests import LIMITS, TOKENIZER, parsed
 
-TOKENIZER = Tokenizer(byte_level())
-LIMITS = EngineLimits(
-    max_model_len=100, max_num_seqs=8, max_num_batched_tokens=64, block_size=16, num_blocks=99,
-    vocab_size=TOKENIZER.vocab_size, eos_token_ids=(0,), dtype="float32", device="cpu",
-)  # fmt: skip
 PROMPTS = {
     "text_input": "abc",
     "chat_request": json.dumps({"messages": [{"role": "user", "content": "abc"}]}),
@@ -29,8 +21,7 @@ def max_tokens(prompt, own=None, overrides=None, **parameters):
     """The parsed request's, by a model whose generation_config.json holds ``own``."""
     template = ChatTemplate("{{ messages[0].content }}", {})
     context = ParserContext(TOKENIZER, template, LIMITS, read_generation_defaults(own or {}, overrides))
-    inputs = {prompt: np.array([PROMPTS[prompt].encode()], dtype=object)}
-    return parse(RawRequest(inputs, parameters), context).params.max_tokens
+    return parsed(context, parameters=parameters, **{prompt: PROMPTS[prompt]}).message.params.max_tokens
 
 
 def test_a_text_gets_16_and_a_chat_the_context():

@@ -9,7 +9,7 @@ from flashserve.frontend.merging import Merging
 
 
 def request(number: int, sent: int = 1):
-    return SimpleNamespace(id=number, num_tokens_sent=sent, inbox=deque())
+    return SimpleNamespace(id=number, completions=[SimpleNamespace(num_delivered=sent)], inbox=deque())
 
 
 def run_step(merging: Merging, now: float, requests) -> tuple[list[int], list[int]]:

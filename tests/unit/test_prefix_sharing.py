@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fake_runner import MiniEngine
+from mini_engine import MiniEngine
 
 BOTH_ORDERS = pytest.mark.parametrize("run_ahead", [False, True], ids=["synchronous", "run-ahead"])
 

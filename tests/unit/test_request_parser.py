@@ -6,67 +6,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from small_tokenizers import byte_level, sentencepiece
 
 from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError, InvalidArgument
 from flashserve.frontend.request_parser import (
     OutputFlags,
-    ParsedRequest,
     ParsedTokenize,
     ParserContext,
     RawRequest,
     parse,
     read_raw,
 )
-from flashserve.frontend.tensor_spec import INPUT_BY_NAME, INPUTS
 from flashserve.model_card import read_model_card
-from flashserve.protocol import EngineLimits, EngineReady
+from flashserve.protocol import EngineReady
 from flashserve.text.chat_template import ChatTemplate
 from flashserve.text.tokenizer import Tokenizer
+from parsed_requests import CONTEXT, LIMITS, TEMPLATE, TOKENIZER, objects, parsed, raw, refused
+from small_tokenizers import byte_level, sentencepiece
 
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}"
-TOKENIZER = Tokenizer(byte_level())
 LLAMA = Tokenizer(sentencepiece())
-LIMITS = EngineLimits(
-    max_model_len=100, max_num_seqs=8, max_num_batched_tokens=64, block_size=16, num_blocks=99,
-    vocab_size=TOKENIZER.vocab_size + 5, eos_token_ids=(0,), dtype="float32", device="cpu",
-)  # fmt: skip
-CONTEXT = ParserContext(TOKENIZER, ChatTemplate(TEMPLATE, {}), LIMITS, now=lambda: 1000.0)
-
-
-def tensor(name: str, value: Any) -> np.ndarray:
-    """What Triton hands over for an input of one element."""
-    if isinstance(value, np.ndarray):
-        return value
-    if INPUT_BY_NAME[name].dtype == "STRING":
-        array = np.empty(1, dtype=object)
-        array[0] = value.encode() if isinstance(value, str) else value
-        return array
-    return np.array([value], dtype=bool if INPUT_BY_NAME[name].dtype == "BOOL" else np.int32)
-
-
-def raw(
-    parameters: dict[str, Any] | None = None, request_id: str = "", timeout_us: int = 0, **inputs: Any
-) -> RawRequest:
-    if isinstance(inputs.get("sampling_parameters"), dict):
-        inputs["sampling_parameters"] = json.dumps(inputs["sampling_parameters"])
-    arrays = {name: tensor(name, value) for name, value in inputs.items()}
-    return RawRequest(arrays, parameters or {}, request_id, timeout_us)
-
-
-def parsed(context: ParserContext = CONTEXT, **request: Any) -> ParsedRequest:
-    result = parse(raw(**request), context)
-    assert isinstance(result, ParsedRequest)
-    return result
-
-
-def refused(words: str, context: ParserContext = CONTEXT, **request: Any) -> None:
-    with pytest.raises(InvalidArgument, match=words) as caught:
-        parse(raw(**request), context)
-    caught.value.wire_message().encode()
 
 
 # --- prompts -------------------------------------------------------------------------------------------------
@@ -74,10 +32,15 @@ def refused(words: str, context: ParserContext = CONTEXT, **request: Any) -> Non
 
 def test_a_text_alone_is_a_request():
     request = parsed(text_input="hello world")
-    assert request.prompt_token_ids == TOKENIZER.encode("hello world")
-    assert request.params.max_tokens == 16
-    assert (request.stream, request.exclude_input, request.prompt_text) == (False, False, "hello world")
-    assert (request.priority, request.arrival, request.deadline, request.request_id) == (0, 1000.0, None, "")
+    assert request.message.prompt_token_ids == TOKENIZER.encode("hello world")
+    assert request.message.params.max_tokens == 16
+    assert (request.stream, request.prompt_text) == (False, "hello world")
+    assert (request.message.priority, request.message.arrival, request.message.deadline, request.request_id) == (
+        0,
+        1000.0,
+        None,
+        "",
+    )
     assert request.outputs == OutputFlags()
 
 
@@ -86,15 +49,15 @@ def test_a_chat_is_rendered_and_its_special_tokens_are_the_templates():
     chat = json.dumps({"messages": [{"role": "user", "content": "hi"}]})
     request = parsed(llama, chat_request=chat)
     assert request.prompt_text == "<s><|im_start|>user:hi<|im_end|>"
-    assert request.prompt_token_ids.count(1) == 1  # text_input would have got a second <s>
-    assert parsed(llama, text_input="hi").prompt_token_ids[0] == 1
+    assert request.message.prompt_token_ids.count(1) == 1  # text_input would have got a second <s>
+    assert parsed(llama, text_input="hi").message.prompt_token_ids[0] == 1
 
 
 def test_token_ids_come_with_the_sampling_parameters():
     request = parsed(sampling_parameters={"prompt_token_ids": [5, 6, 7]})
-    assert request.prompt_token_ids == [5, 6, 7]
+    assert request.message.prompt_token_ids == [5, 6, 7]
     assert request.prompt_text == TOKENIZER.decode([5, 6, 7])
-    assert parsed(parameters={"prompt_token_ids": "[5, 6, 7]"}).prompt_token_ids == [5, 6, 7]
+    assert parsed(parameters={"prompt_token_ids": "[5, 6, 7]"}).message.prompt_token_ids == [5, 6, 7]
 
 
 def test_exactly_one_prompt():
@@ -111,11 +74,11 @@ def test_what_the_model_cannot_take_yet_is_refused_by_name():
 def test_an_empty_prompt_is_refused():
     refused("text_input is empty: a prompt needs at least one token", text_input="")
     refused("prompt_token_ids is empty", sampling_parameters={"prompt_token_ids": []})
-    assert parsed(ParserContext(LLAMA, ChatTemplate(None, {}), LIMITS), text_input="").prompt_token_ids == [1]
+    assert parsed(ParserContext(LLAMA, ChatTemplate(None, {}), LIMITS), text_input="").message.prompt_token_ids == [1]
 
 
 def test_a_prompt_must_leave_room_for_one_token():
-    assert parsed(sampling_parameters={"prompt_token_ids": [5] * 99}).params.max_tokens == 1
+    assert parsed(sampling_parameters={"prompt_token_ids": [5] * 99}).message.params.max_tokens == 1
     refused(
         r"prompt has 100 tokens, the model's context takes at most 100 \(prompt \+ at least one output token\)",
         sampling_parameters={"prompt_token_ids": [5] * 100},
@@ -127,10 +90,10 @@ def test_a_prompt_must_leave_room_for_one_token():
 def test_a_prompt_is_cut_to_its_end_if_asked_for():
     prompt = list(range(3, 203))
     request = parsed(sampling_parameters={"prompt_token_ids": prompt, "truncate_prompt_tokens": 10})
-    assert request.prompt_token_ids == prompt[-10:]
+    assert request.message.prompt_token_ids == prompt[-10:]
     long = "word " * 1000
     assert (
-        parsed(text_input=long, sampling_parameters={"truncate_prompt_tokens": 10}).prompt_token_ids
+        parsed(text_input=long, sampling_parameters={"truncate_prompt_tokens": 10}).message.prompt_token_ids
         == (TOKENIZER.encode(long)[-10:])
     )
     refused("prompt has 150 tokens", sampling_parameters={"prompt_token_ids": prompt, "truncate_prompt_tokens": 150})
@@ -149,8 +112,8 @@ def test_token_ids_must_be_in_the_models_vocabulary():
 
 def test_output_never_exceeds_the_context():
     request = parsed(sampling_parameters={"prompt_token_ids": [5] * 90, "max_tokens": 50, "min_tokens": 20})
-    assert (request.params.max_tokens, request.params.min_tokens) == (10, 10)
-    assert parsed(text_input="a", sampling_parameters={"max_tokens": 5}).params.max_tokens == 5
+    assert (request.message.params.max_tokens, request.message.params.min_tokens) == (10, 10)
+    assert parsed(text_input="a", sampling_parameters={"max_tokens": 5}).message.params.max_tokens == 5
 
 
 # --- where settings may be given -----------------------------------------------------------------------------
@@ -163,11 +126,15 @@ def test_sampling_parameters_may_be_json_or_the_requests_own():
         parsed(text_input="a", parameters={"temperature": 0.5, "min_tokens": 2}, max_tokens=7),
         parsed(text_input="a", parameters={"min_tokens": 2}, sampling_parameters={"temperature": 0.5}, max_tokens=7),
     ):
-        assert (request.params.temperature, request.params.max_tokens, request.params.min_tokens) == (0.5, 7, 2)
+        assert (
+            request.message.params.temperature,
+            request.message.params.max_tokens,
+            request.message.params.min_tokens,
+        ) == (0.5, 7, 2)
 
 
 def test_the_same_value_twice_is_fine_and_two_values_are_not():
-    assert parsed(text_input="a", parameters={"top_k": "5"}, sampling_parameters={"top_k": 5}).params.top_k == 5
+    assert parsed(text_input="a", parameters={"top_k": "5"}, sampling_parameters={"top_k": 5}).message.params.top_k == 5
     refused(
         "top_k is given twice, as 6 and as 5", text_input="a", parameters={"top_k": 6}, sampling_parameters={"top_k": 5}
     )
@@ -192,15 +159,14 @@ def test_inputs_do_not_belong_into_sampling_parameters():
 
 
 def test_the_prompt_is_repeated_unless_streaming_or_told_not_to():
-    def seen(**flags: bool) -> tuple[bool, str]:
-        request = parsed(text_input="hi", **flags)
-        return request.exclude_input, request.prompt_text
-
-    assert seen() == (False, "hi")
-    assert seen(exclude_input_in_output=False) == (False, "hi")
-    assert seen(exclude_input_in_output=True) == (True, "")
-    assert seen(stream=True) == (True, "")
-    assert seen(stream=True, exclude_input_in_output=True) == (True, "")
+    assert parsed(text_input="hi").prompt_text == "hi"
+    assert parsed(text_input="hi", exclude_input_in_output=False).prompt_text == "hi"
+    for flags in (
+        {"exclude_input_in_output": True},
+        {"stream": True},
+        {"stream": True, "exclude_input_in_output": True},
+    ):
+        assert parsed(text_input="hi", **flags).prompt_text == ""
     refused(
         "When streaming, `exclude_input_in_output` = False is not allowed",
         text_input="hi",
@@ -220,7 +186,7 @@ def test_logprobs_are_refused_but_not_the_wish_for_none():
 def test_what_load_generators_and_tritons_openai_frontend_send():
     perf = {"max_tokens": "16", "min_tokens": "16"}
     request = parsed(text_input="a", exclude_input_in_output=True, stream=True, sampling_parameters=perf)
-    assert (request.params.max_tokens, request.params.min_tokens) == (16, 16)
+    assert (request.message.params.max_tokens, request.message.params.min_tokens) == (16, 16)
     openai = {
         "frequency_penalty": 0.0, "logprobs": False, "max_tokens": 16, "n": 1, "presence_penalty": 0.0,
         "temperature": 0.7, "top_p": 1.0, "stop": ["\n"],
@@ -229,19 +195,19 @@ def test_what_load_generators_and_tritons_openai_frontend_send():
         text_input="a", stream=False, exclude_input_in_output=True, sampling_parameters=openai, return_logprobs=False,
         return_num_input_tokens=True, return_num_output_tokens=True,
     )  # fmt: skip
-    assert request.params.temperature == 0.7 and request.params.stop == ("\n",)
+    assert request.message.params.temperature == 0.7 and request.message.params.stop == ("\n",)
 
 
 def test_what_triton_itself_passes_on():
     request = parsed(text_input="a", parameters={"id": "abc", "timeout": 3_000_000, "priority": 2})
-    assert (request.request_id, request.deadline, request.priority) == ("abc", 1003.0, 2)
+    assert (request.request_id, request.message.deadline, request.message.priority) == ("abc", 1003.0, 2)
     request = parsed(text_input="a", request_id="xyz", timeout_us=1_500_000, sampling_parameters={"priority": -1})
-    assert (request.request_id, request.deadline, request.priority) == ("xyz", 1001.5, -1)
+    assert (request.request_id, request.message.deadline, request.message.priority) == ("xyz", 1001.5, -1)
     assert parsed(text_input="a", parameters={"triton_enable_empty_final_response": True})
 
 
 def test_a_deadline_counts_from_arrival():
-    assert parsed(text_input="a", sampling_parameters={"timeout_ms": 250}).deadline == 1000.25
+    assert parsed(text_input="a", sampling_parameters={"timeout_ms": 250}).message.deadline == 1000.25
 
 
 def test_tokens_are_looked_at_one_by_one_only_if_somebody_needs_it():
@@ -251,12 +217,6 @@ def test_tokens_are_looked_at_one_by_one_only_if_somebody_needs_it():
 
 
 # --- broken requests -----------------------------------------------------------------------------------------
-
-
-def objects(*values: Any) -> np.ndarray:
-    array = np.empty(len(values), dtype=object)
-    array[:] = values
-    return array
 
 
 @pytest.mark.parametrize(
@@ -300,7 +260,7 @@ def test_one_element_of_any_shape_will_do():
 
 
 def tokenized(request: dict[str, Any], **others: Any) -> dict[str, Any]:
-    result = parse(raw(tokenize_request=json.dumps(request), **others), CONTEXT)
+    result = parse(raw(tokenize_request=json.dumps(request), **others), CONTEXT, 7)
     assert isinstance(result, ParsedTokenize)
     return json.loads(result.answer)
 
@@ -384,9 +344,9 @@ def test_a_context_is_made_from_what_the_engine_sends(tmp_path):
     context = ParserContext.of_engine(EngineConfig(model="m"), engine)
     request = parsed(context, chat_request='{"messages": [{"role": "user", "content": "hi"}]}')
     assert request.prompt_text == "<|im_start|>user:hi<|im_end|>"
-    assert (request.params.temperature, request.params.max_tokens) == (0.25, 9)
+    assert (request.message.params.temperature, request.message.params.max_tokens) == (0.25, 9)
     neutral = ParserContext.of_engine(EngineConfig(model="m", generation_config="vllm"), engine)
-    assert parsed(neutral, text_input="a").params.temperature == 1.0
+    assert parsed(neutral, text_input="a").message.params.temperature == 1.0
 
 
 def test_impossible_defaults_stop_the_model_from_loading(tmp_path):
@@ -397,95 +357,3 @@ def test_impossible_defaults_stop_the_model_from_loading(tmp_path):
     with pytest.raises(ConfigError, match=r"override_generation_config.*: top_p must be a number"):
         config = EngineConfig(model="m", override_generation_config={"temperature": 1, "top_p": 7})
         ParserContext.of_engine(config, engine)
-
-
-# --- anything ------------------------------------------------------------------------------------------------
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=6),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=6,
-)
-TEXT = st.text(st.characters(), max_size=20)
-MESSAGE = st.fixed_dictionaries({"role": TEXT, "content": TEXT}) | st.fixed_dictionaries(
-    {}, optional={"role": JSON, "content": JSON, "tool_calls": JSON, "name": JSON}
-)
-CHAT = st.fixed_dictionaries(
-    {},
-    optional={
-        "messages": JSON | st.lists(MESSAGE, max_size=3),
-        "tools": JSON,
-        "chat_template_kwargs": JSON,
-        "add_generation_prompt": JSON,
-        "continue_final_message": JSON,
-        "text": JSON,
-        "token_ids": JSON,
-    },
-)
-SAMPLING = st.dictionaries(
-    st.sampled_from(["max_tokens", "temperature", "stop", "prompt_token_ids", "truncate_prompt_tokens", "n", "id"])
-    | st.text(max_size=4),
-    JSON,
-    max_size=3,
-)
-CONTENT = (
-    st.binary(max_size=30)
-    | st.text(max_size=30).map(str.encode)
-    | (CHAT | SAMPLING).map(lambda value: json.dumps(value).encode())
-)
-ARRAYS = st.one_of(
-    st.lists(CONTENT, min_size=1, max_size=1).map(lambda items: objects(*items)),
-    st.lists(CONTENT, max_size=3).map(lambda items: objects(*items)),
-    st.lists(st.booleans(), min_size=1, max_size=2).map(np.array),
-    st.integers(-(2**31), 2**31 - 1).map(lambda value: np.array([value], dtype=np.int32)),
-    st.floats().map(lambda value: np.array([value])),
-)
-
-
-def one_tensor(name: str, values: st.SearchStrategy[bytes]) -> st.SearchStrategy[dict[str, np.ndarray]]:
-    return values.map(lambda value: {name: objects(value)})
-
-
-def as_json(values: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
-    return values.map(lambda value: json.dumps(value).encode())
-
-
-# Half of the requests have a proper prompt, so that what is random beside it gets a chance.
-PROMPT = (
-    one_tensor("text_input", st.text(max_size=60).map(str.encode))
-    | one_tensor(
-        "chat_request", as_json(st.fixed_dictionaries({"messages": st.lists(MESSAGE, min_size=1, max_size=2)}))
-    )
-    | one_tensor("tokenize_request", as_json(st.fixed_dictionaries({"text": TEXT})))
-    | one_tensor(
-        "sampling_parameters",
-        as_json(st.fixed_dictionaries({"prompt_token_ids": st.lists(st.integers(0, LIMITS.vocab_size), max_size=110)})),
-    )
-    | st.just({})
-)
-
-
-@settings(max_examples=500, deadline=None)
-@given(
-    prompt=PROMPT,
-    others=st.just({}) | st.dictionaries(st.sampled_from([spec.name for spec in INPUTS]), ARRAYS, max_size=2),
-    parameters=st.just({})
-    | st.dictionaries(st.text(max_size=5) | st.sampled_from(["stream", "stop", "timeout"]), JSON, max_size=1),
-    request_id=st.just("") | st.text(st.characters(), max_size=4),
-)
-def test_any_bytes_in_any_tensor_give_a_valid_request_or_an_invalid_argument(prompt, others, parameters, request_id):
-    inputs = {**others, **prompt}
-    try:
-        result = parse(RawRequest(inputs, parameters, request_id), CONTEXT)
-    except InvalidArgument as error:
-        error.wire_message().encode()
-        return
-    if isinstance(result, ParsedTokenize):
-        json.loads(result.answer)
-        result.answer.encode()
-    else:
-        assert 1 <= len(result.prompt_token_ids) <= 99
-        assert all(0 <= token_id < LIMITS.vocab_size for token_id in result.prompt_token_ids)
-        assert result.params.max_tokens is not None
-        assert 1 <= result.params.max_tokens <= 100 - len(result.prompt_token_ids)
-        result.prompt_text.encode()

@@ -20,7 +20,7 @@ from flashserve.frontend.responder import Responder
 from flashserve.frontend.responses import ResponseBuilder
 from flashserve.model_card import read_model_card
 from flashserve.protocol import Abort, GenerateRequest, SamplingParams, Stats, StepOutputs, TokenOutput
-from flashserve.text.output import TextStream
+from flashserve.text.completion import Completion
 from flashserve.text.tokenizer import Tokenizer
 from tiny_models import write_byte_level_tokenizer
 
@@ -41,7 +41,7 @@ class Pb:
 
     @staticmethod
     def Tensor(name: str, array: Any) -> tuple[str, Any]:  # noqa: N802
-        return name, array[0]
+        return name, array[0] if len(array) == 1 else list(array)
 
     @staticmethod
     def InferenceResponse(tensors: Any = (), error: Any = None) -> SimpleNamespace:  # noqa: N802
@@ -109,26 +109,20 @@ class Rig:
 
     def generation(self, stream: bool = True, **params: Any) -> Generation:
         self._ids += 1
-        sampling = SamplingParams(max_tokens=100, **params)
-        parsed = ParsedRequest(
-            [40], "", sampling, 0, time.monotonic(), None, stream, True,
-            OutputFlags(finish_reason=True, num_output_tokens=True), f"r{self._ids}", "",
-        )  # fmt: skip
-        return Generation(self._ids, parsed, Sender(), TextStream(self.tokenizer, sampling))
-
-    def submit(self, generation: Generation) -> Sender:
-        message = GenerateRequest(generation.id, [40], generation.parsed.params, arrival=0.0)
-        self.responder.submit(generation, message)
-        return generation.sender
+        message = GenerateRequest(self._ids, [40], SamplingParams(max_tokens=100, **params), time.monotonic())
+        outputs = OutputFlags(finish_reason=True, num_output_tokens=True)
+        parsed = ParsedRequest(message, "", stream, outputs, f"r{self._ids}")
+        return Generation(parsed, Sender(), [Completion(self.tokenizer, message) for _ in range(message.params.n)])
 
     def open(self, stream: bool = True, **params: Any) -> tuple[Generation, Sender]:
         generation = self.generation(stream, **params)
-        return generation, self.submit(generation)
+        self.responder.submit(generation)
+        return generation, generation.sender
 
-    def output(self, generation: Generation, text: str = "", reason: Any = None) -> None:
+    def output(self, generation: Generation, text: str = "", reason: Any = None, index: int = 0) -> None:
         """The engine's thread delivers a step with tokens of this text."""
         tokens = self.tokenizer.encode(text, add_special_tokens=False) if text else []
-        self.responder.on_outputs(StepOutputs([TokenOutput(generation.id, tokens, reason)], STATS))
+        self.responder.on_outputs(StepOutputs([TokenOutput(generation.id, tokens, reason, index=index)], STATS))
 
     def counts(self) -> dict[str, float]:
         """Ends by kind so far."""
@@ -167,7 +161,7 @@ def test_an_abort_that_overtakes_its_request_is_repeated(rig: Rig) -> None:
             rig.responder.cancel(generation)
 
     rig.before_sending = cancel_first
-    rig.submit(generation)
+    rig.responder.submit(generation)
     assert [type(message) for message in rig.to_engine] == [Abort, GenerateRequest, Abort]
     rig.output(generation, reason="abort")
 
@@ -181,8 +175,8 @@ def test_a_drain_that_overtakes_a_request_reaches_the_engine_too(rig: Rig) -> No
             rig.settle()
 
     rig.before_sending = drain_first
-    sender = rig.submit(generation)
-    assert sender.final.wait(5)
+    rig.responder.submit(generation)
+    assert generation.sender.final.wait(5)
     assert [type(message) for message in rig.to_engine] == [Abort, GenerateRequest, Abort]
 
 
@@ -288,13 +282,14 @@ def test_tokens_that_came_before_a_failure_are_delivered_first(rig: Rig) -> None
 def test_an_end_that_came_before_the_engine_s_death_is_a_success(rig: Rig) -> None:
     generation, sender = rig.open(stream=False)
     sender.may_send.clear()
-    blocker, _ = rig.open()
+    _, other = rig.open()
     rig.output(generation, "abc", "length")
     rig.responder.on_dead(DEAD)
     sender.may_send.set()
     assert sender.final.wait(5)
     assert (sender.text, sender.error) == ("abc", "")
-    assert blocker.failure is DEAD
+    assert other.final.wait(5)
+    assert "was killed" in other.error
 
 
 def test_a_failure_before_the_first_token_is_the_only_response(rig: Rig) -> None:
@@ -334,7 +329,7 @@ def test_a_draining_model_refuses_what_is_new_and_goes_on_with_what_is_open(rig:
 
 def test_one_request_that_breaks_the_text_layer_or_cannot_be_sent_leaves_the_others_alone(rig: Rig) -> None:
     broken_text, broken_sender, healthy = rig.open(), rig.open(), rig.open()
-    broken_text[0].text = None  # type: ignore[assignment]
+    broken_text[0].completions[0] = None  # type: ignore[call-overload]
     broken_sender[1].broken = True
     for generation, _ in (broken_text, broken_sender, healthy):
         rig.output(generation, "abc", "length")
@@ -393,7 +388,7 @@ def test_whatever_meets_whatever_every_request_ends_exactly_once(rig: Rig) -> No
         generation = rig.generation(stream=chance.random() < 0.7, stop=("xxxx",) if chance.random() < 0.3 else ())
         generation.sender.cancelled = chance.random() < 0.3
         generations.append(generation)
-        rig.submit(generation)
+        rig.responder.submit(generation)
     assert all(generation.sender.final.wait(10) for generation in generations[:-20])
     finished.set()
     for thread in threads:

@@ -149,6 +149,8 @@ def test_values_are_coerced_to_the_parameters_type(given, field, value):
         ({"x" * 10_000: 5}, r"unknown parameter 'x{60}\.\.\.'"),
         ({"\ud800": 5}, "unknown parameter"),
         ({5: 5}, "unknown parameter '5'"),
+        ({"n": 0}, r"n must be an integer in \[1, 128\], not 0"),
+        ({"n": "129"}, r"n must be an integer in \[1, 128\], not '129'"),
     ],
 )
 def test_refusals_name_the_field_its_range_and_the_value(given, words):
@@ -160,8 +162,6 @@ def test_refusals_name_the_field_its_range_and_the_value(given, words):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"n": 2}, "n=2 is not supported; only 1 is"),
-        ({"n": "2"}, "n='2' is not supported; only 1 is"),
         ({"best_of": 3}, "best_of=3 is not supported"),
         ({"logprobs": 0}, "logprobs=0 is not supported; only false is"),  # 0 asks for the chosen token's
         ({"logprobs": 5}, "logprobs=5"),
@@ -206,7 +206,7 @@ def test_also_in_the_words_of_python_and_of_clients_that_know_only_text():
     }  # fmt: skip
     assert parse_sampling_params(neutral) == SamplingParams()
     assert parse_sampling_params(dict.fromkeys((*NEUTRAL, "temperature", "stop", "seed"), "")) == SamplingParams()
-    for refused in ({"use_beam_search": "True"}, {"n": "2"}, {"logprobs": "0"}, {"detokenize": "False"}):
+    for refused in ({"use_beam_search": "True"}, {"best_of": "2"}, {"logprobs": "0"}, {"detokenize": "False"}):
         with pytest.raises(InvalidArgument, match="is not supported"):
             parse_sampling_params(refused)
 

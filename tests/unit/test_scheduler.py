@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 import pytest
-from fake_runner import MiniEngine
+from mini_engine import MiniEngine
 
 BOTH_ORDERS = pytest.mark.parametrize("run_ahead", [False, True], ids=["synchronous", "run-ahead"])
 

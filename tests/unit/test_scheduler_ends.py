@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from fake_runner import EOS, MiniEngine
+from mini_engine import MiniEngine
+from oracle import EOS
 
 from flashserve.errors import INTERNAL
 from flashserve.scheduling.output import StepResult
@@ -212,7 +213,7 @@ def test_abort(reach: Callable[[MiniEngine], int], run_ahead: bool) -> None:
     engine = small_engine(run_ahead)
     request = reach(engine)
     tokens = len(engine.streams[request])
-    held = len(engine.scheduler._requests[request].block_ids)
+    held = len(engine.scheduler._requests[request].sequences[0].block_ids)
     free = engine.scheduler.stats().free_blocks
     engine.abort(request)
     assert engine.scheduler.stats().free_blocks == free + held  # at once, also with a row in flight
@@ -291,7 +292,7 @@ def test_a_failed_step_ends_its_requests_and_no_other(run_ahead: bool, fault: st
     engine.run()
     for request in ids[:2]:
         error = engine.ended[request].output.error
-        assert error is not None and (error.code, error.message) == (INTERNAL, "broken")
+        assert error is not None and error.code == INTERNAL and "failed" in error.message
     for request in ids[2:]:
         assert outcome(engine, request) == ("length", 6)
     engine.check_idle()

@@ -9,12 +9,14 @@ import math
 import random
 
 import pytest
-from fake_runner import EOS, MiniEngine, Oracle, check
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from mini_engine import MiniEngine
+from oracle import EOS, Name, Oracle, check, name_of, request_of
 
-from flashserve.errors import INTERNAL, UNAVAILABLE
+from flashserve.engine.core import MAX_FAILED_STEPS
+from flashserve.errors import INTERNAL, INVALID_ARG, UNAVAILABLE
 
 
 def deadline(oracle: Oracle) -> float:
@@ -26,7 +28,9 @@ class World:
 
     def __init__(self, **engine: int | bool) -> None:
         self.engine = MiniEngine(**engine)  # type: ignore[arg-type]
-        self.aborted: set[int] = set()
+        self.aborted: set[Name] = set()
+        self.held: dict[int, list[str]] = {}
+        """What requests still wait for."""
         self.faults = 0
         # Prompts begin with parts of these, so that prefixes meet at every length, within and between blocks.
         source = random.Random(7)
@@ -35,25 +39,45 @@ class World:
     def add(self, text: int, shared: int, own: int, max_tokens: int | None, **more: object) -> None:
         engine = self.engine
         length = engine.config.max_model_len - 1
-        tail = [5000 + len(engine.oracles)] * own
+        tail = [5000 + engine.num_requests] * own
         prompt = (self.texts[text][:shared] + tail)[:length] or [2]
         request_id = engine.add(prompt, max_tokens, **more)  # type: ignore[arg-type]
         if request_id in engine.ended:
             error = engine.ended[request_id].output.error
             waiting = engine.scheduler.stats().waiting
-            check(error is not None and error.code == UNAVAILABLE and waiting > 0, "refused without need", error)
+            full = error is not None and error.code == UNAVAILABLE and waiting > 0
+            check(full or (error is not None and error.code == INVALID_ARG and more["n"] != 1), "refused", error)
+        elif more.get("holds"):
+            self.held[request_id] = list(more["holds"])  # type: ignore[call-overload]
+
+    def names(self, request_id: int) -> list[Name]:
+        return [name for name in self.engine.oracles if request_of(name) == request_id]
 
     def abort(self, request_id: int) -> None:
-        if request_id not in self.engine.ended:
-            self.aborted.add(request_id)
+        self.aborted |= {name for name in self.names(request_id) if name not in self.engine.ended}
         self.engine.abort(request_id)
-        check(request_id in self.engine.ended, "an abort takes effect at once", request_id)
+        check(all(n in self.engine.ended for n in self.names(request_id)), "an abort takes effect at once", request_id)
+
+    def abort_sample(self, request_id: int, index: int) -> None:
+        """As after a stop string, which only tokens can complete."""
+        engine, name = self.engine, name_of(request_id, index)
+        if engine.streams.get(name) and name not in engine.ended:
+            self.aborted.add(name)
+            engine.abort(samples=[(request_id, index)])
+            check(name in engine.ended, "an abort takes effect at once", name)
+
+    def release(self, request_id: int) -> None:
+        """One thing less that it waits for."""
+        if self.held.get(request_id):
+            self.engine.scheduler.release(request_id, self.held[request_id].pop())
 
     def step(self, fault: str | None = None) -> None:
         engine = self.engine
-        running = [r for r in engine.scheduler._requests.values() if r.slot is not None]
-        oldest = min(running, key=lambda r: (r.priority, r.arrival, r.id), default=None)
+        running = [r for r in engine.scheduler._requests.values() if any(s.slot is not None for s in r.sequences)]
+        oldest = min(running, key=lambda r: (r.terms.priority, r.terms.arrival, r.id), default=None)
         preemptions = oldest.preemptions if oldest else 0
+        if engine.runner.failed_in_a_row == MAX_FAILED_STEPS - 1:
+            fault = None  # else the engine would give up, and rightly
         self.faults += fault is not None
         plan = engine.step(fault)
         engine.now += 1.0
@@ -65,41 +89,48 @@ class World:
             check(oldest.preemptions == preemptions, "the oldest of the best priority was preempted", oldest)
         late = [r for r, o in engine.oracles.items() if deadline(o) <= engine.now - 1.0]
         check(all(r in engine.ended for r in late), "a deadline passed unnoticed", late)
+        held = [r for r, holds in self.held.items() if holds]
+        check(all(not engine.streams[r] for r in held), "a held request ran", held)
 
     def finish(self) -> None:
         """Let all requests end, then do the books."""
         engine = self.engine
+        for request_id, holds in self.held.items():
+            for _ in list(holds):
+                self.release(request_id)
         live = [o for r, o in engine.oracles.items() if r not in engine.ended]
-        # Each step brings the oldest of the best priority on; that bounds the steps, however much is recomputed.
-        bound = sum(len(o.tokens) + 3 for o in live) + 10
+        # Each step brings the oldest of the best priority on; that bounds the steps, however much is recomputed. What
+        # drafts does not run ahead.
+        bound = (1 + (engine.runner.drafts and engine.runner.run_ahead)) * sum(len(o.tokens) + 3 for o in live) + 10
         while engine.scheduler.has_requests:
             check(bound > 0, "livelock", engine.scheduler.stats())
             self.step()
             bound -= 1
         engine.run(2)  # what is in flight
         engine.check_idle()
-        for request_id in engine.oracles:
-            self._check_end(request_id)
+        for name in engine.oracles:
+            self._check_end(name)
         stats = engine.scheduler.stats()
         check(stats.generation_tokens == sum(map(len, engine.streams.values())), "tokens miscounted", stats)
 
-    def _check_end(self, request_id: int) -> None:
+    def _check_end(self, name: Name) -> None:
         engine = self.engine
-        oracle, ended = engine.oracles[request_id], engine.ended[request_id]
+        oracle, ended = engine.oracles[name], engine.ended[name]
         tokens, reason, output = ended.token_ids, ended.reason, ended.output
         if reason in ("stop", "length"):
-            check(tokens == oracle.generated and reason == oracle.reason, "wrong answer", request_id, tokens, reason)
+            check(tokens == oracle.generated and reason == oracle.reason, "wrong answer", name, tokens, reason)
         else:
-            check(tokens == oracle.generated[: len(tokens)], "wrong beginning", request_id, tokens, oracle.generated)
-            check(len(tokens) < len(oracle.generated), "a whole answer must end by itself", request_id, reason)
+            check(tokens == oracle.generated[: len(tokens)], "wrong beginning", name, tokens, oracle.generated)
+            check(len(tokens) < len(oracle.generated), "a whole answer must end by itself", name, reason)
         if reason == "abort":
-            check(request_id in self.aborted, "nobody aborted it", request_id)
+            check(name in self.aborted, "nobody aborted it", name)
         elif reason == "deadline":
-            check(deadline(oracle) <= engine.now, "ended before its deadline", request_id)
+            check(deadline(oracle) <= engine.now, "ended before its deadline", name)
         elif reason == "error":
             assert output.error is not None
-            allowed = (UNAVAILABLE, INTERNAL) if self.faults else (UNAVAILABLE,)
-            check(output.error.code in allowed, "an error without a fault", request_id, output.error)
+            allowed = {UNAVAILABLE} | ({INTERNAL} if self.faults else set())
+            allowed |= {INVALID_ARG} if oracle.message.params.n > 1 else set()
+            check(output.error.code in allowed, "an error without a fault", name, output.error)
         if output.timings is not None:
             cached = output.timings.cached_tokens
             check(cached < oracle.num_prompt and cached % engine.blocks.block_size == 0, "cached tokens", cached)
@@ -117,6 +148,7 @@ class Life(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         extra_budget=st.integers(0, 12),
         run_ahead=st.booleans(),
+        drafts=st.booleans(),
         caching=st.booleans(),
         watermark_blocks=st.integers(0, 3),
         max_waiting_requests=st.integers(1, 6),
@@ -136,8 +168,10 @@ class Life(RuleBasedStateMachine):
         salt=st.sampled_from(["", "", "b"]),
         ignore_eos=st.booleans(),
         stops=st.lists(st.integers(2, 96), max_size=12),
+        n=st.sampled_from([1, 1, 2, 3]),
+        holds=st.sampled_from([(), (), (), ("a grammar",), ("a grammar", "an image")]),
     )
-    def add(self, max_tokens: int | None, min_tokens: int, wait: int | None, stops: list[int], **more: int) -> None:
+    def add(self, max_tokens: int | None, min_tokens: int, wait: int | None, stops: list[int], **more: object) -> None:
         self.world.add(
             max_tokens=max_tokens,
             min_tokens=min(min_tokens, max_tokens or min_tokens),
@@ -151,10 +185,20 @@ class Life(RuleBasedStateMachine):
         for _ in range(count):
             self.world.step()
 
-    @precondition(lambda self: self.world.engine.oracles)
+    @precondition(lambda self: self.world.engine.num_requests)
     @rule(which=st.integers(0, 1000))
     def abort(self, which: int) -> None:
-        self.world.abort(which % len(self.world.engine.oracles))
+        self.world.abort(which % self.world.engine.num_requests)
+
+    @precondition(lambda self: self.world.engine.num_requests)
+    @rule(which=st.integers(0, 1000), index=st.integers(0, 2))
+    def abort_sample(self, which: int, index: int) -> None:
+        self.world.abort_sample(which % self.world.engine.num_requests, index)
+
+    @precondition(lambda self: self.world.held)
+    @rule(which=st.integers(0, 1000))
+    def release(self, which: int) -> None:
+        self.world.release(list(self.world.held)[which % len(self.world.held)])
 
     @rule(fault=st.sampled_from(["submit", "wait"]))
     def fault(self, fault: str) -> None:
@@ -187,7 +231,7 @@ TestLife = Life.TestCase
 # --- long and crowded lives from a seed ---------------------------------------------------------------------
 
 
-def crowded_life(seed: int, steps: int, run_ahead: bool, caching: bool) -> World:
+def crowded_life(seed: int, steps: int, run_ahead: bool, caching: bool, drafts: bool) -> World:
     """Some hundred requests on few blocks; the rates change, so that queues fill and drain again."""
     rng = random.Random(seed)
     seqs = rng.choice([2, 4, 8, 16])
@@ -196,6 +240,7 @@ def crowded_life(seed: int, steps: int, run_ahead: bool, caching: bool) -> World
         block_size=rng.choice([1, 4, 8]),
         run_ahead=run_ahead,
         caching=caching,
+        drafts=drafts,
         max_num_seqs=seqs,
         max_num_batched_tokens=seqs + rng.choice([0, 1, 7, 40]),
         watermark_blocks=rng.choice([0, 1, 3]),
@@ -220,29 +265,41 @@ def crowded_life(seed: int, steps: int, run_ahead: bool, caching: bool) -> World
                 salt=rng.choice(["", "", "b"]),
                 ignore_eos=rng.random() < 0.5,
                 stop_token_ids=tuple(rng.sample(range(2, 97), rng.choice([0, 5]))),
+                n=rng.choice([1, 1, 1, 2, 4]),
+                holds=rng.choice([(), (), (), ("a grammar",)]),
             )
         if world.engine.oracles and rng.random() < 0.03:
-            world.abort(rng.randrange(len(world.engine.oracles)))
+            world.abort(rng.randrange(world.engine.num_requests))
+        if world.engine.oracles and rng.random() < 0.03:
+            world.abort_sample(rng.randrange(world.engine.num_requests), rng.randrange(4))
+        for held in [name for name, holds in world.held.items() if holds]:
+            if rng.random() < 0.1:
+                world.release(held)
         world.step(fault=rng.choice(["submit", "wait"]) if rng.random() < 0.003 else None)
     return world
 
 
 @pytest.mark.parametrize("run_ahead", [False, True], ids=["synchronous", "run-ahead"])
 @pytest.mark.parametrize("caching", [False, True], ids=["uncached", "cached"])
-def test_crowded_life(run_ahead: bool, caching: bool) -> None:
-    chunks = hits = preemptions = 0
+@pytest.mark.parametrize("drafts", [False, True], ids=["plain", "drafts"])
+def test_crowded_life(run_ahead: bool, caching: bool, drafts: bool) -> None:
+    chunks = hits = preemptions = copies = 0
+    lengths: set[int] = set()
     reasons: set[str] = set()
     for seed in range(10):
-        world = crowded_life(seed, 400, run_ahead, caching)
+        world = crowded_life(seed, 400, run_ahead, caching, drafts)
         world.finish()
         stats = world.engine.scheduler.stats()
         chunks += stats.prefill_chunks
         hits += stats.prefix_cache_hits
         preemptions += stats.preemptions
+        copies += sum(len(plan.block_copies) for plan in world.engine.plans)
+        lengths |= world.engine.runner.lengths
         reasons |= {ended.reason for ended in world.engine.ended.values()}
     # The test is worth something only if all of this happened.
     assert reasons == {"stop", "length", "abort", "deadline", "error"}
-    assert chunks > 100 and preemptions > 50
+    assert chunks > 100 and preemptions > 50 and copies > 50
+    assert lengths == ({0, 1, 2, 3, 4} if drafts else {0, 1})
     assert (hits > 500) == caching
 
 
@@ -251,12 +308,13 @@ def test_same_answers_however_they_are_computed() -> None:
     answers = set()
     for run_ahead in (False, True):
         for caching in (False, True):
-            for blocks, budget in ((200, 400), (14, 9)):
+            for blocks, budget, drafts in ((200, 400, False), (14, 9, False), (200, 400, True), (14, 9, True)):
                 world = World(
                     num_blocks=blocks,
                     block_size=4,
                     run_ahead=run_ahead,
                     caching=caching,
+                    drafts=drafts,
                     max_num_seqs=8,
                     max_num_batched_tokens=budget,
                     max_model_len=56,

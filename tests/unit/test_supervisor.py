@@ -18,7 +18,6 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
-from null_models import null_model, write_null_model
 
 from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError, InternalError, Unavailable
@@ -35,6 +34,7 @@ from flashserve.protocol import (
     StepOutputs,
     TokenOutput,
 )
+from null_models import null_model, write_null_model
 
 START_S = 30.0
 

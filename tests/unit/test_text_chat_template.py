@@ -5,11 +5,11 @@ import itertools
 from typing import Any
 
 import pytest
-from small_tokenizers import byte_level
 from transformers import PreTrainedTokenizerFast
 
 from flashserve.errors import InvalidArgument
 from flashserve.text.chat_template import ChatRequest, ChatTemplate
+from small_tokenizers import byte_level
 
 # Written after the templates that models are published with: their means, not their words.
 CHATML = """

@@ -1,11 +1,12 @@
 """One request's text: which tokens count, where it ends, and what the last token shows."""
 
 import pytest
-from small_tokenizers import byte_level, sentencepiece
 
-from flashserve.protocol import SamplingParams
+from flashserve.protocol import ErrorInfo, GenerateRequest, SamplingParams, TokenOutput
+from flashserve.text.completion import Completion, Delta
 from flashserve.text.output import TextDelta, TextStream
 from flashserve.text.tokenizer import Tokenizer
+from small_tokenizers import byte_level, sentencepiece, word_piece
 
 TOKENIZER = Tokenizer(byte_level())
 EOS = 0
@@ -102,7 +103,6 @@ def test_output_continues_a_prompt_and_keeps_its_leading_space():
     llama = Tokenizer(sentencepiece())
     token = [llama._tokenizer.token_to_id("▁world")]
     assert TextStream(llama, SamplingParams()).push(token).text == " world"
-    assert TextStream(llama, SamplingParams(), at_start=True).push(token).text == "world"
 
 
 def test_text_does_not_depend_on_how_tokens_were_merged_into_pushes():
@@ -113,3 +113,29 @@ def test_text_does_not_depend_on_how_tokens_were_merged_into_pushes():
             deltas = [text.push(tokens[i : i + size]) for i in range(0, len(tokens), size)]
             shown = "".join(delta.text for delta in deltas) + text.finish()
             assert shown == ("The quick 👋🏽 brown " if stop else "The quick 👋🏽 brown fox, naïve café")
+
+
+def test_a_completion_ends_where_the_text_does():
+    completion = Completion(TOKENIZER, GenerateRequest(1, [5], SamplingParams(stop=("b",)), 0.0))
+    assert not completion.take(TokenOutput(1, ids("hel")))
+    assert (completion.has_text, completion.delta(), completion.delta()) == (True, Delta("hel", 3), Delta("", 0))
+    assert completion.take(TokenOutput(1, ids("lobby"))), "the engine does not know of it"
+    assert not completion.take(TokenOutput(1, ids("late"), "length"))
+    assert (completion.finish_reason, completion.token_ids) == ("stop", ids("hellob"))
+    assert completion.delta() == Delta("lo", 3)
+
+
+def test_a_completion_continues_its_prompt():
+    """For decoders that join tokens by what stands next to them."""
+    tokenizer = word_piece()
+    play, ing = (tokenizer.token_to_id(token) for token in ("play", "##ing"))
+    completion = Completion(Tokenizer(tokenizer), GenerateRequest(1, [play], SamplingParams(), 0.0))
+    completion.take(TokenOutput(1, [ing], "length"))
+    assert completion.delta().text == "ing"
+
+
+def test_a_completion_that_the_engine_ends_shows_what_was_held_back():
+    completion = Completion(TOKENIZER, GenerateRequest(1, [5], SamplingParams(stop=("stop",)), 0.0))
+    assert not completion.take(TokenOutput(1, ids("st"), "error", error=ErrorInfo("INTERNAL", "a bug")))
+    assert completion.delta() == Delta("st", 2)
+    assert (completion.finish_reason, completion.error) == ("error", ErrorInfo("INTERNAL", "a bug"))

@@ -6,13 +6,13 @@ import sys
 
 import msgspec
 import pytest
-from small_tokenizers import byte_level, sentencepiece, word_piece
 
 from flashserve.errors import ConfigError, InvalidArgument
 from flashserve.model_card import read_model_card
 from flashserve.protocol import ModelCard
 from flashserve.text.generation_defaults import GenerationDefaults, read_generation_defaults
 from flashserve.text.tokenizer import MAX_OVERLONG_BYTES, Tokenizer
+from small_tokenizers import byte_level, sentencepiece, word_piece
 
 
 @pytest.fixture

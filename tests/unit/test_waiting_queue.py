@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fake_runner import MiniEngine
+from mini_engine import MiniEngine
 
 from flashserve.errors import UNAVAILABLE
 from flashserve.protocol import TokenOutput

@@ -14,8 +14,9 @@ from flashserve.engine.timeline import Timeline
 from flashserve.protocol import Abort, GenerateRequest, StepOutputs, StubMessage
 from flashserve.runner.base import Runner
 from flashserve.scheduling.block_manager import BlockManager
+from flashserve.scheduling.config import SchedulerConfig
 from flashserve.scheduling.output import SchedulerOutput
-from flashserve.scheduling.scheduler import Scheduler, SchedulerConfig
+from flashserve.scheduling.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +51,19 @@ class EngineCore:
     def has_work(self) -> bool:
         return bool(self._in_flight) or self.scheduler.has_requests
 
+    @property
+    def is_held(self) -> bool:
+        """Whether nothing runs and every request waits for something outside the engine: a step would do nothing."""
+        return not self._in_flight and self.scheduler.is_held
+
     def handle(self, message: StubMessage) -> None:
         """Take in a message from the stub."""
         if isinstance(message, GenerateRequest):
             self.scheduler.add(message)
         elif isinstance(message, Abort):
             self.scheduler.abort(message.request_ids)
+            for request_id, index in message.samples:
+                self.scheduler.abort_sample(request_id, index)
 
     def step(self) -> StepOutputs:
         """Run one step, or finish the one in flight; with run-ahead the next is submitted before that.

@@ -32,6 +32,7 @@ from flashserve.stub_processes import trace_file
 log = logging.getLogger("flashserve.engine")
 
 PR_SET_PDEATHSIG = 1
+HELD_POLL_S = 0.005  # how often deadlines are looked at while every request waits for something outside the engine
 IDLE_COLLECT_S = 10.0  # garbage is collected while idle, never in a step: a full collection takes up to 50 ms
 
 
@@ -104,7 +105,7 @@ def serve(channel: Channel[StubMessage], core: EngineCore) -> None:
 def _receive(channel: Channel[StubMessage], core: EngineCore) -> list[StubMessage]:
     """Messages, without waiting while there is work. Idle time is for the garbage collector."""
     if core.has_work:
-        return channel.receive(0)
+        return channel.receive(HELD_POLL_S if core.is_held else 0)
     while True:
         messages = channel.receive(IDLE_COLLECT_S)
         if messages:

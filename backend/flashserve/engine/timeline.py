@@ -38,7 +38,7 @@ class Timeline:
         self._steps.append((len(plan.rows), plan.num_tokens, started, ended, stats))
 
     def add_ends(self, outputs: list[TokenOutput]) -> None:
-        """Those of the outputs that end a request."""
+        """Those of the outputs that end a request, or one of its samples."""
         for output in outputs:
             if output.finish_reason is not None and output.timings is not None:
                 self._requests.append(output)
@@ -83,16 +83,17 @@ def _request_events(output: TokenOutput) -> Iterator[dict[str, Any]]:
         "cached_tokens": timings.cached_tokens,
         "preemptions": timings.preemptions,
     }
+    name = f"{output.request_id}.{output.index}" if output.index else output.request_id
     spans: list[tuple[str, float, float | None, dict[str, Any]]] = [
-        (f"request {output.request_id}", timings.arrival, end, args),
+        (f"request {name}", timings.arrival, end, args),
         ("waits", timings.arrival, timings.first_scheduled, {}),
     ]
     if timings.first_scheduled is not None:
         spans.append(("prefill", timings.first_scheduled, timings.first_token, {}))
     if timings.first_token is not None:
         spans.append(("decode", timings.first_token, timings.last_token, {}))
-    for name, began, ended, given in spans:
-        common = {"cat": "request", "id": output.request_id, "name": name, "pid": REQUESTS, "tid": 1}
+    for span, began, ended, given in spans:
+        common = {"cat": "request", "id": name, "name": span, "pid": REQUESTS, "tid": 1}
         yield {**common, "ph": "b", "ts": _us(began), "args": given}
         yield {**common, "ph": "e", "ts": _us(end if ended is None else ended)}
 

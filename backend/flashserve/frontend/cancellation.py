@@ -51,8 +51,9 @@ class CancellationWatcher:
             period = max(MIN_PERIOD_S, len(requests) * CHECK_COST_S / MAX_CORE_SHARE)
 
     def _look_at(self, generation: Generation) -> None:
+        now = time.monotonic()
         if not generation.cancelled and generation.client_is_gone():
             self._responder.cancel(generation)
-        elif generation.parsed.stream and time.monotonic() - generation.last_sent > KEEP_ALIVE_S:
-            generation.last_sent = time.monotonic()
+        elif generation.parsed.stream and now - max(generation.last_sent, generation.last_keep_alive) > KEEP_ALIVE_S:
+            generation.last_keep_alive = now
             self._responder.keep_alive(generation)

@@ -84,8 +84,8 @@ class EngineWatch:
     def _keep_deadlines(self) -> None:
         latest = time.monotonic() - DEADLINE_SLACK_S
         for generation in self._responder.open_requests:
-            deadline = generation.parsed.deadline
-            if deadline is not None and deadline < latest and generation.failure is None:
+            deadline = generation.message.deadline
+            if deadline is not None and deadline < latest and not generation.inbox.failed:
                 self._responder.fail(generation, Cancelled("the request's deadline has passed", reason="deadline"))
 
     def _look_at_engine(self) -> None:

@@ -4,60 +4,90 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 from flashserve.errors import FlashserveError
 from flashserve.frontend.request_parser import ParsedRequest
 from flashserve.protocol import RequestTimings, TokenOutput
-from flashserve.text.output import TextStream
+from flashserve.text.completion import Completion
+
+
+class Inbox:
+    """What waits for a request's sender thread: the engine's outputs, and errors from whoever has one. Any thread puts,
+    that one takes; outputs pile up here while it is busy, and then leave together."""
+
+    def __init__(self) -> None:
+        self._items: deque[TokenOutput | FlashserveError] = deque()
+        self._announced = False
+        self.failed = False
+        """An error was put."""
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def put(self, item: TokenOutput | FlashserveError) -> None:
+        self._items.append(item)
+        if isinstance(item, FlashserveError):
+            self.failed = True
+
+    def announce(self) -> bool:
+        """Whether the taker must be told that there is something: once, and then it takes all there is."""
+        announced, self._announced = self._announced, True
+        return not announced
+
+    def take(self) -> Iterator[TokenOutput | FlashserveError]:
+        """All items, in their order, and those that come meanwhile."""
+        self._announced = False  # before the first look: what is put after the last one is announced again
+        while self._items:
+            yield self._items.popleft()
 
 
 class Generation:
-    """Written by its sender thread, except ``inbox`` (engine's thread appends) and the times beside it."""
+    """Fields are grouped by the one thread that writes them; others may read them."""
 
-    __slots__ = (
-        "_closing",
-        "cancelled",
-        "closed",
-        "failure",
-        "id",
-        "inbox",
-        "last_sent",
-        "last_token_time",
-        "num_tokens",
-        "num_tokens_sent",
-        "parsed",
-        "queued",
-        "sender",
-        "stopped",
-        "text",
-        "text_parts",
-        "timings",
-    )
-
-    def __init__(self, internal_id: int, parsed: ParsedRequest, sender: Any, text: TextStream) -> None:
-        self.id = internal_id
+    def __init__(self, parsed: ParsedRequest, sender: Any, completions: list[Completion]) -> None:
+        """``sender``: Triton's response sender. ``completions``: one for each sample."""
         self.parsed = parsed
+        self.message = parsed.message
+        self.id = parsed.message.request_id
         self.sender = sender
-        """Triton's response sender."""
-        self.text = text
-        self.text_parts: list[str] = []
-        """Text not sent yet: all of it unless streaming."""
-        self.inbox: deque[TokenOutput] = deque()
-        self.queued = False
-        """In the sender's queue; keeps it there at most once, which is what merges tokens for a slow sender."""
-        self.failure: FlashserveError | None = None
-        self.stopped = False
-        """A stop string was found; what the engine still sends does not count."""
-        self.cancelled = False
+        self.inbox = Inbox()
+
+        # The engine's thread:
+        self.token_times: list[float | None] = [None] * len(completions)
+        """When each sample had its last token."""
+
+        # The request's sender thread:
+        self.completions = completions
+        self.last_sent = self.message.arrival
         self.closed = False
         """FINAL was sent; nothing may follow."""
-        self.num_tokens = 0
-        self.num_tokens_sent = 0
-        self.timings: RequestTimings | None = None
-        self.last_token_time: float | None = None
-        self.last_sent = parsed.arrival
         self._closing = threading.Lock()
+
+        # The cancellation watcher:
+        self.cancelled = False
+        self.last_keep_alive = self.message.arrival
+
+    @property
+    def last_token_time(self) -> float | None:
+        return max((time for time in self.token_times if time is not None), default=None)
+
+    @property
+    def num_tokens(self) -> int:
+        """Generated, of all samples."""
+        return sum(len(completion.token_ids) for completion in self.completions)
+
+    @property
+    def timings(self) -> RequestTimings | None:
+        """The newest ones."""
+        known = [completion.timings for completion in self.completions if completion.timings is not None]
+        return max(known, key=lambda timings: timings.last_token or 0.0, default=None)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the next response has some."""
+        return any(completion.has_text for completion in self.completions)
 
     @property
     def name(self) -> str:

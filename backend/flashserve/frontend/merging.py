@@ -36,7 +36,7 @@ class Merging:
     def holds(self, generation: Generation) -> bool:
         """Whether the request's new token should wait for its next one."""
         self._before.pop(generation.id, None)
-        if not self._is_busy or not generation.num_tokens_sent:
+        if not self._is_busy or not generation.completions[0].num_delivered:
             return False
         if len(generation.inbox) >= self.max_tokens:
             return False

@@ -19,7 +19,7 @@ def log_end(generation: Generation, reason: str, error: FlashserveError | None) 
     fields = {
         "id": _word(generation.name),
         "reason": reason,
-        "prompt_tokens": len(generation.parsed.prompt_token_ids),
+        "prompt_tokens": len(generation.message.prompt_token_ids),
         "generated_tokens": generation.num_tokens,
         **{name: value for name, value in timings.items() if value is not None},
     }

@@ -50,13 +50,14 @@ def record_gaps(metrics: Metrics, seconds: Sequence[float]) -> None:
 
 def record_end(metrics: Metrics, generation: Generation, reason: FinishReason) -> None:
     """A request ended by itself: its latencies and sizes."""
-    metrics.add("vllm:request_success_total", label_value=reason)
-    metrics.observe("vllm:request_prompt_tokens", len(generation.parsed.prompt_token_ids))
-    metrics.observe("vllm:request_generation_tokens", generation.num_tokens)
-    metrics.observe("vllm:request_params_n", 1)
     timings, last = generation.timings, generation.last_token_time
+    metrics.add("vllm:request_success_total", label_value=reason)
+    metrics.observe("vllm:request_prompt_tokens", len(generation.message.prompt_token_ids))
+    metrics.observe("vllm:request_generation_tokens", generation.num_tokens)
+    metrics.observe("vllm:request_params_n", len(generation.completions))
     if timings is not None and last is not None:
-        _record_spans(metrics, timings, last, generation.num_tokens)
+        longest = max(len(completion.token_ids) for completion in generation.completions)
+        _record_spans(metrics, timings, last, longest)
     metrics.hurry.set()
 
 

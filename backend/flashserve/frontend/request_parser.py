@@ -17,7 +17,7 @@ from flashserve.coercion import bool_of, shorten
 from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError, InvalidArgument
 from flashserve.frontend.tensor_spec import INPUT_BY_NAME, INPUTS
-from flashserve.protocol import EngineLimits, EngineReady, SamplingParams
+from flashserve.protocol import EngineLimits, EngineReady, GenerateRequest, SamplingParams
 from flashserve.sampling_params import (
     PARAMETERS,
     Parameters,
@@ -28,6 +28,7 @@ from flashserve.sampling_params import (
 )
 from flashserve.text.chat_template import ChatRequest, ChatTemplate
 from flashserve.text.generation_defaults import GenerationDefaults, read_generation_defaults
+from flashserve.text.prompt import check_prompt, check_vocabulary
 from flashserve.text.strict_json import parse_object
 from flashserve.text.tokenizer import Tokenizer
 
@@ -119,27 +120,21 @@ class OutputFlags:
 class ParsedRequest:
     """A request to generate, checked against everything that the stub knows."""
 
-    prompt_token_ids: list[int]
+    message: GenerateRequest
+    """What the engine gets. Its max_tokens is never None here."""
     prompt_text: str
-    """The input as text, for the output that is to repeat it; empty if ``exclude_input``."""
-    params: SamplingParams
-    """max_tokens is never None here."""
-    priority: int
-    arrival: float
-    deadline: float | None
+    """The input as text where the output is to repeat it, else empty."""
     stream: bool
-    exclude_input: bool
     outputs: OutputFlags
     request_id: str
     """The client's own; may be empty."""
-    cache_salt: str
     traceparent: str = ""
     """The client's trace, as W3C writes it."""
 
     @property
     def needs_every_token(self) -> bool:
         """Tokens must be looked at as they come: they are streamed, or a stop string may end the request."""
-        return self.stream or bool(self.params.stop)
+        return self.stream or bool(self.message.params.stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +149,11 @@ class ParsedTokenize:
 # --- parsing -------------------------------------------------------------------------------------------------
 
 
-def parse(request: RawRequest, context: ParserContext) -> ParsedRequest | ParsedTokenize:
-    """Check and resolve a request. Raises InvalidArgument, naming the field and what it takes."""
+def parse(request: RawRequest, context: ParserContext, internal_id: int) -> ParsedRequest | ParsedTokenize:
+    """Check and resolve a request. Raises InvalidArgument, naming the field and what it takes.
+
+    ``internal_id``: by which the engine knows it.
+    """
     arrival = context.now()
     texts, flags, values = _read_inputs(request)
     parameters = parse_parameters(values, context.defaults.parameters)
@@ -171,30 +169,22 @@ def parse(request: RawRequest, context: ParserContext) -> ParsedRequest | Parsed
     if stream and not exclude_input:
         raise InvalidArgument("When streaming, `exclude_input_in_output` = False is not allowed.")  # vLLM's words
     token_ids, text = _prompt(source, texts, parameters, context)
-    if text is None:
-        skip = parameters.sampling.skip_special_tokens
-        text = "" if exclude_input else context.tokenizer.decode(token_ids, skip_special_tokens=skip)
-    params, token_ids = _fit(parameters.sampling, token_ids, source, context)
-    return ParsedRequest(
+    if exclude_input:
+        text = ""
+    elif text is None:
+        text = context.tokenizer.decode(token_ids, skip_special_tokens=parameters.sampling.skip_special_tokens)
+    token_ids = check_prompt(source, token_ids, parameters.sampling, context.limits)
+    message = GenerateRequest(
+        request_id=internal_id,
         prompt_token_ids=token_ids,
-        prompt_text="" if exclude_input else text,
-        params=params,
-        priority=options.priority,
+        params=_with_max_tokens(parameters.sampling, source, len(token_ids), context),
         arrival=arrival,
+        priority=options.priority,
         deadline=None if options.timeout_s is None else arrival + options.timeout_s,
-        stream=stream,
-        exclude_input=exclude_input,
-        outputs=OutputFlags(
-            finish_reason=flags.get("return_finish_reason", False),
-            num_input_tokens=flags.get("return_num_input_tokens", False),
-            num_output_tokens=flags.get("return_num_output_tokens", False),
-            request_metrics=flags.get("return_request_metrics", False),
-            logprobs=flags.get("return_logprobs", False),
-        ),
-        request_id=options.request_id,
         cache_salt=options.cache_salt,
-        traceparent=options.traceparent,
     )
+    outputs = OutputFlags(**{name: flags.get(f"return_{name}", False) for name in OutputFlags.__slots__})
+    return ParsedRequest(message, text, stream, outputs, options.request_id, options.traceparent)
 
 
 def _prompt_source(texts: Mapping[str, str], options: RequestOptions) -> str:
@@ -229,30 +219,15 @@ def _prompt(
     return token_ids, text
 
 
-def _fit(
-    params: SamplingParams, token_ids: list[int], source: str, context: ParserContext
-) -> tuple[SamplingParams, list[int]]:
-    """Cut the prompt as asked, check it against vocabulary and context, and resolve max_tokens."""
-    limits = context.limits
-    if params.truncate_prompt_tokens is not None:
-        token_ids = token_ids[-params.truncate_prompt_tokens :]
-    if not token_ids:
-        raise InvalidArgument(f"{source} is empty: a prompt needs at least one token")
-    _check_vocabulary(source, token_ids, limits)
-    _check_vocabulary("stop_token_ids", params.stop_token_ids, limits)
-    rest = limits.max_model_len - len(token_ids)
-    if rest < 1:
-        raise InvalidArgument(
-            f"prompt has {len(token_ids)} tokens, the model's context takes at most {limits.max_model_len} "
-            "(prompt + at least one output token)"
-        )
-    max_tokens = params.max_tokens or _default_max_tokens(source, len(token_ids), params, context)
-    max_tokens = min(max_tokens, rest)
+def _with_max_tokens(params: SamplingParams, source: str, prompt_tokens: int, context: ParserContext) -> SamplingParams:
+    """With a max_tokens that fits the context."""
+    max_tokens = params.max_tokens or _default_max_tokens(params, source, prompt_tokens, context)
+    max_tokens = min(max_tokens, context.limits.max_model_len - prompt_tokens)
     min_tokens = min(params.min_tokens, max_tokens)  # a context that is full ends the request anyway
-    return msgspec.structs.replace(params, max_tokens=max_tokens, min_tokens=min_tokens), token_ids
+    return msgspec.structs.replace(params, max_tokens=max_tokens, min_tokens=min_tokens)
 
 
-def _default_max_tokens(source: str, prompt_tokens: int, params: SamplingParams, context: ParserContext) -> int:
+def _default_max_tokens(params: SamplingParams, source: str, prompt_tokens: int, context: ParserContext) -> int:
     """Of a request that names none, by a model whose files name no ``max_new_tokens``: a chat ends by itself."""
     if source == "chat_request":
         return context.limits.max_model_len
@@ -260,13 +235,6 @@ def _default_max_tokens(source: str, prompt_tokens: int, params: SamplingParams,
     if max_length is not None and max_length > prompt_tokens:
         return max(max_length - prompt_tokens, params.min_tokens)
     return max(DEFAULT_MAX_TOKENS, params.min_tokens)
-
-
-def _check_vocabulary(name: str, token_ids: list[int] | tuple[int, ...], limits: EngineLimits) -> None:
-    if token_ids and max(token_ids) >= limits.vocab_size:
-        raise InvalidArgument(
-            f"{name}: token id {max(token_ids)} is not in the model's range [0, {limits.vocab_size - 1}]"
-        )
 
 
 def _tokenize(text: str, context: ParserContext) -> str:
@@ -282,7 +250,7 @@ def _tokenize(text: str, context: ParserContext) -> str:
     answer: dict[str, Any]
     if kinds == ["token_ids"]:
         ids = coerce_all({"prompt_token_ids": request["token_ids"]}).get("prompt_token_ids", [])
-        _check_vocabulary(f"{name}.token_ids", ids, context.limits)
+        check_vocabulary(f"{name}.token_ids", ids, context.limits)
         answer = {"text": context.tokenizer.decode(ids, skip_special_tokens=False)}
     else:
         if kinds == ["messages"]:

@@ -20,10 +20,13 @@ from flashserve.frontend.metrics import Metrics
 from flashserve.frontend.request_metrics import record_end, record_first_token, record_gaps, record_stats
 from flashserve.frontend.responses import ResponseBuilder
 from flashserve.frontend.senders import Senders
-from flashserve.protocol import Abort, EngineReady, FinishReason, GenerateRequest, Stats, StepOutputs, TokenOutput
+from flashserve.protocol import Abort, EngineReady, ErrorInfo, FinishReason, GenerateRequest, Stats, StepOutputs
+from flashserve.text.completion import Delta
 
 log = logging.getLogger(__name__)
 
+ENDS: tuple[FinishReason, ...] = ("stop", "length")
+"""Of a sample that ended by itself."""
 RESPONSE_COMPLETE_FINAL = 1  # pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 SendToEngine = Callable[[GenerateRequest | Abort], None]
@@ -63,7 +66,7 @@ class Responder:
 
     # --- requests come in (Triton's execute thread) -------------------------------------------------------
 
-    def submit(self, generation: Generation, message: GenerateRequest) -> None:
+    def submit(self, generation: Generation) -> None:
         """Open a request and hand it to the engine; failures become its response."""
         assert self._send_to_engine is not None
         self._open[generation.id] = generation
@@ -71,14 +74,14 @@ class Responder:
             self.fail(generation, self._refusal)
             return
         try:
-            self._send_to_engine(message)
+            self._send_to_engine(generation.message)
         except FlashserveError as error:
             self.fail(generation, error)
         except Exception:
             log.exception("request %s could not be handed to the engine", generation.name)
             self.fail(generation, InternalError("the request could not be handed to the engine"))
         else:
-            if generation.cancelled or generation.failure is not None:
+            if generation.cancelled or generation.inbox.failed:
                 self._abort(generation)  # again: an abort until now may have overtaken the request
 
     def answer(self, sender: Any, response: Any) -> None:
@@ -91,10 +94,9 @@ class Responder:
         self.answer(sender, self._builder.error(error))
 
     def fail(self, generation: Generation, error: FlashserveError) -> None:
-        """End a request with an error, from any thread; the first error wins."""
-        if generation.failure is None:
-            generation.failure = error
-        self._enqueue(generation)
+        """End a request with an error, from any thread; what came first wins."""
+        generation.inbox.put(error)
+        self._announce(generation)
 
     def fail_all(self, error: FlashserveError) -> None:
         for generation in self.open_requests:
@@ -140,14 +142,13 @@ class Responder:
             if generation is None:
                 continue  # it ended here first: a stop string, or a failure
             if output.token_ids:
-                if generation.last_token_time is not None:
-                    latencies.append(now - generation.last_token_time)
-                generation.last_token_time = now
-            if output.timings is not None:
-                if generation.timings is None:
+                before = generation.token_times[output.index]
+                if before is not None:
+                    latencies.append(now - before)
+                elif output.timings is not None and generation.last_token_time is None:
                     record_first_token(self._metrics, output.timings)
-                generation.timings = output.timings
-            generation.inbox.append(output)
+                generation.token_times[output.index] = now
+            generation.inbox.put(output)
             if output.finish_reason is not None or (
                 generation.parsed.needs_every_token and not self._merging.holds(generation)
             ):
@@ -158,18 +159,15 @@ class Responder:
         self._stats = message.stats
         # After the counters: an answer never comes before what counts its tokens.
         for generation in (*due, *self._merging.overdue()):
-            self._enqueue(generation)
+            self._announce(generation)
 
-    def _enqueue(self, generation: Generation) -> None:
-        # Appended to the inbox before, and taken off after ``queued`` is reset: no output can be left behind.
-        if not generation.queued:
-            generation.queued = True
+    def _announce(self, generation: Generation) -> None:
+        if generation.inbox.announce():
             self._senders.put(generation.id, lambda: self._serve(generation))
 
     # --- the request's sender thread ------------------------------------------------------------------------
 
     def _serve(self, generation: Generation) -> None:
-        generation.queued = False
         if generation.closed:
             return
         try:
@@ -180,66 +178,62 @@ class Responder:
             self._close_with_error(generation, InternalError("the request failed in the frontend"))
 
     def _serve_open(self, generation: Generation) -> None:
-        last = self._take_tokens(generation)
-        reason = last.finish_reason if last is not None else None
-        if generation.stopped:
-            if reason is None:
-                self._abort(generation)  # the engine does not know stop strings
-            reason = "stop"
-        if reason in ("stop", "length"):
-            generation.text_parts.append(generation.text.finish())
+        for item in generation.inbox.take():
+            if isinstance(item, FlashserveError):
+                self._abort(generation)  # the engine may still be at it
+                self._fail_open(generation, item)
+                return
+            completion = generation.completions[item.index]
+            stopped = completion.take(item)
+            going_on = any(other.finish_reason is None for other in generation.completions)
+            if stopped:  # the engine does not know stop strings
+                self._abort(generation, item.index if going_on else None)
+            reason = completion.finish_reason
+            if reason is not None and (not going_on or reason not in ENDS):
+                self._end(generation, reason, completion.error)
+                return
+        if generation.parsed.stream and generation.has_text:
+            self._send_delta(generation)
+
+    def _end(self, generation: Generation, reason: FinishReason, error_info: ErrorInfo | None) -> None:
+        if reason in ENDS:
             self._close_with_data(generation, reason)
             return
-        if generation.parsed.stream:
-            if last is not None or generation.failure is not None:
-                generation.text_parts.append(generation.text.finish())  # held back for a stop string that never came
-            if any(generation.text_parts):
-                self._send_delta(generation)
-        if generation.failure is not None:
-            if last is None:
-                self._abort(generation)  # the failure is ours, the engine may still be at it
-            self._close_with_error(generation, generation.failure)
-        elif last is not None:
-            error = _error_of(last)
-            if error.code == INTERNAL:  # the engine has logged why, under a number that clients do not know
-                log.error("request %s (the engine's %d): %s", generation.name, generation.id, error.message)
-            self._close_with_error(generation, error)
+        error = _error_of(reason, error_info)
+        if error.code == INTERNAL:  # the engine has logged why, under a number that clients do not know
+            log.error("request %s (the engine's %d): %s", generation.name, generation.id, error.message)
+        self._fail_open(generation, error)
 
-    def _take_tokens(self, generation: Generation) -> TokenOutput | None:
-        """Move the inbox into the text; returns the request's last output if it was there."""
-        inbox = generation.inbox
-        while inbox and not generation.stopped:
-            output = inbox.popleft()
-            if output.token_ids:
-                delta = generation.text.push(output.token_ids, output.finish_reason == "stop")
-                generation.num_tokens += delta.num_tokens
-                generation.text_parts.append(delta.text)
-                generation.stopped = delta.stopped
-            if output.finish_reason is not None:
-                return output
-        return None
+    def _fail_open(self, generation: Generation, error: FlashserveError) -> None:
+        """What was streamed comes first, whole."""
+        for completion in generation.completions:
+            completion.finish_text()
+        if generation.parsed.stream and generation.has_text:
+            self._send_delta(generation)
+        self._close_with_error(generation, error)
 
-    def _send_delta(self, generation: Generation, reason: FinishReason | None = None) -> None:
-        text = "".join(generation.text_parts)
-        generation.text_parts.clear()
-        if reason is not None and not generation.parsed.exclude_input:
-            text = generation.parsed.prompt_text + text
-        num_tokens = generation.num_tokens - generation.num_tokens_sent
-        generation.num_tokens_sent = generation.num_tokens
-        response = self._builder.generation(generation, text, num_tokens, reason)
-        generation.last_sent = time.monotonic()
-        generation.sender.send(response, flags=0 if reason is None else RESPONSE_COMPLETE_FINAL)
+    def _send_delta(self, generation: Generation, last: bool = False) -> None:
+        deltas = [completion.delta() for completion in generation.completions]
+        if last:
+            deltas = [delta._replace(text=generation.parsed.prompt_text + delta.text) for delta in deltas]
+        self._send_data(generation, deltas, RESPONSE_COMPLETE_FINAL if last else 0)
 
     def _send_keep_alive(self, generation: Generation) -> None:
         if not generation.closed:
-            generation.last_sent = time.monotonic()
-            generation.sender.send(self._builder.generation(generation, "", 0, None), flags=0)
+            self._send_data(generation, [Delta("", 0)] * len(generation.completions), flags=0)
+
+    def _send_data(self, generation: Generation, deltas: list[Delta], flags: int) -> None:
+        reasons = [completion.finish_reason for completion in generation.completions]
+        shown = [reason if reason in ENDS else None for reason in reasons]
+        response = self._builder.generation(generation, deltas, shown)
+        generation.last_sent = time.monotonic()
+        generation.sender.send(response, flags=flags)
 
     def _close_with_data(self, generation: Generation, reason: FinishReason) -> None:
         self._close(generation)
         record_end(self._metrics, generation, reason)
         self._observe_end(generation, reason)
-        self._send_delta(generation, reason)
+        self._send_delta(generation, last=True)
 
     def _close_with_error(self, generation: Generation, error: FlashserveError) -> None:
         self._close(generation)
@@ -264,22 +258,23 @@ class Responder:
         generation.close()
         self._open.pop(generation.id, None)
 
-    def _abort(self, generation: Generation) -> None:
+    def _abort(self, generation: Generation, index: int | None = None) -> None:
+        """End all of it in the engine, or one sample."""
         assert self._send_to_engine is not None
         try:
-            self._send_to_engine(Abort([generation.id]))
+            self._send_to_engine(Abort([generation.id]) if index is None else Abort([], [(generation.id, index)]))
         except Unavailable:
             log.debug("request %s needs no abort: its engine is gone", generation.name)
 
 
-def _error_of(last: TokenOutput) -> FlashserveError:
+def _error_of(reason: FinishReason, error: ErrorInfo | None) -> FlashserveError:
     """What the client is told when the engine ended its request."""
-    if last.finish_reason == "deadline":
+    if reason == "deadline":
         return Cancelled("the request's deadline has passed", reason="deadline")
-    if last.finish_reason == "abort":
+    if reason == "abort":
         return Cancelled("the request was cancelled", reason="client")
-    if last.error is None:
+    if error is None:
         return InternalError("the engine ended the request without a reason")
-    if last.error.code == Unavailable.code:
-        return Unavailable(last.error.message, last.error.retry_after_ms or 1000)
-    return BY_CODE[last.error.code](last.error.message)
+    if error.code == Unavailable.code:
+        return Unavailable(error.message, error.retry_after_ms or 1000)
+    return BY_CODE[error.code](error.message)

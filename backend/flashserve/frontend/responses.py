@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from flashserve.errors import FlashserveError, InternalError, InvalidArgument
 from flashserve.frontend.generation import Generation
 from flashserve.protocol import FinishReason, RequestTimings
+from flashserve.text.completion import Delta
 
 
 class ResponseBuilder:
@@ -23,25 +25,28 @@ class ResponseBuilder:
         self._pb = pb_utils
         self._plain_errors = plain_errors
 
-    def generation(self, generation: Generation, text: str, num_tokens: int, finish_reason: FinishReason | None) -> Any:
-        """A data response: a delta while streaming, else everything."""
+    def generation(
+        self, generation: Generation, deltas: Sequence[Delta], finish_reasons: Sequence[FinishReason | None]
+    ) -> Any:
+        """A data response, an entry for each sample: deltas while streaming, else everything. ``finish_reasons``: None
+        for samples that go on; it is the last response if there is none."""
         wanted = generation.parsed.outputs
-        tensors = [self._string("text_output", text)]
+        tensors = [self._strings("text_output", [delta.text for delta in deltas])]
         if wanted.finish_reason:
-            tensors.append(self._string("finish_reason", finish_reason or "None"))
+            tensors.append(self._strings("finish_reason", [reason or "None" for reason in finish_reasons]))
         if wanted.logprobs:
-            tensors.append(self._string("logprobs", "null"))
+            tensors.append(self._strings("logprobs", ["null"] * len(deltas)))
         if wanted.num_input_tokens:
-            tensors.append(self._count("num_input_tokens", len(generation.parsed.prompt_token_ids)))
+            tensors.append(self._counts("num_input_tokens", [len(generation.message.prompt_token_ids)]))
         if wanted.num_output_tokens:
-            tensors.append(self._count("num_output_tokens", num_tokens))
-        if wanted.request_metrics and finish_reason is not None and generation.timings is not None:
-            tensors.append(self._string("request_metrics", json.dumps(request_metrics(generation))))
+            tensors.append(self._counts("num_output_tokens", [delta.num_tokens for delta in deltas]))
+        if wanted.request_metrics and None not in finish_reasons and generation.timings is not None:
+            tensors.append(self._strings("request_metrics", [json.dumps(request_metrics(generation))]))
         return self._pb.InferenceResponse(tensors)
 
     def text(self, text: str) -> Any:
         """A response that is only text, such as the answer to a tokenize_request."""
-        return self._pb.InferenceResponse([self._string("text_output", text)])
+        return self._pb.InferenceResponse([self._strings("text_output", [text])])
 
     def error(self, error: FlashserveError) -> Any:
         """The code goes twice: as Triton's own, for servers that keep it, and in the message's suffix."""
@@ -49,14 +54,12 @@ class ResponseBuilder:
         message = _vllm_message(error) if self._plain_errors else error.wire_message()
         return self._pb.InferenceResponse(error=self._pb.TritonError(message, code))
 
-    def _string(self, name: str, value: str) -> Any:
+    def _strings(self, name: str, values: Sequence[str]) -> Any:
         # An object array of bytes: numpy's own bytes type would drop trailing zero bytes.
-        array = np.empty(1, dtype=object)
-        array[0] = value.encode()
-        return self._pb.Tensor(name, array)
+        return self._pb.Tensor(name, np.array([value.encode() for value in values], dtype=object))
 
-    def _count(self, name: str, value: int) -> Any:
-        return self._pb.Tensor(name, np.array([value], dtype=np.uint32))
+    def _counts(self, name: str, values: Sequence[int]) -> Any:
+        return self._pb.Tensor(name, np.array(values, dtype=np.uint32))
 
 
 def _vllm_message(error: FlashserveError) -> str:

@@ -23,13 +23,10 @@ from flashserve.frontend.responses import ResponseBuilder
 from flashserve.frontend.server_watch import ServerWatch
 from flashserve.frontend.tracing import start_tracing
 from flashserve.ipc.supervisor import EngineSupervisor
-from flashserve.protocol import GenerateRequest
 from flashserve.stub_processes import has_predecessor
-from flashserve.text.output import TextStream
+from flashserve.text.completion import Completion
 
 log = logging.getLogger(__name__)
-
-PROMPT_TAIL = 8  # tokens of context in which the first generated one is decoded, by tokenizers that need some
 
 
 class ModelService:
@@ -94,9 +91,11 @@ class ModelService:
         try:
             if self._health_check is not None:
                 self._health_check.check()
-            parsed = parse(read_raw(request), self._context)
+            parsed = parse(read_raw(request), self._context, next(self._ids))
             if isinstance(parsed, ParsedRequest):
-                self._generate(parsed, sender)
+                samples = range(parsed.message.params.n)
+                completions = [Completion(self._context.tokenizer, parsed.message) for _ in samples]
+                self._responder.submit(Generation(parsed, sender, completions))
             else:
                 self._responder.answer(sender, self._builder.text(parsed.answer))
         except FlashserveError as error:
@@ -104,20 +103,6 @@ class ModelService:
         except Exception:
             log.exception("request %s could not be parsed", shorten(request.request_id()))
             self._responder.refuse(sender, InternalError("the request could not be parsed"))
-
-    def _generate(self, parsed: ParsedRequest, sender: Any) -> None:
-        internal_id = next(self._ids)
-        text = TextStream(self._context.tokenizer, parsed.params, prompt_tail=parsed.prompt_token_ids[-PROMPT_TAIL:])
-        message = GenerateRequest(
-            request_id=internal_id,
-            prompt_token_ids=parsed.prompt_token_ids,
-            params=parsed.params,
-            arrival=parsed.arrival,
-            priority=parsed.priority,
-            deadline=parsed.deadline,
-            cache_salt=parsed.cache_salt,
-        )
-        self._responder.submit(Generation(internal_id, parsed, sender, text), message)
 
     def stop(self) -> None:
         """End everything, in an order that lets the last responses out."""

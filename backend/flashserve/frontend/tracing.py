@@ -45,13 +45,13 @@ class Tracing:
 
         # Times of requests are those of the monotonic clock.
         offset_s = time.time() - time.monotonic()
-        parsed, timings = generation.parsed, generation.timings
+        timings = generation.timings
         end = generation.last_token_time if error is None else time.monotonic()
         span = self._tracer.start_span(
             f"{OPERATION} {self._model}",
-            context=self._propagator.extract({"traceparent": parsed.traceparent}),
+            context=self._propagator.extract({"traceparent": generation.parsed.traceparent}),
             kind=SpanKind.SERVER,
-            start_time=_ns(parsed.arrival + offset_s),
+            start_time=_ns(generation.message.arrival + offset_s),
             attributes=self._attributes(generation, reason),
         )
         if error is not None:
@@ -64,7 +64,7 @@ class Tracing:
         span.end(_ns((end if end is not None else time.monotonic()) + offset_s))
 
     def _attributes(self, generation: Generation, reason: str) -> dict[str, Any]:
-        parsed, params = generation.parsed, generation.parsed.params
+        timings, params = generation.timings, generation.message.params
         attributes: dict[str, Any] = {
             "gen_ai.operation.name": OPERATION,
             "gen_ai.provider.name": "flashserve",
@@ -72,15 +72,15 @@ class Tracing:
             "gen_ai.request.max_tokens": params.max_tokens,
             "gen_ai.request.temperature": params.temperature,
             "gen_ai.request.top_p": params.top_p,
-            "gen_ai.response.finish_reasons": [reason],
-            "gen_ai.usage.input_tokens": len(parsed.prompt_token_ids),
+            "gen_ai.response.finish_reasons": [reason] * params.n,
+            "gen_ai.usage.input_tokens": len(generation.message.prompt_token_ids),
             "gen_ai.usage.output_tokens": generation.num_tokens,
         }
-        if parsed.request_id:
-            attributes["gen_ai.response.id"] = parsed.request_id
-        if generation.timings is not None:
-            attributes["flashserve.cached_tokens"] = generation.timings.cached_tokens
-            attributes["flashserve.preemptions"] = generation.timings.preemptions
+        if generation.parsed.request_id:
+            attributes["gen_ai.response.id"] = generation.parsed.request_id
+        if timings is not None:
+            attributes["flashserve.cached_tokens"] = timings.cached_tokens
+            attributes["flashserve.preemptions"] = timings.preemptions
         return attributes
 
     def stop(self) -> None:

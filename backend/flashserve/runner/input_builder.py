@@ -25,7 +25,9 @@ class Arrangement:
     lens: np.ndarray
     """[R] int64: tokens."""
     sampling: np.ndarray
-    """[N]: which of the rows sample."""
+    """[N]: which of the rows are sampled; one that others fork off is sampled for each of them, too."""
+    sample_slots: np.ndarray
+    """[N] int64: for whom."""
     plan_rows: np.ndarray
     """[N]: their places in the plan."""
     changed_blocks: np.ndarray
@@ -38,10 +40,6 @@ class Arrangement:
     @property
     def max_query_len(self) -> int:
         return int(self.lens.max())
-
-    @property
-    def sample_slots(self) -> np.ndarray:
-        return self.slots[self.sampling]
 
     @property
     def sample_positions(self) -> np.ndarray:
@@ -63,15 +61,26 @@ class InputBuilder:
         changed = [self._slots.append_blocks(row) for row in plan.rows if row.new_block_ids]
         numbers = np.array([(r.slot, r.start, r.num_tokens, r.num_logits) for r in plan.rows], np.int64)
         order = np.lexsort((numbers[:, 1], numbers[:, 2] > 1))
+        forks = np.flatnonzero(numbers[:, 2] == 0)
+        if forks.size:
+            order = order[numbers[order, 2] > 0]
         slots, starts, lens, num_logits = numbers[order].T
         sampling = np.flatnonzero(num_logits)
+        sample_slots, plan_rows = slots[sampling], order[sampling]
+        if forks.size:
+            places = {slot: place for place, slot in enumerate(slots.tolist())}
+            parents = [places[plan.rows[fork].fork_of] for fork in forks]
+            sampling = np.concatenate([sampling, parents])
+            sample_slots = np.concatenate([sample_slots, numbers[forks, 0]])
+            plan_rows = np.concatenate([plan_rows, forks])
         return Arrangement(
             rows=[plan.rows[index] for index in order.tolist()],
             slots=slots,
             starts=starts,
             lens=lens,
             sampling=sampling,
-            plan_rows=order[sampling],
+            sample_slots=sample_slots,
+            plan_rows=plan_rows,
             changed_blocks=np.concatenate(changed) if changed else np.zeros(0, np.int64),
         )
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flashserve.config import ResolvedConfig
 from flashserve.models.model_input import CausalLM
 from flashserve.protocol import SamplingParams
 from flashserve.runner.device import Device
 from flashserve.runner.device_queue import DeviceQueue, Download
-from flashserve.runner.input_builder import InputBuilder
+from flashserve.runner.input_builder import Arrangement, InputBuilder
 from flashserve.runner.kv_cache import kv_cache_spec
 from flashserve.runner.slots import SlotTable
 from flashserve.runner.staging import StepSizes
@@ -47,9 +49,11 @@ class ModelRunner:
         self._slots = SlotTable.for_engine(resolved, device.torch_device, late=queue.run_ahead)
         self._builder = InputBuilder(self._slots, resolved.block_size)
         spec = kv_cache_spec(resolved.config, resolved.model)
-        self._step_model = StepModel.build(model, ops, spec, resolved.num_blocks, self._slots)
+        self.step_model = StepModel.build(model, ops, spec, resolved.num_blocks, self._slots)
         device.synchronize()  # the queue's streams are older than the cache, whose zeros may still be on their way
         self._steps = self._make_steps(queue)
+        self.observe_logits: Callable[[Arrangement, Tensor], None] | None = None
+        """Called with each step's logits [N or more, V] before they are sampled, in the queue of the step's work."""
         self._closed = False
 
     @torch.inference_mode()
@@ -60,10 +64,16 @@ class ModelRunner:
         step = self._builder.arrange(plan)
         queue = self._steps.queue
         self._slots.sampler.upload(queue)
+        if plan.block_copies:
+            pairs = np.array(plan.block_copies, np.int64)
+            queue.run(lambda: self.step_model.copy_blocks(queue.to_device(pairs)))
         logits = self._steps.logits(step)
         if not step.sampling.size:
             # Waited for all the same: steps of a long prompt would else pile up on a GPU and reuse buffers too early.
             return StepHandle(len(plan.rows), step.plan_rows, queue.download(self._slots.last_tokens[:1]))
+        observe = self.observe_logits
+        if observe is not None:
+            queue.run(lambda: observe(step, logits))
         early = self._slots.early_ends(step.sample_slots, step.sample_positions)
         if early is not None:
             queue.run(lambda: self._ops.mask_tokens_(logits, *map(queue.to_device, early)))
@@ -89,7 +99,8 @@ class ModelRunner:
             self.wait(self.submit(SchedulerOutput(0, [admission], [row], num_tokens, [])))
             # The same token again: its key and value are written once more to the same place.
             decode = ScheduledRow(0, 0, num_tokens - 1, 1, [], [], 1)
-            self.wait(self.submit(SchedulerOutput(1, [], [decode], 1, [])))
+            copies = [(0, resolved.num_blocks - 1)] if resolved.num_blocks > 1 else []
+            self.wait(self.submit(SchedulerOutput(1, [], [decode], 1, [], copies)))
         if self._device.row_lengths:
             self._compile_all_lengths()
 
@@ -99,11 +110,11 @@ class ModelRunner:
             return
         self._closed = True
         self._device.synchronize()  # a step may be under way in the memory that is freed here
-        del self._steps, self._step_model
+        del self._steps, self.step_model
         self._device.release()
 
     def _make_steps(self, queue: DeviceQueue) -> Steps:
-        resolved, model = self.resolved, self._step_model
+        resolved, model = self.resolved, self.step_model
         tokens, seqs = resolved.max_num_batched_tokens, resolved.max_num_seqs
         eager = resolved.config.enforce_eager
         if self._ops.records and not eager:
@@ -124,7 +135,7 @@ class ModelRunner:
             slots = SlotTable(1, max_blocks, device)
             builder = InputBuilder(slots, resolved.block_size)
             model = replace(
-                self._step_model,
+                self.step_model,
                 block_table=slots.device_block_table,
                 last_tokens=slots.last_tokens,
                 sampler=slots.sampler.columns,

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from flashserve.protocol import GREEDY_BELOW
 from flashserve.runner.device_queue import DeviceQueue
 from flashserve.scheduling.output import Admission
-
-GREEDY_BELOW = 1e-5  # temperatures below it are greedy, as in vLLM
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,10 @@ class StepModel:
         self.ops.scatter_tokens_(self.last_tokens, step.sample_slots, tokens)
         return tokens
 
+    def copy_blocks(self, pairs: Tensor) -> None:
+        """Copy blocks of the KV cache. pairs: [N, 2] int64, (from, to)."""
+        self.ops.copy_blocks(self.kv_cache, pairs)
+
     def update_block_table(self, step: StepFields) -> None:
         """Apply the changes since the last step to the device's copy."""
         self.block_table.view(-1).index_copy_(0, step.table_index, step.table_blocks)

@@ -71,6 +71,15 @@ class BlockManager:
                 del self._free[block]
             self._ref_counts[block] += 1
 
+    def fork(self, blocks: Sequence[int]) -> list[int]:
+        """Hold another's blocks, too. Who writes to one that has several holders makes a copy of it first."""
+        self.acquire(blocks)
+        return list(blocks)
+
+    def num_holders(self, block: int) -> int:
+        """How many hold the block."""
+        return self._ref_counts[block]
+
     def allocate(self, count: int) -> list[int]:
         """Take ``count`` blocks off the free list, evicting what they cached. Ask ``num_free`` first."""
         if count > len(self._free):
@@ -90,7 +99,7 @@ class BlockManager:
             self._hash_of[block] = block_hash
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Let go of a request's blocks, given in sequence order.
+        """Let go of a sequence's blocks, given in its order.
 
         The tail goes first into the LRU order: a prefix is useful to more requests than what follows it. Blocks
         without known content go to the front: handing them out loses nothing.
@@ -117,16 +126,16 @@ class BlockManager:
             self._hash_of[block] = None
 
     def check_integrity(self, held: Iterable[Sequence[int]]) -> None:
-        """Raise RuntimeError unless the books balance against ``held``, the block lists of all live requests."""
+        """Raise RuntimeError unless the books balance against ``held``, the block lists of all live sequences."""
         counts = [0] * self.num_blocks
         for blocks in held:
             if len(set(blocks)) != len(blocks):
-                raise RuntimeError(f"a request holds a block twice: {blocks}")
+                raise RuntimeError(f"a sequence holds a block twice: {blocks}")
             for block in blocks:
                 counts[block] += 1
         if counts != self._ref_counts:
             wrong = [b for b in range(self.num_blocks) if counts[b] != self._ref_counts[b]]
-            raise RuntimeError(f"reference counts of blocks {wrong} differ from what requests hold")
+            raise RuntimeError(f"reference counts of blocks {wrong} differ from what sequences hold")
         if set(self._free) != {b for b in range(self.num_blocks) if counts[b] == 0}:
             raise RuntimeError("the free list is not the set of unreferenced blocks")
         if {h: b for b, h in enumerate(self._hash_of) if h is not None} != self._cached:

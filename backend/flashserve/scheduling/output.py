@@ -10,27 +10,30 @@ from flashserve.protocol import SamplingParams
 
 
 class Admission(msgspec.Struct, frozen=True, array_like=True):
-    """A request takes a slot: its persistent state in the runner starts afresh.
+    """A sequence of a request takes a slot: its persistent state in the runner starts afresh.
 
-    A request that resumes after preemption is admitted again, maybe to another slot.
+    One that resumes after preemption is admitted again, maybe to another slot.
     """
 
     request_id: int
     slot: int
     params: SamplingParams
     seed: int
-    """The seed in force: the request's own, or one drawn for it."""
+    """The seed in force: the request's own, or one drawn for it, plus the sequence's index."""
     num_prompt_tokens: int
     """Length of the original prompt: the sample at position p (p counts from 0, the position of the token that
     the logits belong to) is generated token number ``p + 1 - num_prompt_tokens``, counted from 0."""
     end_token_ids: tuple[int, ...]
-    """Tokens that would end the request; the sampler masks them for the first ``params.min_tokens`` samples."""
+    """Tokens that would end the sequence; the sampler masks them for the first ``params.min_tokens`` samples."""
+    index: int = 0
+    """Which of the request's sequences."""
 
 
 class ScheduledRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One request's share of a step: tokens at positions ``start .. start + num_tokens - 1``.
+    """One sequence's share of a step: tokens at positions ``start .. start + num_tokens - 1``.
 
-    Prefill, chunked prefill, decode and recomputation differ only in the numbers.
+    Prefill, chunked prefill, decode and recomputation differ only in the numbers. A fork computes nothing yet: it
+    samples the last logits of another row of the step, with its own slot's parameters, and goes on from there.
     """
 
     request_id: int
@@ -42,17 +45,28 @@ class ScheduledRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
     new_block_ids: list[int]
     """Appended to the slot's block table (the whole table with the first row after an admission)."""
     num_logits: int
-    """How many of the row's last tokens are sampled: 1 if it ends with the last known token of its request, else 0.
-    More would verify drafts, which nobody makes yet."""
+    """How many of the row's last tokens are sampled: 0 if the row ends before the last known token of its sequence,
+    else 1 + drafts. Drafts are the tokens behind the last known one; the samples say how many of them were right. No
+    runner of a model checks drafts yet."""
+    index: int = 0
+    """Which of the request's sequences."""
+    fork_of: int | None = None
+    """Of a fork: the slot whose row it branches off; ``start`` is that row's end, and ``num_tokens`` is 0."""
 
     @property
     def is_decode(self) -> bool:
         """Whether it computes what was sampled last, which only the runner knows."""
-        return not self.token_ids
+        return not self.token_ids and self.num_tokens > 0
 
 
 class SchedulerOutput(msgspec.Struct, frozen=True, array_like=True):
-    """One step. Admissions apply before rows. A slot is in at most one row."""
+    """One step: freed slots, then admissions, then copies of blocks, then rows. A slot is in at most one row.
+
+    Positions and counts are the host's, none is kept by slot on a device: where it depends on what is accepted how many
+    samples a row gives (``num_logits > 1``), its sequence gets no further row until they are known, also when the
+    engine runs ahead. Drafts are made of known tokens, so such a sequence could not go on earlier. Only drafts that are
+    made on a device would need its positions there.
+    """
 
     step: int
     admissions: list[Admission]
@@ -61,10 +75,14 @@ class SchedulerOutput(msgspec.Struct, frozen=True, array_like=True):
     """Sum of the rows' ``num_tokens``."""
     freed_slots: list[int]
     """Slots given back since the last step; applied before admissions (a freed slot may be admitted anew)."""
+    block_copies: list[tuple[int, int]] = []
+    """(from, to): what shares a block gets its own before it writes there. No block is written twice, or written and
+    read."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The samples of a step: ``token_ids[i]`` belongs to ``rows[i]``, as many as the row has logits."""
+    """The samples of a step: ``token_ids[i]`` belongs to ``rows[i]``. A row without logits has none, one with logits at
+    least one and at most as many as logits: the drafts that were right, and the sample behind them."""
 
     token_ids: list[list[int]]

@@ -6,7 +6,7 @@ import heapq
 import math
 from collections.abc import Iterator
 
-from flashserve.scheduling.request import Request
+from flashserve.scheduling.request import Hold, Request
 
 ADMISSION_PACE_WEIGHT = 0.1  # of the newest interval in the moving average: about the last ten admissions count
 MIN_RETRY_MS, MAX_RETRY_MS = 100, 60_000
@@ -15,6 +15,8 @@ MAX_OVERTAKEN = 8  # one admission in nine may go against the deadlines
 
 class WaitingQueue:
     """Ordered by (priority, deadline, arrival). Removal is lazy: a heap forgets a request when it surfaces.
+
+    A request with holds is in no heap: nobody waits behind it, and when it is free it has the place that it came for.
 
     Deadlines must not starve those who have none: the eldest of the best priority is next once
     :data:`MAX_OVERTAKEN` younger ones have been admitted before it. Of two priorities the better one always goes first.
@@ -36,6 +38,9 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def __contains__(self, request: Request) -> bool:
+        return request.id in self._waiting
+
     def __iter__(self) -> Iterator[Request]:
         return iter(self._waiting.values())
 
@@ -47,11 +52,22 @@ class WaitingQueue:
 
     def push(self, request: Request) -> None:
         """Queue a request; a preempted one is not refused, whatever the bounds."""
-        deadline = math.inf if request.deadline is None else request.deadline
-        heapq.heappush(self._heap, (request.priority, deadline, request.arrival, request.id))
-        heapq.heappush(self._by_age, (request.priority, request.arrival, request.id))
         self._waiting[request.id] = request
-        self.num_tokens += request.num_prompt_tokens
+        self.num_tokens += request.terms.num_prompt_tokens
+        if not request.holds:
+            self._line_up(request)
+
+    def release(self, request: Request, hold: Hold) -> None:
+        """One thing less that a waiting request waits for."""
+        request.holds.remove(hold)
+        if not request.holds:
+            self._line_up(request)
+
+    def _line_up(self, request: Request) -> None:
+        terms = request.terms
+        deadline = math.inf if request.deadline is None else request.deadline
+        heapq.heappush(self._heap, (terms.priority, deadline, terms.arrival, request.id))
+        heapq.heappush(self._by_age, (terms.priority, terms.arrival, request.id))
 
     def head(self) -> Request | None:
         """The request that is next, or None."""
@@ -81,7 +97,7 @@ class WaitingQueue:
         self._drop(request)
         if self._last_admission is not None:
             # Counted from the request's arrival if nothing waited before it: idle time says nothing of the pace.
-            interval = now - max(self._last_admission, request.arrival)
+            interval = now - max(self._last_admission, request.terms.arrival)
             self._admission_interval_s += ADMISSION_PACE_WEIGHT * (interval - self._admission_interval_s)
         self._last_admission = now
         return request
@@ -98,7 +114,7 @@ class WaitingQueue:
     def _drop(self, request: Request) -> None:
         del self._waiting[request.id]
         self._overtaken.pop(request.id, None)
-        self.num_tokens -= request.num_prompt_tokens
+        self.num_tokens -= request.terms.num_prompt_tokens
 
     def retry_after_ms(self) -> int:
         """When a refused client should try again: after an eighth of the queue was admitted at the recent pace."""

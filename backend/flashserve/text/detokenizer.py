@@ -45,24 +45,22 @@ class DetokenizerFactory:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         steps = _steps(tokenizer)
-        self._make: Callable[[bool, bool, Sequence[int]], Detokenizer]
+        self._make: Callable[[bool, Sequence[int]], Detokenizer]
         if [step["type"] for step in steps] == ["ByteLevel"]:
             byte_tables = [_ByteTable(tokenizer, skip_special) for skip_special in (False, True)]
-            self._make = lambda skip, _start, _tail: ByteLevelDetokenizer(byte_tables[skip])
+            self._make = lambda skip, _tail: ByteLevelDetokenizer(byte_tables[skip])
         elif (rules := _piece_rules(steps)) is not None:
             tables = [_PieceTable(tokenizer, skip_special, rules) for skip_special in (False, True)]
-            self._make = lambda skip, start, _tail: PieceDetokenizer(tables[skip], start)
+            self._make = lambda skip, _tail: PieceDetokenizer(tables[skip])
         else:
-            self._make = lambda skip, start, tail: WindowDetokenizer(tokenizer, skip, () if start else tail)
+            self._make = lambda skip, tail: WindowDetokenizer(tokenizer, skip, tail)
 
-    def create(
-        self, skip_special_tokens: bool = True, at_start: bool = False, prompt_tail: Sequence[int] = ()
-    ) -> Detokenizer:
-        """``at_start``: the tokens begin a text. Otherwise they continue a prompt, and a leading space stays.
+    def create(self, skip_special_tokens: bool = True, prompt_tail: Sequence[int] = ()) -> Detokenizer:
+        """One for tokens that continue a prompt, so that a leading space stays.
 
         ``prompt_tail`` holds some last tokens of that prompt; only decoders without an incremental form look at it.
         """
-        return self._make(skip_special_tokens, at_start, prompt_tail)
+        return self._make(skip_special_tokens, prompt_tail)
 
 
 def _steps(tokenizer: Tokenizer) -> list[dict[str, Any]]:
@@ -134,20 +132,17 @@ class _PieceRules:
     def __init__(self) -> None:
         self.replacements: list[tuple[str, str]] = []
         self.byte_fallback = False
-        self.strip_start = ("", 0)
-        """A character, and how many of it are dropped at the start of a text."""
-        self.first_token_without = ""
-        """A character that is dropped from the first token of a text (Metaspace)."""
 
 
 def _piece_rules(steps: list[dict[str, Any]]) -> _PieceRules | None:
-    """The rules of a SentencePiece-style decoder: [Replace*, ByteFallback?, Fuse, Strip?] or [Metaspace]."""
+    """The rules of a SentencePiece-style decoder: [Replace*, ByteFallback?, Fuse, Strip?] or [Metaspace].
+
+    What such a decoder drops at the start of a text is of no concern: ours continue one.
+    """
     rules = _PieceRules()
     kinds = [step["type"] for step in steps]
     if kinds == ["Metaspace"]:
-        mark = steps[0]["replacement"]
-        rules.replacements.append((mark, " "))
-        rules.first_token_without = mark if steps[0].get("prepend_scheme", "always") != "never" else ""
+        rules.replacements.append((steps[0]["replacement"], " "))
         return rules
     if not re.fullmatch(r"(Replace )*(ByteFallback )?Fuse (Strip )?", "".join(f"{kind} " for kind in kinds)):
         return None
@@ -158,10 +153,8 @@ def _piece_rules(steps: list[dict[str, Any]]) -> _PieceRules | None:
             rules.replacements.append((step["pattern"]["String"], step["content"]))
         elif step["type"] == "ByteFallback":
             rules.byte_fallback = True
-        elif step["type"] == "Strip":
-            if step["stop"]:
-                return None
-            rules.strip_start = (step["content"], step["start"])
+        elif step["type"] == "Strip" and step["stop"]:
+            return None
     return rules
 
 
@@ -178,7 +171,7 @@ class _PieceTable(dict[int, "str | int | None"]):
         self._skipped = special_token_ids(tokenizer) if skip_special else frozenset()
 
     def __missing__(self, token_id: int) -> str | int | None:
-        value: str | int | None = self.token(token_id)
+        value: str | int | None = None if token_id in self._skipped else self._tokenizer.id_to_token(token_id)
         if value is not None:
             for old, new in self.rules.replacements:
                 value = str(value).replace(old, new)
@@ -187,38 +180,28 @@ class _PieceTable(dict[int, "str | int | None"]):
         self[token_id] = value
         return value
 
-    def token(self, token_id: int) -> str | None:
-        """The token as the vocabulary spells it."""
-        return None if token_id in self._skipped else self._tokenizer.id_to_token(token_id)
-
 
 class PieceDetokenizer(Detokenizer):
     """Tokens are pieces of text or single bytes."""
 
-    def __init__(self, table: _PieceTable, at_start: bool) -> None:
+    def __init__(self, table: _PieceTable) -> None:
         self._table = table
         self._run = bytearray()
         """Byte tokens that are no whole character yet."""
         self._run_broken = False
         """The present run of byte tokens is no UTF-8."""
-        self._strip_char, self._strip_left = table.rules.strip_start if at_start else ("", 0)
-        self._drop_from_first = table.rules.first_token_without if at_start else ""
 
     def feed(self, token_ids: Sequence[int]) -> str:
-        if self._drop_from_first:
-            token_ids, first = self._first_token(token_ids)
-        else:
-            first = ""
         pieces = list(map(self._table.__getitem__, token_ids))
         if not self._run and not self._run_broken and None not in pieces:
             try:
-                return self._strip(first + "".join(pieces))  # type: ignore[arg-type]
+                return "".join(pieces)  # type: ignore[arg-type]
             except TypeError:
                 pass  # a byte token is among them
-        return self._strip(first + "".join(map(self._one, pieces)))
+        return "".join(map(self._one, pieces))
 
     def finish(self) -> str:
-        return self._strip(self._end_run())
+        return self._end_run()
 
     def _one(self, piece: str | int | None) -> str:
         if piece is None:
@@ -242,24 +225,6 @@ class PieceDetokenizer(Detokenizer):
         text = REPLACEMENT * len(self._run)
         self._run.clear()
         self._run_broken = False
-        return text
-
-    def _first_token(self, token_ids: Sequence[int]) -> tuple[Sequence[int], str]:
-        """Metaspace's rule for the first token that has text."""
-        for index, token_id in enumerate(token_ids):
-            token = self._table.token(token_id)
-            if token is not None:
-                mark, self._drop_from_first = self._drop_from_first, ""
-                return token_ids[index + 1 :], token.replace(mark, "")
-        return (), ""
-
-    def _strip(self, text: str) -> str:
-        while self._strip_left and text:
-            if not text.startswith(self._strip_char):
-                self._strip_left = 0
-            else:
-                self._strip_left -= 1
-                text = text[1:]
         return text
 
 

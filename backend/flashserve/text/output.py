@@ -24,16 +24,9 @@ class TextDelta(NamedTuple):  # a frozen dataclass takes 0.2 us more to make, of
 class TextStream:
     """One request's tokens in, its text out. Used by one thread."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        params: SamplingParams,
-        *,
-        at_start: bool = False,
-        prompt_tail: Sequence[int] = (),
-    ) -> None:
-        """``at_start`` and ``prompt_tail``: see :meth:`DetokenizerFactory.create`."""
-        self._detokenizer = tokenizer.detokenizers.create(params.skip_special_tokens, at_start, prompt_tail)
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_tail: Sequence[int] = ()) -> None:
+        """``prompt_tail``: see :meth:`DetokenizerFactory.create`."""
+        self._detokenizer = tokenizer.detokenizers.create(params.skip_special_tokens, prompt_tail)
         self._include_stop = params.include_stop_str_in_output
         self._matcher = StopStringMatcher(params.stop, params.include_stop_str_in_output) if params.stop else None
         self._min_tokens = params.min_tokens

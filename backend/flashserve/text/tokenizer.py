@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from flashserve.errors import ConfigError, InvalidArgument
 from flashserve.paths import native, portable
 from flashserve.protocol import ModelCard
-from flashserve.text.detokenizer import DetokenizerFactory, special_token_ids
+from flashserve.text.detokenizer import DetokenizerFactory
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,6 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self.config: Mapping[str, Any] = config or {}
         self.detokenizers = DetokenizerFactory(tokenizer)
-        self.special_ids = special_token_ids(tokenizer)
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
 
     @classmethod

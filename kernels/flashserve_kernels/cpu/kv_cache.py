@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,14 @@ def allocate_packed_kv_cache(spec: KVCacheSpec, num_blocks: int) -> list[PackedK
         PackedKVLayer(layer, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.cache_dtype)
         for layer in layers.unbind(0)
     ]
+
+
+def copy_blocks(cache: Sequence[PackedKVLayer], pairs: Tensor) -> None:
+    """Block ``pairs[i, 1]`` becomes a copy of block ``pairs[i, 0]`` in all layers. pairs: [N, 2] int64. At once, never
+    recorded: memory that is moved as it is needs no kernel."""
+    sources, targets = pairs.unbind(1)
+    for layer in cache:
+        layer.memory[targets] = layer.memory[sources]
 
 
 def rope_and_cache(

@@ -91,6 +91,9 @@ class NativeOps(Ops):
     def write_kv(self, k: Tensor, v: Tensor, cache: PackedKVLayer, slot_mapping: Tensor) -> None:
         kv_cache.write_kv(self._pool, k, v, cache, slot_mapping)
 
+    def copy_blocks(self, cache: Sequence[PackedKVLayer], pairs: Tensor) -> None:
+        kv_cache.copy_blocks(cache, pairs)
+
     def paged_attention(
         self,
         q: Tensor,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from flashserve_kernels import kv_cache
 from flashserve_kernels.attention import AttentionBatch
-from flashserve_kernels.gpu import activation, attention, embedding, norm, rope_cache, sampling
+from flashserve_kernels.gpu import activation, attention, block_copy, embedding, norm, rope_cache, sampling
 from flashserve_kernels.kv_cache import KVCacheSpec, KVLayer
 from flashserve_kernels.ops import Ops
 
@@ -66,6 +68,15 @@ class TritonOps(Ops):
 
     def write_kv(self, k: Tensor, v: Tensor, cache: KVLayer, slot_mapping: Tensor) -> None:
         rope_cache.write_kv(k, v, cache, slot_mapping)
+
+    def copy_blocks(self, cache: Sequence[KVLayer], pairs: Tensor) -> None:
+        first = cache[0].k
+        if first.is_contiguous():  # the layout of a CPU, where Triton's interpreter runs
+            pieces = [blocks for layer in cache for blocks in (layer.k, layer.v)]
+        else:  # all layers of a block lie together, the first one's keys in front
+            pieces = [first.as_strided((first.shape[0], first.stride(0)), (first.stride(0), 1))]
+        for blocks in pieces:
+            block_copy.copy_blocks(blocks, blocks, pairs)
 
     def paged_attention(
         self,

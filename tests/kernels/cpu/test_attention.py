@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 
 import pytest
 import torch
-import torch.nn.functional as F
 
+from attention_problem import AttentionProblem
 from flashserve_kernels import KVCacheSpec
 from flashserve_kernels.attention import AttentionBatch
 from flashserve_kernels.cpu.attention import paged_attention
@@ -31,70 +30,24 @@ PROMPTS = [(5, 5), (33, 33), (16, 48), (7, 100), (2, 2), (3, 70), (130, 301), (4
 MIXED = [row for pair in itertools.zip_longest(DECODES, PROMPTS) for row in pair if row]
 
 
-class Problem:
-    """Random queries, keys and values; a cache with shuffled blocks; NaN wherever nothing was written."""
+class Problem(AttentionProblem):
+    """In the packed cache; NaN wherever nothing was written."""
 
     def __init__(self, pool, rows, heads=6, kv_heads=2, dim=32, block_size=16, dtype=torch.float32, kv_dtype=None):
-        rng, generator = random.Random(0), torch.Generator().manual_seed(0)
-        self.rows, self.pool, self.dim = rows, pool, dim
-        needed = [-(-seq_len // block_size) for _, seq_len in rows]
-        num_blocks = sum(needed) + 3
-        ids = rng.sample(range(num_blocks), num_blocks)
-        width = max(needed) + 2
-        tables = [[ids.pop() for _ in range(n)] for n in needed]
-        # Part of a wider table, as the runner's is.
-        wide = torch.full((len(rows), width + 5), 0, dtype=torch.int32)
-        for row, table in enumerate(tables):
-            wide[row, :width] = torch.tensor(table + [ids[0]] * (width - len(table)))
-        self.cache = allocate_packed_kv_cache(
-            KVCacheSpec(1, block_size, kv_heads, dim, dtype, kv_dtype or dtype), num_blocks
-        )[0]
+        super().__init__(rows, heads, kv_heads, dim, block_size, dtype, table_margin=5)
+        self.pool = pool
+        spec = KVCacheSpec(1, block_size, kv_heads, dim, dtype, kv_dtype or dtype)
+        self.cache = allocate_packed_kv_cache(spec, self.num_blocks)[0]
         if kv_dtype is None:
             self.cache.memory.view(dtype).fill_(math.nan)
-        self.k, self.v = (
-            [torch.randn(seq_len, kv_heads, dim, generator=generator).to(dtype) for _, seq_len in rows] for _ in "kv"
-        )
-        slots = [table[p // block_size] * block_size + p % block_size
-                 for table, (_, seq_len) in zip(tables, rows, strict=True) for p in range(seq_len)]  # fmt: skip
-        write_kv(pool, torch.cat(self.k), torch.cat(self.v), self.cache, torch.tensor(slots))
-        query_lens = [query_len for query_len, _ in rows]
-        # Queries are a slice of the fused projection: strided.
-        qkv = torch.randn(sum(query_lens), heads + 2 * kv_heads, dim, generator=generator).to(dtype)
-        self.q = qkv[:, :heads]
-        self.batch = AttentionBatch(
-            query_start_loc=torch.tensor([0, *itertools.accumulate(query_lens)], dtype=torch.int32),
-            seq_lens=torch.tensor([seq_len for _, seq_len in rows], dtype=torch.int32),
-            block_tables=wide[:, :width],
-            slot_mapping=torch.zeros(sum(query_lens), dtype=torch.int64),
-            block_size=block_size,
-            max_query_len=max(query_lens),
-        )
+        slots = torch.cat([self.slots(row) for row in range(len(rows))])
+        write_kv(pool, torch.cat(self.keys), torch.cat(self.values), self.cache, slots)
 
     def attend(self, **options):
         return paged_attention(self.pool, self.q, self.cache, self.batch, self.dim**-0.5, **options)
 
-    def expected(self, window=None, softcap=None, dtype=torch.float64):
-        """softmax(cap(q k^T scale)) v over the keys that a query sees: straight from the definition in float64."""
-        heads_per_kv = self.q.shape[1] // self.k[0].shape[1]
-        queries = self.q.split([query_len for query_len, _ in self.rows])
-        out = []
-        for q, k, v, (query_len, seq_len) in zip(queries, self.k, self.v, self.rows, strict=True):
-            q, k, v = (x.to(dtype).transpose(0, 1) for x in (q, k, v))
-            k, v = (x.repeat_interleave(heads_per_kv, 0) for x in (k, v))
-            position, key = torch.arange(seq_len - query_len, seq_len)[:, None], torch.arange(seq_len)
-            seen = (key <= position) & (key > position - (window or seq_len))
-            if dtype != torch.float64:
-                out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(0, 1))
-                continue
-            scores = q @ k.transpose(1, 2) * self.dim**-0.5
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
-            weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
-            out.append((weights @ v).transpose(0, 1))
-        return torch.cat(out).flatten(1)
-
     def check(self, tolerance, **options):
-        result, expected = self.attend(**options), self.expected(**options)
+        result, expected = self.attend(**options), self.expected(self.dim**-0.5, **options)
         assert result.shape == expected.shape
         error = (result.double() - expected).abs().max() / expected.abs().max()
         assert error < tolerance
@@ -146,12 +99,13 @@ def test_int8_cache(pool, dtype, block_size, options):
 @pytest.mark.parametrize("rows", [DECODES, PROMPTS], ids=["decodes", "prompts"])
 def test_error_is_at_most_twice_that_of_torch(pool, rows):
     problem = Problem(pool, rows, 9, 3, 64, dtype=torch.bfloat16)
-    expected = problem.expected()
+    expected = problem.expected(problem.dim**-0.5)
+    torchs = torch.cat([problem.sdpa(row, problem.dim**-0.5) for row in range(len(rows))]).flatten(1)
 
     def error(result):
         return (result.double() - expected).square().mean().sqrt()
 
-    assert error(problem.attend()) < 2 * error(problem.expected(dtype=torch.bfloat16))
+    assert error(problem.attend()) < 2 * error(torchs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -161,9 +115,7 @@ def test_long_contexts_are_shared_without_changing_a_bit(pool, dtype):
     lone.check(TOLERANCE[dtype])
     crowd = Problem(pool, [(1, 3000), *[(1, 20)] * 40], dtype=dtype)
     crowd.q[0] = lone.q[0]
-    crowd.k[0], crowd.v[0] = lone.k[0], lone.v[0]
-    slots = torch.tensor([int(crowd.batch.block_tables[0, p // 16]) * 16 + p % 16 for p in range(3000)])
-    write_kv(pool, lone.k[0], lone.v[0], crowd.cache, slots)
+    write_kv(pool, lone.keys[0], lone.values[0], crowd.cache, crowd.slots(0))
     assert torch.equal(crowd.attend()[0], lone.attend()[0])
 
 

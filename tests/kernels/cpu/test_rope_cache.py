@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from flashserve_kernels import KVCacheSpec
-from flashserve_kernels.cpu.kv_cache import allocate_packed_kv_cache, packed_block_bytes, rope_and_cache, write_kv
+from flashserve_kernels.cpu.kv_cache import (
+    allocate_packed_kv_cache,
+    copy_blocks,
+    packed_block_bytes,
+    rope_and_cache,
+    write_kv,
+)
 from flashserve_kernels.cpu.program import Program
 from flashserve_kernels.recording import TOKENS
 from packed_cache import read_slots, views
@@ -138,3 +144,13 @@ def test_wrong_arguments_are_refused(pool):
         write_kv(pool, k, k, cache, slots)
     with pytest.raises(ValueError, match="int64"):
         write_kv(pool, k.bfloat16(), k.bfloat16(), cache, slots.int())
+
+
+def test_blocks_are_copied_in_all_layers():
+    layers = allocate_packed_kv_cache(KVCacheSpec(3, 24, 2, 16, torch.bfloat16, torch.int8), 7)
+    for layer in layers:
+        layer.memory.random_(256)
+    before = [layer.memory.clone() for layer in layers]
+    copy_blocks(layers, torch.tensor([[2, 5], [2, 0], [3, 6]]))
+    for layer, old in zip(layers, before, strict=True):
+        assert torch.equal(layer.memory, old[[2, 1, 2, 3, 4, 2, 3]])

@@ -7,15 +7,14 @@ the output and the temporaries before they are written.
 from __future__ import annotations
 
 import itertools
-import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from flashserve_kernels.attention import AttentionBatch
+from attention_problem import AttentionProblem
 from flashserve_kernels.gpu.attention import paged_attention, variants
 from flashserve_kernels.gpu.attention_config import AttentionShape, choose_config
 from flashserve_kernels.gpu.device import A100, B200, H200, MI300X, PRESETS, T4, stand_in
@@ -31,65 +30,37 @@ MIXED = [row for pair in zip(DECODES, PREFILLS, strict=False) for row in pair] +
 BATCHES = {"decodes": DECODES, "prefills": PREFILLS, "verifications": VERIFICATIONS, "mixed": MIXED}
 
 
-@dataclass
-class Problem:
-    """Random queries; keys and values in shuffled blocks of a cache that is NaN wherever no query may look."""
+class Problem(AttentionProblem):
+    """In a cache that is NaN wherever no query may look."""
 
-    rows: list[tuple[int, int]]
-    heads: int = 4
-    kv_heads: int = 2
-    dim: int = 32
-    block_size: int = 16
-    dtype: torch.dtype = torch.float32
-    cache_dtype: torch.dtype | None = None
-    window: int | None = None
-    softcap: float | None = None
-    unused_blocks: int = 2
-    """Further columns of the block tables: a launcher plans for sequences that long."""
-    padding_tokens: int = 0
-    """Tokens after the last row's."""
-    device: torch.device | str = "cpu"
-
-    def __post_init__(self) -> None:
-        rng, generator = random.Random(0), torch.Generator().manual_seed(0)
-        cache_dtype = self.cache_dtype or self.dtype
-        self.scale = self.dim**-0.5
+    def __init__(
+        self,
+        rows: list[tuple[int, int]],
+        heads: int = 4,
+        kv_heads: int = 2,
+        dim: int = 32,
+        block_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+        cache_dtype: torch.dtype | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        **more: Any,
+    ) -> None:
+        super().__init__(rows, heads, kv_heads, dim, block_size, dtype, kv_dtype=cache_dtype, **more)
+        self.dtype, self.window, self.softcap, self.scale = dtype, window, softcap, dim**-0.5
+        cache_dtype = cache_dtype or dtype
         k_scale, v_scale = (0.37, 1.9) if cache_dtype == FP8 else (1.0, 1.0)
-        needed = [-(-seq_len // self.block_size) for _, seq_len in self.rows]
-        num_blocks = sum(needed) + 1
-        ids = rng.sample(range(num_blocks), num_blocks)
         # Two layers, of which the second is used: blocks do not follow each other without a gap.
-        cache = torch.full((num_blocks, 2, 2, self.block_size, self.kv_heads, self.dim), float("nan"))
-        # What lies beyond a row's blocks is the id of a block that nobody uses.
-        width = max(needed) + self.unused_blocks
-        tables = torch.full((len(self.rows), width), ids.pop(), dtype=torch.int32)
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        for row, (query_len, seq_len) in enumerate(self.rows):
-            blocks = [ids.pop() for _ in range(needed[row])]
-            tables[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
-            kv = torch.randn(2, seq_len, self.kv_heads, self.dim, generator=generator).to(cache_dtype).double()
-            first = 0 if self.window is None else max(0, seq_len - query_len - self.window + 1)
-            for position in range(first, seq_len):
-                cache[blocks[position // self.block_size], 1, :, position % self.block_size] = kv[:, position].float()
-            self.keys.append(kv[0] * k_scale)
-            self.values.append(kv[1] * v_scale)
-        layer = cache.to(cache_dtype).to(self.device).permute(1, 2, 0, 3, 4, 5)[1]
+        cache = torch.full((self.num_blocks, 2, 2, block_size, kv_heads, dim), float("nan"))
+        for row, (query_len, seq_len) in enumerate(rows):
+            first = 0 if window is None else max(0, seq_len - query_len - window + 1)
+            slots = self.slots(row)[first:]
+            for index, stored in enumerate((self.keys[row], self.values[row])):
+                cache[slots // block_size, 1, index, slots % block_size] = stored[first:].float()
+        self.keys = [keys.double() * k_scale for keys in self.keys]
+        self.values = [values.double() * v_scale for values in self.values]
+        layer = cache.to(cache_dtype).to(self.q.device).permute(1, 2, 0, 3, 4, 5)[1]
         self.cache = KVLayer(layer[0], layer[1], k_scale, v_scale)
-        query_lens = [query_len for query_len, _ in self.rows]
-        self.starts = [0, *itertools.accumulate(query_lens)]
-        num_tokens = self.starts[-1] + self.padding_tokens
-        # Queries are a slice of the fused projection: strided.
-        qkv = torch.randn(num_tokens, self.heads + 2 * self.kv_heads, self.dim, generator=generator).to(self.dtype)
-        self.q = qkv.to(self.device)[:, : self.heads]
-        self.batch = AttentionBatch(
-            query_start_loc=torch.tensor(self.starts, dtype=torch.int32, device=self.device),
-            seq_lens=torch.tensor([seq_len for _, seq_len in self.rows], dtype=torch.int32, device=self.device),
-            block_tables=tables.to(self.device),
-            slot_mapping=torch.full((num_tokens,), -1, device=self.device),
-            block_size=self.block_size,
-            max_query_len=max(query_lens),
-        )
 
     def run(self) -> Tensor:
         return paged_attention(self.q, self.cache, self.batch, self.scale, self.window, self.softcap)
@@ -103,33 +74,12 @@ class Problem:
         for row, (query_len, seq_len) in enumerate(self.rows):
             if query_len == 0 or seq_len == 0:
                 continue
-            exact = self._definition(row, self.softcap)
+            exact = self.definition(row, self.scale, self.window, self.softcap)
             ours = max(ours, _largest(out[self.starts[row] : self.starts[row + 1]] - exact))
             # SDPA knows no soft cap: its error without one.
-            torchs = max(torchs, _largest(self._sdpa(row) - self._definition(row, None)))
+            plain = self.definition(row, self.scale, self.window)
+            torchs = max(torchs, _largest(self.sdpa(row, self.scale, self.window) - plain))
         assert ours <= 2 * torchs + torch.finfo(self.dtype).eps / 8
-
-    def _inputs(self, row: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v as [heads, tokens, D], and which keys a query sees: [queries, keys]."""
-        query_len, seq_len = self.rows[row]
-        q = self.q[self.starts[row] : self.starts[row + 1]].cpu().to(dtype).transpose(0, 1)
-        k, v = (x[row].to(dtype).transpose(0, 1) for x in (self.keys, self.values))
-        k, v = (x.repeat_interleave(self.heads // self.kv_heads, 0) for x in (k, v))
-        query = torch.arange(seq_len - query_len, seq_len)[:, None]
-        key = torch.arange(seq_len)
-        return q, k, v, (key <= query) & (key > query - (self.window or seq_len))
-
-    def _definition(self, row: int, softcap: float | None) -> Tensor:
-        q, k, v, mask = self._inputs(row, torch.float64)
-        scores = q @ k.transpose(1, 2) * self.scale
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v).transpose(0, 1)
-
-    def _sdpa(self, row: int) -> Tensor:
-        q, k, v, mask = self._inputs(row, self.dtype)
-        out = F.scaled_dot_product_attention(q[None], k[None], v[None], mask, scale=self.scale)
-        return out[0].transpose(0, 1).double()
 
 
 def _largest(difference: Tensor) -> float:

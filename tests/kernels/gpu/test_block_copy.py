@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from flashserve_kernels.gpu import block_copy
+from flashserve_kernels.gpu.ops import TritonOps
+from flashserve_kernels.kv_cache import KVLayer
 from kernel_comparison import DTYPES, poisoned, random
 
 
@@ -32,6 +34,17 @@ def test_blocks_of_another_allocation(device):
     found = host.cpu().view(torch.bfloat16).view(3, *blocks.shape[1:])
     assert torch.equal(found[[0, 2]], blocks[[5, 2]])
     assert bool(host[1].isnan().all())
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["layers apart", "layers together"])
+def test_blocks_of_a_cache(together, device):
+    """The op, on a CPU's layout and on a GPU's."""
+    cache = random(*((7, 3, 2) if together else (3, 2, 7)), 4, 2, 8).to(device)
+    views = cache.permute(1, 2, 0, 3, 4, 5) if together else cache
+    before = views.clone()
+    layers = [KVLayer(*layer.unbind(0)) for layer in views.unbind(0)]
+    TritonOps(device).copy_blocks(layers, torch.tensor([[2, 5], [2, 0], [3, 6]], device=device))
+    assert torch.equal(views, before[:, :, [2, 1, 2, 3, 4, 2, 3]])
 
 
 def test_what_cannot_be_copied(device):

@@ -81,7 +81,6 @@ STRUCTURED_TOO = ExpectedFailure(
 LOG_TEXT = ExpectedFailure(
     "looks for two lines of vLLM's log after everything else", re.escape("'[vllm] Cancelling the request' not found in")
 )
-SEVERAL = ExpectedFailure("n > 1 is not there yet: refused by name", r"n='2' is not supported")
 LOGPROBS = ExpectedFailure("logprobs are not there yet: refused by name", r"logprobs?=\w+ is not supported")
 
 ACCURACY = "VLLMTritonAccuracyTest"
@@ -161,7 +160,7 @@ SUITES = (
             ExpectedTest(f"{METRICS}.test_vllm_metrics_disabled", "REPORT_CUSTOM_METRICS absent"),
             ExpectedTest(f"{METRICS}.test_vllm_metrics_disabled", 'REPORT_CUSTOM_METRICS "false"'),
             ExpectedTest(f"{METRICS}.test_vllm_metrics"),
-            ExpectedTest(f"{METRICS}.test_custom_sampling_params", failure=SEVERAL),
+            ExpectedTest(f"{METRICS}.test_custom_sampling_params"),
             ExpectedTest(f"{METRICS}.test_vllm_metrics_disabled", "disable_log_stats"),
             ExpectedTest(f"{METRICS}.test_vllm_metrics_refused"),
         ),

@@ -9,25 +9,25 @@ SECRET = "/etc/flashserve/secret.key is missing"
 def break_stub() -> None:
     from flashserve.frontend import service
 
-    parse, text_stream = service.parse, service.TextStream
+    parse, completion = service.parse, service.Completion
 
-    def faulty_parse(request, context):
-        parsed = parse(request, context)
-        if parsed.prompt_token_ids[-1] == BREAKS_PARSER:
+    def faulty_parse(*args):
+        parsed = parse(*args)
+        if parsed.message.prompt_token_ids[-1] == BREAKS_PARSER:
             raise RuntimeError(SECRET)
         return parsed
 
-    class FaultyTextStream(text_stream):
-        def __init__(self, *args, prompt_tail, **kwargs):
-            super().__init__(*args, prompt_tail=prompt_tail, **kwargs)
-            self.broken = prompt_tail[-1] == BREAKS_TEXT
+    class FaultyCompletion(completion):
+        def __init__(self, tokenizer, request):
+            super().__init__(tokenizer, request)
+            self.broken = request.prompt_token_ids[-1] == BREAKS_TEXT
 
-        def push(self, *args):
+        def take(self, output):
             if self.broken:
                 raise RuntimeError(SECRET)
-            return super().push(*args)
+            return super().take(output)
 
-    service.parse, service.TextStream = faulty_parse, FaultyTextStream
+    service.parse, service.Completion = faulty_parse, FaultyCompletion
 
 
 class TritonPythonModel(SoundModel):

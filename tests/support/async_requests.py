@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import psutil
-from harness import Server
 
 from flashserve_client import AsyncClient
+from harness import Server
 
 FAR_AWAY = 1_000_000  # max_tokens: cut to what the context takes
 

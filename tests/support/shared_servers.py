@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Server
 
+from harness import Server
 from tiny_models import make_tiny_model
 
 # What the null device generates: token id 40 + position mod 80. In the tiny models' vocabulary ids 40 to 96 are the

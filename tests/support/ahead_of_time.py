@@ -1,4 +1,5 @@
-"""Every kernel of representative models, compiled for GPUs that are not here: ``python tests/ahead_of_time.py``.
+"""Every kernel of representative models, compiled for GPUs that are not here:
+``python tests/support/ahead_of_time.py``.
 
 A program of its own, because a process that interprets kernels has none that compile. Prints a JSON list with one
 entry per variant and GPU.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import grpc
 import httpx
 import numpy as np
-from harness import HTTP, Server, wait_until
 from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from harness import HTTP, Server, wait_until
 
 TIMEOUT_S = 60.0
 ASK_FOR_ALL = {
@@ -45,6 +47,23 @@ def stream_sse(server: Server, *, model: str = "letters", **body: Any) -> list[d
     assert response.status_code == 200, response.text
     lines = response.content.decode("utf-8").split("\n")
     return [json.loads(line.removeprefix("data:")) for line in lines if line]
+
+
+def stream_in_thread(server: Server, **body: Any) -> None:
+    """Start a stream of ``demo`` that the server's end will end; returns once it runs."""
+    running = threading.Event()
+
+    def read() -> None:
+        try:
+            url = f"{server.http}/v2/models/demo/generate_stream"
+            with httpx.stream("POST", url, json=body, timeout=60) as response:
+                for _ in response.iter_lines():
+                    running.set()
+        except httpx.HTTPError:
+            pass  # the server is stopped under it
+
+    threading.Thread(target=read, daemon=True).start()
+    assert running.wait(10), "no first token"
 
 
 def text_of(responses: list[dict[str, Any]]) -> str:

@@ -195,6 +195,10 @@ class Server:
         found = [stub for pid in self.tritonserver_pids() for stub in list_stubs(pid)]
         return [stub for stub in found if model is None or stub.belongs_to(model)]
 
+    def engines(self) -> list[int]:
+        """Process ids of all its engines."""
+        return [pid for pid, words in self.processes().items() if "flashserve.engine" in words]
+
     def tritonserver_pids(self) -> list[int]:
         """Process ids of tritonserver (one, or none)."""
         return [pid for pid, words in self.processes().items() if words[0].endswith("/tritonserver")]

@@ -1,0 +1,107 @@
+"""One of the texts that a request generates: its tokens, and what it holds while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from flashserve.protocol import FinishReason, SamplingParams
+from flashserve.scheduling.block_manager import BlockHash, chain_hash
+from flashserve.scheduling.output import Admission
+
+MAX_PASSED_OVER = 16  # steps after which a prefill that shorter ones overtook goes first: 1/17 of the budget at worst
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Terms:
+    """What a request asked for: the same for all of its sequences."""
+
+    request_id: int
+    params: SamplingParams
+    seed: int
+    priority: int
+    arrival: float
+    num_prompt_tokens: int
+    max_total_tokens: int
+    """A sequence ends when it has this many tokens."""
+    end_token_ids: frozenset[int]
+    hash_root: BlockHash
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The prompt and one continuation of it. The scheduler is its sole writer.
+
+    There are no phases: ``num_computed_tokens`` catches up with the known tokens, in chunks or one by one.
+    """
+
+    terms: Terms
+    index: int
+    """Among the request's sequences."""
+    token_ids: list[int]
+    """Prompt, then what was generated. Empty until it forks off the first sequence of its request."""
+
+    num_computed_tokens: int = 0
+    """Tokens whose KV is, or after the submitted steps will be, in ``block_ids``."""
+    num_pending: int = 0
+    """Rows whose samples are not known yet: 0 or 1 when a step is planned; with run-ahead 2 until the last is known."""
+    block_ids: list[int] = field(default_factory=list)
+    unsent_block_ids: list[int] = field(default_factory=list)
+    """The last of them, of which the runner has not been told yet."""
+    writable_end: int = 0
+    """At this position it must ask for a block before it writes: its blocks end there, or it shares the last one."""
+    block_hashes: list[BlockHash] = field(default_factory=list)
+    """Of the full blocks of known tokens, as far as they were needed."""
+    slot: int | None = None
+    """The runner's slot while running; None while waiting."""
+    passed_over: int = 0
+    """Steps in a row in which this prefill got no token."""
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_remaining(self) -> int:
+        """Known tokens that are not computed yet."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def awaits_last_sample(self) -> bool:
+        """Whether the sample in flight reaches the length limit: it will end without another row."""
+        return self.num_pending > 0 and self.num_computed_tokens + 1 >= self.terms.max_total_tokens
+
+    @property
+    def prefill_order(self) -> tuple[int, int, float]:
+        """Shortest remaining first within a priority; one that was passed over for long goes before."""
+        remaining = 0 if self.passed_over > MAX_PASSED_OVER else self.num_remaining
+        return (self.terms.priority, remaining, self.terms.arrival)
+
+    def take(self, token_ids: list[int]) -> tuple[list[int], FinishReason | None]:
+        """Append samples up to the one that ends the sequence. Returns those, and why it ended, if it did."""
+        terms, known = self.terms, self.token_ids
+        for count, token_id in enumerate(token_ids, 1):
+            known.append(token_id)
+            if token_id in terms.end_token_ids and len(known) - terms.num_prompt_tokens > terms.params.min_tokens:
+                return token_ids[:count], "stop"
+            if len(known) >= terms.max_total_tokens:
+                return token_ids[:count], "length"
+        return token_ids, None
+
+    def hash_blocks(self, count: int, block_size: int) -> list[BlockHash]:
+        """Hashes of the first ``count`` blocks, all of whose tokens must be known; each is computed once."""
+        hashes = self.block_hashes
+        for index in range(len(hashes), count):
+            parent = hashes[-1] if hashes else self.terms.hash_root
+            hashes.append(chain_hash(parent, self.token_ids[index * block_size : (index + 1) * block_size]))
+        return hashes[:count]
+
+    def admission(self) -> Admission:
+        """What the runner is told when the sequence takes its slot."""
+        terms = self.terms
+        assert self.slot is not None
+        return Admission(
+            request_id=terms.request_id,
+            slot=self.slot,
+            params=terms.params,
+            seed=terms.seed + self.index,
+            num_prompt_tokens=terms.num_prompt_tokens,
+            end_token_ids=tuple(terms.end_token_ids),
+            index=self.index,
+        )

@@ -1,0 +1,34 @@
+"""What a prompt must be, wherever it comes from: the request parser and the offline API share it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flashserve.errors import InvalidArgument
+from flashserve.protocol import EngineLimits, SamplingParams
+
+
+def check_prompt(name: str, token_ids: list[int], params: SamplingParams, limits: EngineLimits) -> list[int]:
+    """The prompt, cut as asked. Raises InvalidArgument for what does not fit vocabulary or context.
+
+    ``name``: what the caller calls it.
+    """
+    if params.truncate_prompt_tokens is not None:
+        token_ids = token_ids[-params.truncate_prompt_tokens :]
+    if not token_ids:
+        raise InvalidArgument(f"{name} is empty: a prompt needs at least one token")
+    check_vocabulary(name, token_ids, limits)
+    check_vocabulary("stop_token_ids", params.stop_token_ids, limits)
+    if len(token_ids) >= limits.max_model_len:
+        raise InvalidArgument(
+            f"prompt has {len(token_ids)} tokens, the model's context takes at most {limits.max_model_len} "
+            "(prompt + at least one output token)"
+        )
+    return token_ids
+
+
+def check_vocabulary(name: str, token_ids: Sequence[int], limits: EngineLimits) -> None:
+    """Raises InvalidArgument, naming the first of the ids that the model does not know."""
+    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < limits.vocab_size:
+        unknown = next(token_id for token_id in token_ids if not 0 <= token_id < limits.vocab_size)
+        raise InvalidArgument(f"{name}: token id {unknown} is not in the model's range [0, {limits.vocab_size - 1}]")

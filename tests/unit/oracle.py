@@ -1,0 +1,101 @@
+"""What sequences must generate on the fake runner, from their messages alone."""
+
+from __future__ import annotations
+
+import random
+import zlib
+
+from flashserve.protocol import FinishReason, GenerateRequest
+
+VOCAB_SIZE = 97
+EOS = (0, 1)
+NONSENSE = -1  # what a step gives that ran on spoiled KV
+MAX_DRAFTS = 3
+
+Name = int | tuple[int, int]
+"""A sequence: its request's id; (id, index) for the further samples of a request."""
+
+
+def name_of(request_id: int, index: int) -> Name:
+    return (request_id, index) if index else request_id
+
+
+def request_of(name: Name) -> int:
+    return name if isinstance(name, int) else name[0]
+
+
+class Violation(BaseException):
+    """What must not be. No Exception: the engine takes those for faults of its runner, and goes on."""
+
+
+def check(condition: bool, message: str, *values: object) -> None:
+    """Like assert, but stays under ``python -O`` and shows the values."""
+    if not condition:
+        raise Violation(f"{message}: {values}")
+
+
+def sample_after(prefix: int, index: int) -> int:
+    """The token that the fake model gives after a prefix, known by its chain hash; samples differ from each other."""
+    return ((prefix >> 8) + index) % VOCAB_SIZE
+
+
+class Oracle:
+    """What a sequence must generate and why it must end, from its message alone."""
+
+    def __init__(
+        self, message: GenerateRequest, eos_token_ids: tuple[int, ...], max_model_len: int, index: int = 0
+    ) -> None:
+        self.message = message
+        self.index = index
+        params = message.params
+        self.num_prompt = len(message.prompt_token_ids)
+        self.ends = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_token_ids)
+        self.tokens = list(message.prompt_token_ids)
+        # Of ints only: Python's hash of these is the same in every process. The salt separates what may be shared.
+        self.chain: list[int] = []
+        prefix = zlib.crc32(message.cache_salt.encode())
+        for token in self.tokens:
+            prefix = hash((prefix, token))
+            self.chain.append(prefix)
+        self.limit = max_model_len
+        if params.max_tokens is not None:
+            self.limit = min(max_model_len, self.num_prompt + params.max_tokens)
+        self.reason: FinishReason = "length"
+        while True:
+            token = self.sample(len(self.tokens) - 1)
+            self.tokens.append(token)
+            self.chain.append(hash((self.chain[-1], token)))
+            if token in self.ends and len(self.generated) > params.min_tokens:
+                self.reason = "stop"
+                break
+            if len(self.tokens) >= self.limit:
+                break
+
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[self.num_prompt :]
+
+    def sample(self, position: int) -> int:
+        """The sample at ``position``; a sampler masks what would end the request before min_tokens."""
+        token = sample_after(self.chain[position], self.index)
+        if position + 1 - self.num_prompt < self.message.params.min_tokens:
+            while token in self.ends:
+                token = (token + 1) % VOCAB_SIZE
+        return token
+
+
+class FakeDrafter:
+    """Knows how texts go on, and is wrong now and then. Implements Drafter."""
+
+    def __init__(self, oracles: dict[Name, Oracle]) -> None:
+        self._oracles = oracles
+        self._rng = random.Random(3)
+
+    def draft(self, token_ids: list[int], limit: int) -> list[int]:
+        known = len(token_ids)
+        found = next((o for o in self._oracles.values() if o.tokens[:known] == token_ids), None)
+        drafts = found.tokens[known : known + MAX_DRAFTS] if found else []
+        drafts += [self._rng.randrange(VOCAB_SIZE) for _ in range(MAX_DRAFTS - len(drafts))]
+        if self._rng.random() < 0.5:
+            drafts[self._rng.randrange(MAX_DRAFTS)] = self._rng.randrange(VOCAB_SIZE)
+        return drafts[: min(limit, self._rng.randint(0, MAX_DRAFTS))]
