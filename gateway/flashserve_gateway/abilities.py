@@ -26,7 +26,7 @@ class Ability:
 
 
 TABLE: tuple[Ability, ...] = (
-    Ability("several answers to one request", {"n": (1,), "best_of": (1,)}),
+    Ability("a choice of the best of several answers", {"best_of": (1,)}),
     Ability("log probabilities", {"logprobs": (False,), "top_logprobs": (), "prompt_logprobs": ()}),
     Ability("penalties", {"presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,)}),
     Ability("biased tokens", {"logit_bias": ({},)}),

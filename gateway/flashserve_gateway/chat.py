@@ -13,7 +13,8 @@ from openai.types.chat import ChatCompletion
 from . import parameters
 from .abilities import refuse_missing
 from .errors import invalid
-from .gateway import Call, usage
+from .gateway import Call, usage_of
+from .merging import gathered, merged
 from .output.events import CallArguments, CallStart, Event, PlainReader, Reader, Reasoning, Text
 from .output.reasoning import OPENING, ReasoningReader
 from .output.tools import ToolReader
@@ -33,6 +34,7 @@ class ChatRequest:
     tools: tuple[str, ...] = ()
     """Names of the tools that may be called."""
     parallel_calls: bool = True
+    samples: int = 1
 
 
 def read_chat(call: Call) -> ChatRequest:
@@ -60,6 +62,7 @@ def read_chat(call: Call) -> ChatRequest:
         usage_wanted=parameters.read_usage_wanted(body, stream),
         tools=tuple(tool["function"]["name"] for tool in tools),
         parallel_calls=parameters.read(body, "parallel_tool_calls", bool, True),
+        samples=parameters.read_samples(body, call.gateway.settings.limits.samples),
     )
 
 
@@ -112,23 +115,39 @@ async def make_reader(call: Call, chat: ChatRequest) -> Reader:
 
 async def stream_chat(call: Call, chat: ChatRequest) -> AsyncGenerator[bytes, None]:
     """The events of a streamed answer. Raises ApiError."""
-    chunks = ChatChunks(_answer_id(call), chat.ask.model, call.created, chat.usage_wanted)
-    writer, answer = _DeltaWriter(chunks, chat.parallel_calls), Answer()
-    reader, reason, before = await make_reader(call, chat), "stop", chunks.role()
-    async with contextlib.aclosing(call.pieces(chat.ask, answer)) as pieces:
+    asks = chat.ask.samples(chat.samples)
+    writers = [
+        ChatChunks(_answer_id(call), chat.ask.model, call.created, chat.usage_wanted, index)
+        for index in range(len(asks))
+    ]
+    answers = [Answer() for _ in asks]
+    streams = [_stream_choice(call, chat, *parts) for parts in zip(asks, writers, answers, strict=True)]
+    # The roles go with the first token, in one write; all of them, since clients number choices as they meet them.
+    before = b"".join(chunks.role() for chunks in writers)
+    async with contextlib.aclosing(merged(streams)) as events:
+        async for event in events:
+            yield before + event
+            before = b""
+    end = b""
+    if chat.usage_wanted:
+        results = [answer.result for answer in answers if answer.result is not None]
+        end = writers[0].usage(usage_of(results, chat.samples))
+    yield end + DONE
+
+
+async def _stream_choice(
+    call: Call, chat: ChatRequest, ask: Ask, chunks: ChatChunks, answer: Answer
+) -> AsyncGenerator[bytes, None]:
+    reader, writer, reason = await make_reader(call, chat), _DeltaWriter(chunks, chat.parallel_calls), "stop"
+    async with contextlib.aclosing(call.pieces(ask, answer)) as pieces:
         async for delta in pieces:
             events = reader.feed(delta.text)
             if delta.finish_reason is not None:
                 reason = delta.finish_reason
                 events += reader.end()
-            # The role goes with the first token: one write for both.
-            if event := before + writer.write(events):
+            if event := writer.write(events):
                 yield event
-            before = b""
-    end = chunks.finish(finish_reason(reason, writer.has_called))
-    if chat.usage_wanted and answer.result is not None:
-        end += chunks.usage(usage(answer.result))
-    yield end + DONE
+    yield chunks.finish(finish_reason(reason, writer.has_called))
 
 
 class _DeltaWriter:
@@ -165,19 +184,21 @@ class _DeltaWriter:
 
 async def complete_chat(call: Call, chat: ChatRequest) -> ChatCompletion:
     """A whole answer. Raises ApiError."""
-    reader = await make_reader(call, chat)
-    result = await call.whole(chat.ask)
-    message = read_message([*reader.feed(result.text), *reader.end()], chat.parallel_calls)
-    reason = finish_reason(result.finish_reason or "stop", bool(message.calls))
-    choice = {"index": 0, "message": message.as_openai(), "finish_reason": reason, "logprobs": None}
+    readers = [await make_reader(call, chat) for _ in range(chat.samples)]
+    results = await gathered([call.whole(ask) for ask in chat.ask.samples(chat.samples)])
+    choices = []
+    for index, (result, reader) in enumerate(zip(results, readers, strict=True)):
+        message = read_message([*reader.feed(result.text), *reader.end()], chat.parallel_calls)
+        reason = finish_reason(result.finish_reason or "stop", bool(message.calls))
+        choices.append({"index": index, "message": message.as_openai(), "finish_reason": reason, "logprobs": None})
     return ChatCompletion.model_validate(
         {
             "id": _answer_id(call),
             "object": "chat.completion",
             "created": call.created,
             "model": chat.ask.model,
-            "choices": [choice],
-            "usage": usage(result),
+            "choices": choices,
+            "usage": usage_of(results, chat.samples),
         }
     )
 

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from openai.types import Completion
 
-from flashserve_client import Delta, FlashserveError, GenerateResult
+from flashserve_client import FlashserveError, GenerateResult
 
 from . import parameters
 from .abilities import refuse_missing
 from .chat import finish_reason
 from .errors import invalid, of_engine
 from .gateway import Call, usage_of
+from .merging import gathered, merged
 from .pool import Answer, Ask
 from .sse import DONE, CompletionChunks
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
-# A stream's reader that lags behind holds its engines back, rather than let their text pile up here.
-_QUEUED_PIECES = 32
 
 Prompt = str | list[int]
 
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """A checked request: the asks are its prompts, in order."""
+    """A checked request."""
 
     asks: tuple[Ask, ...]
+    """`samples` of the first prompt, then of the next."""
+    samples: int
     usage_wanted: bool
     echo: bool
 
@@ -45,13 +45,16 @@ def read_completion(call: Call) -> CompletionRequest:
     params["max_tokens"] = parameters.read_count(body, "max_tokens") or _DEFAULT_MAX_TOKENS
     model = parameters.read_model(body)
     priority = call.caller.priority(parameters.read_priority(body))
-    prompts = read_prompts(body.get("prompt"), call.gateway.settings.limits.prompts)
-    asks = []
+    limits = call.gateway.settings.limits
+    prompts = read_prompts(body.get("prompt"), limits.prompts)
+    samples = parameters.read_samples(body, limits.samples)
+    asks: list[Ask] = []
     for index, prompt in enumerate(prompts):
         request_id = call.request_id if len(prompts) == 1 else f"{call.request_id}-{index}"
-        asks.append(Ask(model, prompt, params, request_id, priority, stream))
+        asks += Ask(model, prompt, params, request_id, priority, stream).samples(samples)
     return CompletionRequest(
         asks=tuple(asks),
+        samples=samples,
         usage_wanted=parameters.read_usage_wanted(body, stream),
         echo=parameters.read(body, "echo", bool, False),
     )
@@ -88,16 +91,12 @@ async def _echo(call: Call, request: CompletionRequest, index: int) -> str:
 
 
 async def complete(call: Call, request: CompletionRequest) -> Completion:
-    """All answers at once; the first that fails ends the others. Raises ApiError."""
+    """All answers at once. Raises ApiError."""
 
     async def one(index: int) -> tuple[str, GenerateResult]:
         return await _echo(call, request, index), await call.whole(request.asks[index])
 
-    tasks = [asyncio.create_task(one(index)) for index in range(len(request.asks))]
-    try:
-        answers = await asyncio.gather(*tasks)
-    finally:
-        await _end(tasks)
+    answers = await gathered([one(index) for index in range(len(request.asks))])
     choices = [
         {
             "index": index,
@@ -114,7 +113,7 @@ async def complete(call: Call, request: CompletionRequest) -> Completion:
             "created": call.created,
             "model": request.asks[0].model,
             "choices": choices,
-            "usage": _usage([result for _, result in answers]),
+            "usage": usage_of([result for _, result in answers], request.samples),
         }
     )
 
@@ -123,62 +122,27 @@ async def stream_completion(call: Call, request: CompletionRequest) -> AsyncGene
     """The events of a streamed answer: pieces of all prompts as they come. Raises ApiError."""
     chunks = CompletionChunks(_answer_id(call), request.asks[0].model, call.created, request.usage_wanted)
     answers = [Answer() for _ in request.asks]
-    async with contextlib.aclosing(_merged(call, request, answers)) as merged:
-        async for index, delta in merged:
+    streams = [_stream_one(call, request, chunks, index, answer) for index, answer in enumerate(answers)]
+    async with contextlib.aclosing(merged(streams)) as events:
+        async for event in events:
+            yield event
+    if request.usage_wanted:
+        results = [answer.result for answer in answers if answer.result is not None]
+        yield chunks.usage(usage_of(results, request.samples))
+    yield DONE
+
+
+async def _stream_one(
+    call: Call, request: CompletionRequest, chunks: CompletionChunks, index: int, answer: Answer
+) -> AsyncGenerator[bytes, None]:
+    if before := await _echo(call, request, index):
+        yield chunks.text(index, before)
+    async with contextlib.aclosing(call.pieces(request.asks[index], answer)) as pieces:
+        async for delta in pieces:
             if delta.finish_reason is not None:
                 yield chunks.text(index, delta.text, finish_reason(delta.finish_reason, False))
             elif delta.text:
                 yield chunks.text(index, delta.text)
-    if request.usage_wanted:
-        yield chunks.usage(_usage([answer.result for answer in answers if answer.result is not None]))
-    yield DONE
-
-
-async def _merged(
-    call: Call, request: CompletionRequest, answers: list[Answer]
-) -> AsyncGenerator[tuple[int, Delta], None]:
-    """The pieces of all answers, each with its prompt's number."""
-    queue: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue(_QUEUED_PIECES)
-
-    async def read(index: int) -> None:
-        try:
-            if before := await _echo(call, request, index):
-                await queue.put((index, Delta(before, 0, None)))
-            async with contextlib.aclosing(call.pieces(request.asks[index], answers[index])) as pieces:
-                async for delta in pieces:
-                    await queue.put((index, delta))
-        except Exception as error:
-            await queue.put(error)
-        else:
-            await queue.put(None)
-
-    tasks = [asyncio.create_task(read(index)) for index in range(len(request.asks))]
-    try:
-        running = len(tasks)
-        while running:
-            item = await queue.get()
-            if item is None:
-                running -= 1
-            elif isinstance(item, BaseException):
-                raise item
-            else:
-                yield item
-    finally:
-        await _end(tasks)
-
-
-async def _end(tasks: list[asyncio.Task[None]] | list[asyncio.Task[tuple[str, GenerateResult]]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _usage(results: list[GenerateResult]) -> dict[str, object]:
-    return usage_of(
-        sum(result.prompt_tokens for result in results),
-        sum(result.completion_tokens for result in results),
-        sum(result.timings.cached_tokens or 0 for result in results),
-    )
 
 
 def _answer_id(call: Call) -> str:

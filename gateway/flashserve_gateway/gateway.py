@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,16 +101,14 @@ class Call:
         return internal_error(self.request_id)
 
 
-def usage(result: GenerateResult) -> dict[str, Any]:
-    """OpenAI's counts of one answer."""
-    return usage_of(result.prompt_tokens, result.completion_tokens, result.timings.cached_tokens or 0)
-
-
-def usage_of(prompt: int, completion: int, cached: int) -> dict[str, Any]:
-    """OpenAI's counts."""
+def usage_of(results: Sequence[GenerateResult], samples: int = 1) -> dict[str, Any]:
+    """OpenAI's counts of a request's answers, of which `samples` that follow each other have one prompt."""
+    prompts = results[::samples]
+    prompt_tokens = sum(result.prompt_tokens for result in prompts)
+    completion_tokens = sum(result.completion_tokens for result in results)
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(result.timings.cached_tokens or 0 for result in prompts)},
     }

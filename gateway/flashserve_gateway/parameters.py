@@ -25,7 +25,7 @@ IGNORED = frozenset(
     {"user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options",
      "safety_identifier"}
 )  # fmt: skip
-COMMON = frozenset({"model", "stream", "stream_options", "max_tokens", "priority"})
+COMMON = frozenset({"model", "stream", "stream_options", "max_tokens", "priority", "n"})
 CHAT = COMMON | {
     "messages",
     "max_completion_tokens",
@@ -73,6 +73,14 @@ def read_count(body: Mapping[str, Any], name: str) -> int | None:
     count = read(body, name, int, 0)
     if not 1 <= count <= INT32_MAX:
         raise invalid(name, f"{name} must be an integer in [1, 2^31-1], not {count}")
+    return count
+
+
+def read_samples(body: Mapping[str, Any], limit: int) -> int:
+    """How many answers are wanted to one prompt. Raises ApiError."""
+    count = read_count(body, "n") or 1
+    if count > limit:
+        raise invalid("n", f"n: at most {limit}, not {count}")
     return count
 
 

@@ -9,7 +9,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flashserve_client import (
@@ -49,6 +49,18 @@ class Ask:
     priority: int | None = None
     stream: bool = True
     """Pieces as they come; otherwise the whole in one piece."""
+
+    def samples(self, count: int) -> list[Ask]:
+        """The ask, `count` times: each a request of its own, with a seed of its own if there is one. They share the
+        computation of their prompt through the engine's prefix cache."""
+        if count == 1:
+            return [self]
+        asks = []
+        for index in range(count):
+            seed = self.params.get("seed")
+            params = {**self.params, "seed": seed + index} if type(seed) is int else self.params
+            asks.append(replace(self, request_id=f"{self.request_id}-{index}", params=params))
+        return asks
 
 
 @dataclass

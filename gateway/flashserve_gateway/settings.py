@@ -26,6 +26,8 @@ class Limits:
     """A client that does not read a stream for so long loses it: its tokens would wait in tritonserver."""
     prompts: int = 64
     """Of one request to /v1/completions."""
+    samples: int = 16
+    """Of one prompt (`n`)."""
 
 
 @dataclass(frozen=True)

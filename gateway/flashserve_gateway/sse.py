@@ -158,12 +158,13 @@ async def _gone(receive: Receive) -> None:
 
 
 class ChatChunks:
-    """The events of one chat.completion.chunk stream. `usage: null` stands in each if the last one will have it."""
+    """The events of one choice of a chat.completion.chunk stream. `usage: null` stands in each if there will be one."""
 
-    def __init__(self, answer_id: str, model: str, created: int, usage_wanted: bool) -> None:
+    def __init__(self, answer_id: str, model: str, created: int, usage_wanted: bool, index: int = 0) -> None:
         head = orjson.dumps({"id": answer_id, "object": "chat.completion.chunk", "created": created, "model": model})
         self._head = b"data: " + head[:-1] + b',"choices":['
-        self._delta = self._head + b'{"index":0,"delta":'
+        self._index = index
+        self._delta = self._head + b'{"index":%d,"delta":' % index
         self._tail = (b',"usage":null' if usage_wanted else b"") + b"}\n\n"
         self._running = b',"logprobs":null,"finish_reason":null}]' + self._tail
 
@@ -181,7 +182,7 @@ class ChatChunks:
 
     def finish(self, reason: str) -> bytes:
         """The last choice."""
-        end = orjson.dumps({"index": 0, "delta": {}, "logprobs": None, "finish_reason": reason})
+        end = orjson.dumps({"index": self._index, "delta": {}, "logprobs": None, "finish_reason": reason})
         return self._head + end + b"]" + self._tail
 
     def usage(self, usage: Mapping[str, Any]) -> bytes:

@@ -99,6 +99,19 @@ def test_characters_that_span_tokens_arrive_whole(client: openai.OpenAI):
     assert "\ufffd" in whole and len(pieces) > 1
 
 
+def test_samples_differ_by_seed_and_come_again(client: openai.OpenAI):
+    settings = {"model": "llama", "messages": MESSAGES, "max_tokens": 12, "temperature": 1.5, "seed": 3, "n": 3}
+    first, again = (
+        [choice.message.content for choice in client.chat.completions.create(**settings).choices] for _ in range(2)
+    )
+    assert first == again and len(set(first)) == 3
+    streamed = ["", "", ""]
+    for chunk in client.chat.completions.create(**settings, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == first
+
+
 def test_a_stop_string_never_shows(client: openai.OpenAI):
     stop = letters(3, 20)[5:7]
     settings = {"model": "letters", "prompt": [1, 2, 3], "max_tokens": 20, "stop": [stop]}

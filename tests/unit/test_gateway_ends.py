@@ -225,7 +225,9 @@ async def test_good_streams_go_on_beside_bad_clients():
         good = [asyncio.create_task(gateway.chunks()) for _ in range(8)]
         started = time.monotonic()
         while time.monotonic() - started < 0.3:
-            await asyncio.gather(post(gateway, b"[" * 50_000), post(gateway, b"\xff" * 100_000), gateway.chat(n=3))
+            await asyncio.gather(
+                post(gateway, b"[" * 50_000), post(gateway, b"\xff" * 100_000), gateway.chat(logprobs=True)
+            )
             _, writer = await connect(gateway)
             writer.write(request(STREAMED))
             writer.close()

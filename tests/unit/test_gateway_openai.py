@@ -95,6 +95,43 @@ async def test_streamed_completions_of_several_prompts():
     assert usage is not None and usage.completion_tokens == 6
 
 
+@pytest.mark.parametrize("prompt", ["hello", ["hello", "goodbye"]])
+async def test_several_answers_to_a_prompt(prompt: str | list[str]):
+    async def script(asked):
+        yield piece(f"{asked.request.strings['text_input']} {asked.sampling['seed']}", "stop")
+
+    async with gate(MemoryTransport(script)) as gateway:
+        asks = client(gateway.url).completions
+        answer = await asks.create(model="demo", prompt=prompt, n=3, seed=7)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        assert [choice.text for choice in answer.choices] == [f"{text} {7 + k}" for text in prompts for k in range(3)]
+        assert answer.usage is not None
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3 * len(prompts), 3 * len(prompts))
+
+
+async def test_several_answers_to_a_chat():
+    async def script(asked):
+        yield piece("one ")
+        yield piece(str(asked.sampling["seed"]), "stop")
+
+    async with gate(MemoryTransport(script)) as gateway:
+        gateway.engine.script = script
+        chunks = await gateway.chunks(n=3, seed=7, stream_options={"include_usage": True})
+        assert [chunk["choices"][0]["index"] for chunk in chunks[:3]] == [0, 1, 2]  # clients number them as they come
+        assert all(chunk["choices"][0]["delta"].get("role") for chunk in chunks[:3])
+        texts = ["", "", ""]
+        for chunk in chunks[3:-1]:
+            texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["delta"].get("content", "")
+        assert texts == ["one 7", "one 8", "one 9"]
+        assert chunks[-1]["usage"]["prompt_tokens"] == 3 and chunks[-1]["usage"]["completion_tokens"] == 6
+        async with client(gateway.url).chat.completions.stream(**CHAT, n=2, seed=1) as stream:
+            final = await stream.get_final_completion()
+        assert [choice.message.content for choice in final.choices] == ["one 1", "one 2"]
+    async with gate() as gateway:
+        whole = await client(gateway.url).chat.completions.create(**CHAT, n=2)
+        assert [choice.message.content for choice in whole.choices] == ["one two three"] * 2
+
+
 async def test_the_developer_is_the_system_and_a_limit_has_two_names():
     async with gate() as gateway:
         messages = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": "hello"}]
@@ -126,7 +163,7 @@ def test_every_field_of_openais_api_has_its_place(params: type, own: frozenset[s
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2), ("n", "2"), ("logprobs", True), ("logprobs", 0), ("top_logprobs", 0), ("presence_penalty", 0.5),
+        ("logprobs", True), ("logprobs", 0), ("top_logprobs", 0), ("presence_penalty", 0.5),
         ("frequency_penalty", -1), ("repetition_penalty", 1.1), ("logit_bias", {"5": 3}),
         ("response_format", {"type": "json_object"}), ("tool_choice", "required"),
         ("tool_choice", {"type": "function", "function": {"name": "f"}}), ("audio", {"voice": "x"}),
@@ -163,6 +200,9 @@ async def test_what_means_nothing_special_is_taken():
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_completion_tokens": True}, "max_completion_tokens"),
         ({"priority": "high"}, "priority"),
+        ({"n": 17}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": "2"}, "n"),
         ({"priority": ""}, "priority"),
         ({"priority": False}, "priority"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -226,7 +266,7 @@ async def test_openais_client_raises_its_own_errors():
             await asks.create(model="nope", messages=CHAT["messages"])
         assert raised.value.code == "model_not_found"
         with pytest.raises(openai.BadRequestError):
-            await asks.create(**CHAT, n=2)
+            await asks.create(**CHAT, logprobs=True)
         gateway.engine.script = fails(Unavailable("queue is full", retry_after_ms=10))
         with pytest.raises(openai.InternalServerError):
             await asks.create(**CHAT)
