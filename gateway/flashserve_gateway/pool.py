@@ -28,6 +28,7 @@ from .errors import model_not_found
 log = logging.getLogger("flashserve_gateway")
 
 _READY = "READY"
+_NOT_ASKED = "not asked yet"
 _INDEX_TIMEOUT_S = 5.0
 _PROBE_TIMEOUT_S = 5.0
 _PROBE_MESSAGES = [{"role": "user", "content": "hello"}]
@@ -70,7 +71,7 @@ class Server:
     client: AsyncClient
     models: dict[str, ModelInfo] = field(default_factory=dict)
     in_flight: int = 0
-    error: str = "not asked yet"
+    error: str = _NOT_ASKED
     """Why it cannot be used; empty if it can."""
 
 
@@ -213,7 +214,7 @@ class Pool:
             models = await asyncio.wait_for(server.client.models(), _INDEX_TIMEOUT_S)
         except (FlashserveError, asyncio.TimeoutError) as error:
             reason = str(error) or f"no answer within {_INDEX_TIMEOUT_S:g} s"
-            if server.error != reason:
+            if server.error in ("", _NOT_ASKED):  # once, not every second
                 log.warning("%s: %s", server.client.url, reason)
             server.error = reason
             return
@@ -230,11 +231,14 @@ class Pool:
     async def _probe(self) -> Readiness:
         models = list(self.models)
         if not models:
-            problems = {server.client.url: server.error for server in self.servers if server.error}
-            return Readiness(False, problems or {"models": "none is ready"})
+            return Readiness(False, {"models": "none is ready" if self.is_live else "no server can be reached"})
         checks = [self._any_client(name).health(model=name, timeout_s=_PROBE_TIMEOUT_S) for name in models]
         found = await asyncio.gather(*checks)
-        detail = {name: health.detail for name, health in zip(models, found, strict=True)}
+        # Why a server cannot be reached holds its address, which is the log's and not everybody's.
+        detail = {
+            name: health.detail if health.server_live else "its server cannot be reached"
+            for name, health in zip(models, found, strict=True)
+        }
         return Readiness(any(health.engine_ready for health in found), detail)
 
 
