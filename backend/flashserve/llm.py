@@ -27,7 +27,7 @@ from flashserve.protocol import Abort, FinishReason, GenerateRequest, RequestTim
 from flashserve.sampling_params import parse_sampling_params
 from flashserve.text.completion import Completion
 from flashserve.text.generation_defaults import read_generation_defaults
-from flashserve.text.prompt import check_prompt
+from flashserve.text.prompt import check_prompt, stop_at_special_tokens
 from flashserve.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -93,7 +93,7 @@ class LLM:
         self.close()
 
     def _request(self, prompt: Prompt, given: Params) -> GenerateRequest:
-        params = parse_sampling_params(_as_mapping(given), self._defaults)
+        params = stop_at_special_tokens(parse_sampling_params(_as_mapping(given), self._defaults), self.tokenizer)
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         token_ids = check_prompt("prompt", token_ids, params, self.limits)
         return GenerateRequest(next(self._ids), token_ids, params, arrival=time.monotonic())

@@ -21,11 +21,11 @@ MANY_ROWS = 128  # a product of more takes long, and hardly notices where its we
 
 
 def measure(
-    case: Case, ops: Ops, dtype: torch.dtype, timer: Timer, ceilings: tuple[float, float] | None
+    case: Case, ops: Ops, dtype: torch.dtype, timer: Timer, ceilings: tuple[float, float] | None, copies: int = 1
 ) -> dict[str, Any]:
     """Of one call: the error, time and rates, and the time of torch's ops. ceilings: bytes and FLOP per second."""
     found = check(case, ops, dtype)
-    inputs, copies = Inputs(ops.device, dtype, dtype), copies_of(case, ops.device)
+    inputs = Inputs(ops.device, dtype, dtype)
     both = {each: case.bind(each, inputs, copies) for each in (ops, Ops(ops.device))}
     calls = len(both[ops].calls)
     ours, torchs = (seconds / calls for seconds in timer.seconds(*itertools.starmap(runner, both.items())))
@@ -61,10 +61,8 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return float(((actual.double() - exact) / scale).abs().max())
 
 
-def copies_of(case: Case, device: torch.device) -> int:
-    """How many copies keep a CPU's caches from holding what a step reads anew; a GPU's is flushed."""
-    if device.type != "cpu":
-        return 1
+def cpu_copies(case: Case) -> int:
+    """How many copies keep a CPU's caches from holding what a step reads anew; a GPU's is flushed by the timer."""
     most = MOST_COPIES if case.flops <= 2 * MANY_ROWS * case.num_bytes else 4
     return max(1, min(most, int(CPU_COPIES_BYTES / case.num_bytes)))
 

@@ -14,7 +14,7 @@ import torch
 from benchmarks.common.arguments import CORES, numbers
 from benchmarks.common.machine import read_ceilings
 from benchmarks.common.op_cases import Case, attention_case, linear_cases, row_cases, sample_cases
-from benchmarks.common.ops import measure
+from benchmarks.common.ops import cpu_copies, measure
 from benchmarks.common.shapes import CPU_SHAPES, SHAPES, head_size
 from benchmarks.common.tables import keyed
 from benchmarks.common.timing import Timer
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     timer, rows = Timer(ops.device, args.seconds), []
     for case in cases(args, dtype.itemsize):
         print(f"  {case.name}", flush=True)
-        rows.append({"": case.name, **measure(case, ops, dtype, timer, ceilings.rates)})
+        rows.append({"": case.name, **measure(case, ops, dtype, timer, ceilings.rates, cpu_copies(case))})
     print("", *keyed(rows), sep="\n")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -334,16 +335,14 @@ async def test_retries_are_bounded(peer: Peer):
 
 
 async def test_a_retry_has_less_time_and_does_not_outlast_the_deadline(peer: Peer):
-    peer.script = refuse(9, retry_after_ms=150)
+    peer.script = refuse(9, retry_after_ms=750)
     async with AsyncClient(peer.url, retries=9) as client:
-        started = time.monotonic()
         with pytest.raises(Unavailable):
-            await client.generate("x", timeout_s=0.4)
-        assert time.monotonic() - started < 0.5
+            await client.generate("x", timeout_s=2)
     left = [asked.sampling["timeout_ms"] for asked in peer.asked]
-    assert left[0] == 400
-    assert 200 < left[1] <= 250
-    assert len(left) == 3
+    assert left[0] == 2000
+    assert all(after <= before - 750 for before, after in pairwise(left))
+    assert 1 < len(left) <= 3  # a fourth would come after the deadline
 
 
 async def test_nothing_is_retried_after_the_first_token(peer: Peer):

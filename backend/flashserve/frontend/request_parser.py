@@ -28,7 +28,7 @@ from flashserve.sampling_params import (
 )
 from flashserve.text.chat_template import ChatRequest, ChatTemplate
 from flashserve.text.generation_defaults import GenerationDefaults, read_generation_defaults
-from flashserve.text.prompt import check_prompt, check_vocabulary
+from flashserve.text.prompt import check_prompt, check_vocabulary, stop_at_special_tokens
 from flashserve.text.strict_json import parse_object
 from flashserve.text.tokenizer import Tokenizer
 
@@ -177,7 +177,9 @@ def parse(request: RawRequest, context: ParserContext, internal_id: int) -> Pars
     message = GenerateRequest(
         request_id=internal_id,
         prompt_token_ids=token_ids,
-        params=_with_max_tokens(parameters.sampling, source, len(token_ids), context),
+        params=stop_at_special_tokens(
+            _with_max_tokens(parameters.sampling, source, len(token_ids), context), context.tokenizer
+        ),
         arrival=arrival,
         priority=options.priority,
         deadline=None if options.timeout_s is None else arrival + options.timeout_s,

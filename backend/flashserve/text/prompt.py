@@ -1,11 +1,15 @@
-"""What a prompt must be, wherever it comes from: the request parser and the offline API share it."""
+"""What a prompt must be and where its answer stops, wherever it comes from: the request parser and the offline API
+share it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from flashserve.errors import InvalidArgument
 from flashserve.protocol import EngineLimits, SamplingParams
+from flashserve.text.tokenizer import Tokenizer
 
 
 def check_prompt(name: str, token_ids: list[int], params: SamplingParams, limits: EngineLimits) -> list[int]:
@@ -32,3 +36,12 @@ def check_vocabulary(name: str, token_ids: Sequence[int], limits: EngineLimits) 
     if token_ids and not 0 <= min(token_ids) <= max(token_ids) < limits.vocab_size:
         unknown = next(token_id for token_id in token_ids if not 0 <= token_id < limits.vocab_size)
         raise InvalidArgument(f"{name}: token id {unknown} is not in the model's range [0, {limits.vocab_size - 1}]")
+
+
+def stop_at_special_tokens(params: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
+    """A stop string that is a special token stops at its id: it never becomes text while those are skipped."""
+    if not params.stop or not params.skip_special_tokens:
+        return params
+    known = tokenizer.special_token_ids
+    ids = tuple(known[stop] for stop in params.stop if stop in known and known[stop] not in params.stop_token_ids)
+    return msgspec.structs.replace(params, stop_token_ids=params.stop_token_ids + ids) if ids else params

@@ -57,6 +57,12 @@ class Tokenizer:
         return max((len(token.encode("utf-8", "surrogatepass")) for token in tokens), default=1) or 1
 
     @cached_property
+    def special_token_ids(self) -> dict[str, int]:
+        """The tokens that `skip_special_tokens` leaves out of a text, with their ids."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
+
+    @cached_property
     def special_tokens(self) -> dict[str, str]:
         """bos_token, eos_token, ...: what chat templates may refer to."""
         tokens: dict[str, str] = {}
