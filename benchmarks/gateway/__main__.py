@@ -3,9 +3,10 @@
     python -m benchmarks.gateway            with the demo model
     python -m benchmarks.gateway --rounds 9 --model-repository DIR --model NAME
 
-Three figures: the share of straight gRPC's tokens per second that 32 streams keep through the gateway; what it adds to
-the time to the first token, one request at a time; and the chunks per second of one gateway process in front of an
-engine that costs nothing, with the processor time that a chunk takes.
+The share of straight gRPC's tokens per second that 32 streams keep through the gateway; the processor time of a token
+in the gateway and in a gRPC client, which depends less on what else the machine does; what the gateway adds to the time
+to the first token, one request at a time; and the chunks per second of one gateway process in front of an engine that
+costs nothing.
 """
 
 from __future__ import annotations
@@ -83,17 +84,26 @@ async def first_token(client: AsyncClient, port: int, model: str) -> tuple[float
     return stream.result.ttft_s * 1000, first_s * 1000
 
 
-async def compare(port: int, grpc_port: int, arguments: argparse.Namespace) -> None:
+def cpu_s(process: psutil.Process) -> float:
+    """Processor time so far, in seconds."""
+    return float(sum(process.cpu_times()[:2]))
+
+
+async def compare(port: int, grpc_port: int, gateway: psutil.Process, arguments: argparse.Namespace) -> None:
     """Rounds of both ways, in turn."""
+    client_process, tokens = psutil.Process(), arguments.streams * arguments.tokens
     async with AsyncClient(f"grpc://127.0.0.1:{grpc_port}", model=arguments.model) as client:
-        shares, rates = [], []
+        shares, client_us, gateway_us = [], [], []
         for number in range(arguments.rounds + 1):
-            ways = [load_grpc(client, arguments.streams, arguments.tokens)]
-            ways.append(load_gateway(port, arguments.model, arguments.streams, arguments.tokens))
-            straight, through = [await way for way in ways]
+            used = cpu_s(client_process)
+            straight = await load_grpc(client, arguments.streams, arguments.tokens)
+            of_client, used = cpu_s(client_process) - used, cpu_s(gateway)
+            through = await load_gateway(port, arguments.model, arguments.streams, arguments.tokens)
+            of_gateway = cpu_s(gateway) - used
             if number:  # the first warms both up
                 shares.append(through / straight)
-                rates.append((straight, through))
+                client_us.append(of_client / tokens * 1e6)
+                gateway_us.append(of_gateway / tokens * 1e6)
                 print(f"  {straight:8.0f} straight  {through:8.0f} through  {through / straight:6.1%}", flush=True)
         added = []
         for _ in range(arguments.first_tokens):
@@ -101,6 +111,9 @@ async def compare(port: int, grpc_port: int, arguments: argparse.Namespace) -> N
             added.append(through_ms - straight_ms)
     print(f"{arguments.streams} streams keep {statistics.median(shares):.1%} of straight gRPC's tokens/s "
           f"({min(shares):.1%} to {max(shares):.1%}, {arguments.rounds} rounds in turn)")  # fmt: skip
+    spread = f"{statistics.median(gateway_us):.0f} µs ({min(gateway_us):.0f} to {max(gateway_us):.0f})"
+    of_clients = f"{statistics.median(client_us):.0f} µs ({min(client_us):.0f} to {max(client_us):.0f})"
+    print(f"a token takes {spread} of processor time in the gateway, {of_clients} in a gRPC client")
     print(f"first token: {statistics.median(added):+.1f} ms at the median of {len(added)} pairs")
 
 
@@ -109,17 +122,17 @@ async def measure_alone(port: int, process: psutil.Process, arguments: argparse.
     await load_gateway(port, "free", arguments.streams, 100)
     rates, costs = [], []
     for _ in range(arguments.rounds):
-        used = sum(process.cpu_times()[:2])
+        used = cpu_s(process)
         rates.append(await load_gateway(port, "free", arguments.streams, arguments.free_tokens))
-        costs.append((sum(process.cpu_times()[:2]) - used) / (arguments.streams * arguments.free_tokens))
+        costs.append((cpu_s(process) - used) / (arguments.streams * arguments.free_tokens))
     print(f"alone: {statistics.median(rates):,.0f} chunks/s (its reader shares the machine), "
           f"{statistics.median(costs) * 1e6:.0f} µs of processor time each, "
           f"{process.memory_info().rss / 2**20:.0f} MiB")  # fmt: skip
 
 
 @contextlib.contextmanager
-def serving(arguments: argparse.Namespace) -> Iterator[tuple[int, int]]:
-    """A server with its gateway: the gateway's port and gRPC's."""
+def serving(arguments: argparse.Namespace) -> Iterator[tuple[int, int, psutil.Process]]:
+    """A server with its gateway: the gateway's port, gRPC's, and the gateway's process."""
     http, grpc, metrics, gateway = free_ports(4)
     command = [sys.executable, "-m", "flashserve.cli", "serve", "--http-port", str(http), "--grpc-port", str(grpc)]
     command += ["--metrics-port", str(metrics), "--gateway-port", str(gateway)]
@@ -128,7 +141,8 @@ def serving(arguments: argparse.Namespace) -> Iterator[tuple[int, int]]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_ready(gateway, process)
-        yield gateway, grpc
+        family = psutil.Process(process.pid).children(recursive=True)
+        yield gateway, grpc, next(child for child in family if "flashserve_gateway" in child.cmdline())
     finally:
         process.terminate()
         process.wait(15)
@@ -160,8 +174,8 @@ def main() -> None:
         port = int(alone.stdout.readline())
         asyncio.run(measure_alone(port, psutil.Process(alone.pid), arguments))
         alone.terminate()
-    with serving(arguments) as (gateway, grpc):
-        asyncio.run(compare(gateway, grpc, arguments))
+    with serving(arguments) as (port, grpc_port, gateway):
+        asyncio.run(compare(port, grpc_port, gateway, arguments))
 
 
 if __name__ == "__main__":
