@@ -46,7 +46,7 @@ def serving() -> Iterator[None]:
         yield
         return
     print("starting a server with the demo model", flush=True)
-    command = [sys.executable, "-m", "flashserve.cli", "serve", "--", "--load-model=demo"]
+    command = [sys.executable, "-m", "flashserve.cli", "serve", "--no-gateway", "--", "--load-model=demo"]
     server = subprocess.Popen(command, start_new_session=True)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
