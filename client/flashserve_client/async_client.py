@@ -95,13 +95,24 @@ class AsyncClient:
         """Like `generate`, but iterates over `Delta`s as they come; `.result` of the stream has the whole."""
         return self._open(prompt, True, model, timeout_s, priority, request_id, params)
 
-    async def tokenize(self, prompt: str | Sequence[Mapping[str, Any]], *, model: str | None = None) -> list[int]:
-        """The token ids of a text, or of chat messages rendered with the model's template."""
-        answer = await self._ask_tokenizer(tokenize_body(prompt), model)
+    async def tokenize(
+        self, prompt: str | Sequence[Mapping[str, Any]], *, model: str | None = None, **template: Any
+    ) -> list[int]:
+        """The token ids of a text, or of chat messages rendered with the model's template, whose other fields (tools,
+        chat_template_kwargs, ...) may be given."""
+        answer = await self._ask_tokenizer({**tokenize_body(prompt), **template}, model)
         ids = answer.get("token_ids")
         if not isinstance(ids, list):
             raise InternalError("the server's answer to tokenize has no token_ids")
         return ids
+
+    async def render(self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, **template: Any) -> str:
+        """The prompt that the model's chat template makes of messages. `template`: tools, chat_template_kwargs, ..."""
+        answer = await self._ask_tokenizer({**tokenize_body(messages), **template}, model)
+        prompt = answer.get("prompt")
+        if not isinstance(prompt, str):
+            raise InternalError("the server's answer to tokenize has no prompt")
+        return prompt
 
     async def detokenize(self, token_ids: Sequence[int], *, model: str | None = None) -> str:
         """The text of token ids."""

@@ -31,7 +31,7 @@ from flashserve.launcher.ports import free_port
 from flashserve.stub_processes import Stub, list_stubs
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [str(ROOT / name) for name in ("backend", "kernels", "client")]
+SOURCES = [str(ROOT / name) for name in ("backend", "kernels", "client", "gateway")]
 # Every process that a test's server starts carries it, whatever session or group it moves to.
 TEST_VARIABLE = "FLASHSERVE_TEST"
 # A test run that is killed takes its servers along. Not as preexec_fn: that forks, which breaks with gRPC's threads.
@@ -50,8 +50,9 @@ STOP_TIMEOUT_S = 10.0
 class Server:
     """One launcher and what it starts.
 
-    Attributes: `http` ("http://127.0.0.1:PORT"), `grpc` ("127.0.0.1:PORT"), `metrics` (URL of /metrics), `repository`
-    (the generated one; `add_model` writes to it), `launcher` (the Popen), `folder` (private; holds log and TMPDIR).
+    Attributes: `http` ("http://127.0.0.1:PORT"), `grpc` ("127.0.0.1:PORT"), `metrics` (URL of /metrics), `gateway`
+    ("http://127.0.0.1:PORT" if it was asked for), `repository` (the generated one; `add_model` writes to it),
+    `launcher` (the Popen), `folder` (private; holds log and TMPDIR).
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Server:
         python_path: Sequence[Path | str] = (),
         ready_timeout_s: float = READY_TIMEOUT_S,
         ready_pattern: str = "^ready in ",
+        gateway: bool = False,
         parent: Path | None = None,
     ) -> None:
         """``parent``: where its own folder is made, default the system's temporary one."""
@@ -80,7 +82,10 @@ class Server:
         self.http = f"http://127.0.0.1:{self._ports[0]}"
         self.grpc = f"127.0.0.1:{self._ports[1]}"
         self.metrics = f"http://127.0.0.1:{self._ports[2]}/metrics"
-        self._arguments = [*arguments, *(["--", *triton_arguments] if triton_arguments else [])]
+        gateway_port = free_port()
+        self.gateway = f"http://127.0.0.1:{gateway_port}"
+        with_gateway = ["--gateway-port", str(gateway_port)] if gateway else ["--no-gateway"]
+        self._arguments = [*with_gateway, *arguments, *(["--", *triton_arguments] if triton_arguments else [])]
         self._has_models = bool(models)
         self._env = dict(env or {})
         self._python_path = [*SOURCES, *map(str, python_path)]

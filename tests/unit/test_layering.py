@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("backend", "kernels", "client", "loadtest")
-OURS = ("flashserve", "flashserve_kernels", "flashserve_client", "loadtest")
+SOURCES = ("backend", "kernels", "client", "gateway", "loadtest")
+OURS = ("flashserve", "flashserve_kernels", "flashserve_client", "flashserve_gateway", "loadtest")
 
 # Layer: the layers that it may import. The longest name that fits a module is its layer.
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -116,6 +116,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "flashserve": (),
     "model": ("flashserve.frontend",),  # backend/model.py, Triton's entry
     "flashserve_client": (),
+    "flashserve_gateway": ("flashserve_client",),
     "loadtest": ("flashserve_client",),
 }
 ALLOWED["flashserve.cli"] = tuple(ALLOWED)  # sits on top of everything

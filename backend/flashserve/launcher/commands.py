@@ -63,6 +63,11 @@ def _add_serve(subparsers: Any) -> None:
     parser.add_argument("--grpc-port", type=_port, default=8001, help="default: %(default)s")
     parser.add_argument("--metrics-port", type=_port, default=8002, help="default: %(default)s")
     parser.add_argument(
+        "--gateway-port", type=_port, default=9000, help="of OpenAI's API and the web page (default: %(default)s)"
+    )
+    parser.add_argument("--gateway-keys", metavar="FILE", help="API keys for it (flashserve gateway --help)")
+    parser.add_argument("--no-gateway", action="store_true", help="without OpenAI's API and the web page")
+    parser.add_argument(
         "--serve-vllm-models", action="store_true", help='serve models with backend: "vllm" as they are; see below'
     )
     parser.add_argument("--backend-module", metavar="MODULE", help="module with another TritonPythonModel")
@@ -149,6 +154,8 @@ def run_serve(arguments: argparse.Namespace) -> int:
         http_port=arguments.http_port,
         grpc_port=arguments.grpc_port,
         metrics_port=arguments.metrics_port,
+        gateway_port=None if arguments.no_gateway else arguments.gateway_port,
+        gateway_keys=arguments.gateway_keys,
         verbose=arguments.verbose,
         serve_vllm_models=arguments.serve_vllm_models,
         backend_module=arguments.backend_module or workspace.DEFAULT_BACKEND_MODULE,

@@ -17,6 +17,7 @@ from flashserve.errors import ConfigError
 from flashserve.home import with_home
 from flashserve.launcher import discover, loadable, ports, repository
 from flashserve.launcher.errors import LauncherError
+from flashserve.launcher.gateway import gateway_lacks
 from flashserve.launcher.loadable import VllmServer
 from flashserve.launcher.repository import RepositoryModel
 from flashserve.memory import free_memory
@@ -53,6 +54,7 @@ def examine(model_repository: str | None = None) -> list[Check]:
         _numpy,
         _packages,
         _torch,
+        _gateway,
         _ports,
         _machine,
         lambda: _models(model_repository),
@@ -143,8 +145,17 @@ def _torch() -> Iterable[Check]:
         yield Check("Triton-lang", "fail", "not installed", f"{sys.executable} -m pip install 'flashserve[kernels]'")
 
 
+def _gateway() -> Iterable[Check]:
+    if lacking := gateway_lacks():
+        fix = f"{sys.executable} -m pip install 'flashserve[gateway]'"
+        yield Check("OpenAI's API", "warn", f"not served: no {', '.join(lacking)}", fix)
+    else:
+        yield Check("OpenAI's API", "ok", "served on port 9000")
+
+
 def _ports() -> Iterable[Check]:
-    for option, port in (("--http-port", 8000), ("--grpc-port", 8001), ("--metrics-port", 8002)):
+    served = (("--http-port", 8000), ("--grpc-port", 8001), ("--metrics-port", 8002), (ports.GATEWAY_OPTION, 9000))
+    for option, port in served:
         error = ports.refusal("127.0.0.1", port)
         if error is None:
             yield Check(f"port {port}", "ok", "free")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from flashserve.launcher.errors import LauncherError
 
 ALL_ADDRESSES = "0.0.0.0"
+GATEWAY_OPTION = "--gateway-port"
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Endpoints:
     http: int
     grpc: int
     metrics: int
+    gateway: int | None = None
+    """None: there is none."""
 
     @property
     def local_host(self) -> str:
@@ -81,11 +84,14 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(probe.getsockname()[1])
 
 
-def choose(host: str, http: int, grpc: int, metrics: int) -> Endpoints:
+def choose(host: str, http: int, grpc: int, metrics: int, gateway: int | None = None) -> Endpoints:
     """Check the ports; 0 means any free one. Raises LauncherError that names what is wrong and its option."""
     address = resolve(host)
     chosen: dict[str, int] = {}
-    for option, port in (("--http-port", http), ("--grpc-port", grpc), ("--metrics-port", metrics)):
+    wanted = [("--http-port", http), ("--grpc-port", grpc), ("--metrics-port", metrics)]
+    if gateway is not None:
+        wanted.append((GATEWAY_OPTION, gateway))
+    for option, port in wanted:
         error = refusal(address, port)
         if error is not None:
             raise _explain(error, host, option, port)
@@ -100,9 +106,10 @@ def choose(host: str, http: int, grpc: int, metrics: int) -> Endpoints:
 def _explain(error: OSError, host: str, option: str, port: int) -> LauncherError:
     """Each cause has a remedy of its own."""
     if error.errno == errno.EADDRINUSE:
+        without = ", serve without it (--no-gateway)" if option == GATEWAY_OPTION else ""
         return LauncherError(
             f"port {port} is taken on {host}",
-            f"choose another with {option} PORT (0 takes any free one), or find who listens: "
+            f"choose another with {option} PORT (0 takes any free one){without}, or find who listens: "
             f"ss -ltnp 'sport = :{port}'",
         )
     if error.errno == errno.EADDRNOTAVAIL:

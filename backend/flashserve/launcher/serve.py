@@ -12,6 +12,7 @@ from flashserve.launcher import loadable, ports, process, reaper, repository, wo
 from flashserve.launcher.console import Console
 from flashserve.launcher.discover import require_triton
 from flashserve.launcher.ending import Guard, end
+from flashserve.launcher.gateway import GatewayChild, gateway_lacks
 from flashserve.launcher.lives import Lives
 from flashserve.launcher.loads import Loads
 from flashserve.launcher.ports import Endpoints
@@ -33,6 +34,10 @@ class ServeOptions:
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
+    gateway_port: int | None = 9000
+    """Of OpenAI's API and the web page; None: without them."""
+    gateway_keys: str | None = None
+    """A file of API keys."""
     verbose: bool = False
     serve_vllm_models: bool = False
     """Take the place of Triton's vLLM backend, too."""
@@ -61,7 +66,10 @@ def serve(options: ServeOptions, console: Console | None = None) -> int:
             console.say(remark)
     loadable.require_loadable(repositories, named, arguments.load, vllm, judge_files=is_ours)
     expected = repository.names_with_stubs(repositories, named)
-    endpoints = ports.choose(options.host, options.http_port, options.grpc_port, options.metrics_port)
+    lacking = [] if options.gateway_port is None else gateway_lacks()
+    gateway_port = None if lacking else options.gateway_port
+    endpoints = ports.choose(options.host, options.http_port, options.grpc_port, options.metrics_port, gateway_port)
+    gateway = None if endpoints.gateway is None else GatewayChild(endpoints, options.gateway_keys, console)
     space = workspace.create()
     run = reaper.Run(space.run_id, str(space.folder))
     guard = Guard(run)
@@ -76,6 +84,8 @@ def serve(options: ServeOptions, console: Console | None = None) -> int:
             paths.append(str(space.models))
         env = process.environment(install, space, endpoints)
         console.say(f"flashserve {__version__}: starting {install}")
+        if lacking:
+            console.say(f"without OpenAI's API, which needs {', '.join(lacking)}: pip install 'flashserve[gateway]'")
 
         def start(load: Sequence[str]) -> ServerProcess:
             line = process.command(install, space, paths, endpoints, arguments.loading(load))
@@ -84,9 +94,19 @@ def serve(options: ServeOptions, console: Console | None = None) -> int:
         loads = Loads(space.load_notes, remote=any(map(repository.REMOTE.match, repositories)))
         restarts = (options.max_restarts, options.answer_timeout_s)
         lives = Lives(start, run, guard, endpoints, signals, console, loads, expected, *restarts)
-        return lives.live(arguments.load, lambda names, seconds: _announce(console, endpoints, names, seconds))
+
+        def announce(names: Sequence[str], seconds: float) -> None:
+            _announce(console, endpoints, names, seconds)
+            if gateway is not None:
+                gateway.start()
+
+        return lives.live(arguments.load, announce)
     finally:
+        if gateway is not None:
+            gateway.ask_to_end()  # its streams end while tritonserver lets its requests finish
         end(run, guard, lives.server if lives else None, signals, console, lives is not None and lives.was_ready)
+        if gateway is not None:
+            gateway.wait()
 
 
 def _announce(console: Console, endpoints: Endpoints, names: Sequence[str], seconds: float) -> None:
@@ -95,6 +115,8 @@ def _announce(console: Console, endpoints: Endpoints, names: Sequence[str], seco
     console.say(f"  HTTP     http://{host}:{endpoints.http}")
     console.say(f"  gRPC     {host}:{endpoints.grpc}")
     console.say(f"  metrics  http://{host}:{endpoints.metrics}/metrics")
+    if endpoints.gateway is not None:
+        console.say(f"  OpenAI   http://{host}:{endpoints.gateway}/v1, and a page at http://{host}:{endpoints.gateway}")
     for line in examples(names, f"{host}:{endpoints.http}", f"{host}:{endpoints.grpc}"):
         console.say(line)
     console.say("Ctrl-C ends it.")

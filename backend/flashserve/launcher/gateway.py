@@ -1,0 +1,102 @@
+"""The gateway as a child of the launcher: started when the models are ready, started anew when it dies, ended."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+import time
+
+from flashserve.launcher.console import Console
+from flashserve.launcher.errors import LauncherError
+from flashserve.launcher.ports import Endpoints
+
+# What it imports beside what serving needs; looked for, not imported.
+NEEDED = ("flashserve_gateway", "fastapi", "uvicorn", "uvloop", "httptools", "openai", "orjson", "prometheus_client")
+BACKOFF_S = (0.5, 2.0, 5.0, 15.0, 60.0)
+STABLE_AFTER_S = 60.0  # one that ran for so long has overcome what was wrong
+END_TIMEOUT_S = 1.0  # beyond the time that tritonserver took to end; its own grace is five seconds
+
+
+def gateway_lacks() -> list[str]:
+    """The modules that it needs and that are not installed."""
+    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
+
+
+class GatewayChild:
+    """Keeps one gateway alive, from a thread that reads what it says."""
+
+    def __init__(self, endpoints: Endpoints, keys: str | None, console: Console) -> None:
+        """``keys``: the file of API keys. Raises LauncherError if there is none."""
+        if keys is not None and not os.path.isfile(keys):
+            raise LauncherError(
+                f"--gateway-keys {keys}: no such file", "flashserve gateway --new-key NAME prints an entry for it"
+            )
+        self._command = [
+            *(sys.executable, "-m", "flashserve_gateway", "--end-with", str(os.getpid())),
+            *("--triton", f"{endpoints.local_host}:{endpoints.grpc}"),
+            *("--triton-metrics", endpoints.metrics_address),
+            *("--host", endpoints.host, "--port", str(endpoints.gateway)),
+            *(["--keys", keys] if keys is not None else []),
+        ]
+        self._console = console
+        self._ending = threading.Event()
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        # The kernel ends the child with the thread that started it, so this one must live as long as the launcher.
+        self._thread = threading.Thread(target=self._keep_alive, name="gateway", daemon=True)
+
+    def start(self) -> None:
+        """Start it, unless that was done."""
+        if not self._thread.is_alive() and not self._ending.is_set():
+            self._thread.start()
+
+    def ask_to_end(self) -> None:
+        """SIGTERM; it lets its streams end."""
+        self._ending.set()
+        with self._lock, contextlib.suppress(OSError):
+            if self._process is not None:
+                self._process.terminate()
+
+    def wait(self) -> None:
+        """Until it has ended; what has not by then is killed."""
+        if not self._thread.is_alive():
+            return
+        self._thread.join(END_TIMEOUT_S)
+        with self._lock, contextlib.suppress(OSError):
+            if self._process is not None:
+                self._process.kill()
+        self._thread.join(END_TIMEOUT_S)
+
+    def _keep_alive(self) -> None:
+        failures = 0
+        while not self._ending.is_set():
+            started = time.monotonic()
+            with self._lock:
+                if self._ending.is_set():
+                    return
+                self._process = process = self._popen()
+            assert process.stdout is not None
+            for line in process.stdout:
+                self._console.show_log(line.rstrip("\n"))
+            code = process.wait()
+            if self._ending.is_set():
+                return
+            failures = 1 if time.monotonic() - started > STABLE_AFTER_S else failures + 1
+            self._console.fail(f"the gateway ended by itself with code {code}: it is started anew")
+            self._ending.wait(BACKOFF_S[min(failures, len(BACKOFF_S)) - 1])
+
+    def _popen(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self._command,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a Ctrl-C in the terminal reaches the launcher only
+            text=True,
+            errors="replace",
+        )

@@ -1,0 +1,85 @@
+"""The application: routes, errors in OpenAI's shape, and what surrounds them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
+
+from flashserve_client import AsyncClient
+
+from .engine_metrics import EngineMetrics
+from .errors import ApiError
+from .gateway import Gateway
+from .keys import Keyring
+from .messages import anthropic_error
+from .metrics import Metrics
+from .middleware import Surround
+from .pool import Pool
+from .routes import chat, completions, messages, models, operations, page, responses, torchweave
+from .settings import Settings
+from .version import VERSION
+
+_DESCRIPTION = "OpenAI's API in front of Triton Inference Server."
+
+
+def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
+    """The ASGI application of one gateway.
+
+    Args:
+        pool: what answers instead of the servers that `settings.triton` names; the application ends it.
+
+    Raises KeysFileError for a keys file that cannot be used, ValueError for a bad address.
+    """
+    if pool is None:
+        clients = [AsyncClient(f"grpc://{address}", model="") for address in settings.triton]
+        pool = Pool(clients, settings.refresh_s)
+    gateway = Gateway(
+        settings,
+        pool,
+        Keyring.load(settings.keys_file),
+        Metrics(pool.in_flight),
+        EngineMetrics(settings.triton_metrics),
+    )
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await gateway.pool.start()
+        try:
+            yield
+        finally:
+            await gateway.engine_metrics.aclose()
+            await gateway.pool.aclose()
+
+    app = FastAPI(title="flashserve", version=VERSION, description=_DESCRIPTION, lifespan=lifespan, redoc_url=None)
+    app.add_exception_handler(ApiError, _answer_api_error)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    for module in (chat, completions, responses, messages, torchweave, models, operations, page):
+        app.include_router(module.routes(gateway))
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+    app.add_middleware(Surround, metrics=gateway.metrics)
+    return app
+
+
+async def _answer_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    body = anthropic_error(error) if request.url.path.startswith(messages.PATH) else error.body
+    return Response(body, error.status, error.headers)
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    """Of the framework: no such path, no such method."""
+    assert isinstance(error, HTTPException)
+    words = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    answer = ApiError(error.status_code, words)
+    return Response(answer.body, answer.status, {**(error.headers or {}), **answer.headers})

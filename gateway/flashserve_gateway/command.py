@@ -1,0 +1,140 @@
+"""`flashserve gateway`. Imports the web framework only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .settings import DEFAULT_PORT, DEFAULT_TRITON, Limits, Settings
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_NEEDED = ("fastapi", "uvicorn", "uvloop", "httptools", "openai", "orjson", "prometheus_client")
+
+EXAMPLES = """\
+examples:
+  flashserve gateway                                      in front of a server of this machine
+  flashserve gateway --triton gpu-1:8001 --triton gpu-2:8001
+  flashserve gateway --new-key alice                      a key, and the entry of it for a keys file
+  flashserve gateway --host 0.0.0.0 --keys keys.json
+
+Then: OpenAI(base_url="http://localhost:9000/v1"); a page at http://localhost:9000, the endpoints at /docs.
+"""
+
+
+def add_commands(subparsers: Any) -> None:
+    """Registers gateway, which sets `run` to a function from the parsed arguments to an exit code."""
+    parser = subparsers.add_parser(
+        "gateway",
+        help="serve OpenAI's API and a web page in front of tritonservers",
+        description="Serve OpenAI's API and a web page in front of tritonservers, until Ctrl-C.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_options(parser)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    limits = Limits()
+    parser.add_argument(
+        "--triton", action="append", metavar="HOST:PORT", type=_address,
+        help=f"the gRPC endpoint of a tritonserver; repeatable (default: {DEFAULT_TRITON})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--triton-metrics", action="append", default=[], metavar="HOST:PORT", type=_address,
+        help="the metrics of a tritonserver, for the page's figures; repeatable (default: no figures)",
+    )  # fmt: skip
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=_port, default=DEFAULT_PORT, help="default: %(default)s; 0: any free one")
+    parser.add_argument("--keys", metavar="FILE", type=Path, help="API keys (default: everybody is served)")
+    parser.add_argument("--new-key", metavar="NAME", help="print a new key and its entry for a keys file, and end")
+    parser.add_argument(
+        "--cors-origin", action="append", default=[], metavar="ORIGIN", help="pages of this origin may ask; repeatable"
+    )
+    parser.add_argument(
+        "--max-body-bytes", type=_count, default=limits.body_bytes, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--first-token-timeout", type=_seconds, default=limits.first_token_timeout_s, metavar="S",
+        help="give a stream up whose first token does not come (default: %(default)g)",
+    )  # fmt: skip
+    parser.add_argument("--end-with", type=int, metavar="PID", help=argparse.SUPPRESS)  # the launcher's process
+    parser.set_defaults(run=run_gateway)
+
+
+def run_gateway(arguments: argparse.Namespace) -> int:
+    """``flashserve gateway``."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        return _fail(f"the gateway needs {', '.join(missing)}", "pip install 'flashserve[gateway]'")
+    from .keys import KeysFileError, new_key
+    from .server import CannotListen, serve
+
+    if arguments.new_key:
+        key, entry = new_key(arguments.new_key)
+        print(f"key: {key}\nentry: {json.dumps(entry)}")
+        return 0
+    settings = Settings(
+        triton=tuple(arguments.triton or [DEFAULT_TRITON]),
+        triton_metrics=tuple(arguments.triton_metrics),
+        host=arguments.host,
+        port=arguments.port,
+        keys_file=arguments.keys,
+        cors_origins=tuple(arguments.cors_origin),
+        limits=Limits(body_bytes=arguments.max_body_bytes, first_token_timeout_s=arguments.first_token_timeout),
+    )
+    logging.basicConfig(format="gateway: %(message)s", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if settings.keys_file is None and settings.host not in _LOOPBACK:
+        logging.warning("it listens on %s and asks for no key: everybody who reaches it may use it", settings.host)
+    try:
+        serve(settings, arguments.end_with)
+    except KeysFileError as error:
+        return _fail(str(error), "flashserve gateway --new-key NAME prints an entry")
+    except CannotListen as error:
+        return _fail(str(error), "choose another with --port PORT (0 takes any free one)")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the process that the launcher starts."""
+    parser = argparse.ArgumentParser(prog="flashserve gateway")
+    _add_options(parser)
+    parsed = parser.parse_args(arguments)
+    return run_gateway(parsed)
+
+
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return text
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError("a port is between 0 and 65535")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("a whole number, 1 or more")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError("seconds, more than 0")
+    return seconds
+
+
+def _fail(message: str, advice: str) -> int:
+    print(f"flashserve gateway: error: {message}\n  → {advice}", file=sys.stderr)
+    return 1

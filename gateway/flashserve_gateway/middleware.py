@@ -1,0 +1,79 @@
+"""What surrounds every request: its id, its count, and the last resort for exceptions.
+
+Pure ASGI: under one of starlette's BaseHTTPMiddlewares an endpoint that waits does not learn that its client has gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from flashserve_client.request import new_request_id
+
+from .errors import ApiError, internal_error
+from .incoming import ClientGone
+from .metrics import Metrics
+
+log = logging.getLogger("flashserve_gateway")
+
+_CLIENT_GONE = 499
+
+
+class Surround:
+    """The outermost layer of the application."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = new_request_id()
+        scope.setdefault("state", {})["request_id"] = request_id
+        started, status = time.perf_counter(), 0
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            refusal = _refuse_encoded(scope)
+            if refusal is None:
+                await self._app(scope, receive, send_named)
+            else:
+                await send_error(refusal, send_named)
+        except ClientGone:
+            status = _CLIENT_GONE
+        except Exception:
+            log.exception("request %s failed", request_id)
+            if not status:
+                await send_error(internal_error(request_id), send_named)
+        finally:
+            # The route's pattern, not the path: a label has as many values as there are endpoints.
+            endpoint = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(endpoint, status or _CLIENT_GONE).inc()
+            self._metrics.duration.labels(endpoint).observe(time.perf_counter() - started)
+
+
+def _refuse_encoded(scope: Scope) -> ApiError | None:
+    """A compressed body could unfold to any size."""
+    for name, value in scope["headers"]:
+        if name == b"content-encoding" and value.lower() != b"identity":
+            return ApiError(415, "a body with a Content-Encoding is not taken", close=True)
+    return None
+
+
+async def send_error(error: ApiError, send: Send) -> None:
+    """The answer that tells of an error."""
+    body = error.body
+    headers = [(name.encode(), value.encode("latin-1")) for name, value in error.headers.items()]
+    headers.append((b"content-length", str(len(body)).encode()))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,1 @@
+"""What a model writes, read as it comes: text, reasoning, tool calls."""

@@ -1,0 +1,264 @@
+"""The servers behind the gateway: which models each has, and which of them gets a request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from flashserve_client import (
+    AsyncClient,
+    ConnectionFailed,
+    Delta,
+    FlashserveError,
+    GenerateResult,
+    ModelInfo,
+    Unavailable,
+)
+from flashserve_client.request import Prompt
+
+from .errors import model_not_found
+
+log = logging.getLogger("flashserve_gateway")
+
+_READY = "READY"
+_NOT_ASKED = "not asked yet"
+_INDEX_TIMEOUT_S = 5.0
+_PROBE_TIMEOUT_S = 5.0
+_PROBE_MESSAGES = [{"role": "user", "content": "hello"}]
+_ENDING_LIFETIME_S = 60.0
+_KNOWN_ENDINGS = 1024
+_TEMPLATE_KEY_LENGTH = 1024
+_PROBE_LIFETIME_S = 2.0  # a probe is a request to the engine: a load balancer's every second must not be one each
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request to an engine."""
+
+    model: str
+    prompt: Prompt
+    params: dict[str, Any]
+    """Sampling parameters by the engine's names, and what belongs to a chat template."""
+    request_id: str
+    priority: int | None = None
+    stream: bool = True
+    """Pieces as they come; otherwise the whole in one piece."""
+
+    def samples(self, count: int) -> list[Ask]:
+        """The ask, `count` times: each a request of its own, with a seed of its own if there is one. They share the
+        computation of their prompt through the engine's prefix cache."""
+        if count == 1:
+            return [self]
+        asks = []
+        for index in range(count):
+            seed = self.params.get("seed")
+            params = {**self.params, "seed": seed + index} if type(seed) is int else self.params
+            asks.append(replace(self, request_id=f"{self.request_id}-{index}", params=params))
+        return asks
+
+
+@dataclass
+class Server:
+    """One tritonserver. Only the pool writes to it."""
+
+    client: AsyncClient
+    models: dict[str, ModelInfo] = field(default_factory=dict)
+    in_flight: int = 0
+    error: str = _NOT_ASKED
+    """Why it cannot be used; empty if it can."""
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """Whether some model answers; `detail` says what does not, by model."""
+
+    ready: bool
+    detail: dict[str, str]
+
+
+class Pool:
+    """Knows the servers' models, looks after them once in `refresh_s` seconds, and sends requests their way."""
+
+    def __init__(self, clients: Sequence[AsyncClient], refresh_s: float = 1.0) -> None:
+        self.servers = [Server(client) for client in clients]
+        self._refresh_s = refresh_s
+        self._task: asyncio.Task[None] | None = None
+        self._since: dict[str, int] = {}
+        self._readiness: tuple[float, Readiness] | None = None
+        self._endings: dict[tuple[str, str, str], tuple[float, bool]] = {}
+
+    async def start(self) -> None:
+        """Asks the servers once, then keeps asking in the background."""
+        await self.refresh()
+        self._task = asyncio.create_task(self._keep_fresh())
+
+    async def aclose(self) -> None:
+        """Ends what runs and closes the connections."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        await asyncio.gather(*(server.client.aclose() for server in self.servers))
+
+    @property
+    def models(self) -> dict[str, int]:
+        """The models that are ready somewhere, and when each was first seen (Unix time)."""
+        names = {name for server in self.servers for name, info in server.models.items() if info.state == _READY}
+        return {name: self._since[name] for name in sorted(names)}
+
+    @property
+    def is_live(self) -> bool:
+        """Whether one of the servers answers."""
+        return any(not server.error for server in self.servers)
+
+    def in_flight(self) -> int:
+        """Requests that run now."""
+        return sum(server.in_flight for server in self.servers)
+
+    async def require(self, model: str) -> None:
+        """Raises ApiError for a model that no server has, looking again before that."""
+        if not self._candidates(model):
+            await self.refresh()
+        if not self._candidates(model) and self.is_live:
+            raise model_not_found(model)
+
+    async def readiness(self) -> Readiness:
+        """Asks each model's engine for one token: Triton calls a model ready whose engine is dead."""
+        now = time.monotonic()
+        if self._readiness is None or now - self._readiness[0] > _PROBE_LIFETIME_S:
+            self._readiness = (now, await self._probe())
+        return self._readiness[1]
+
+    async def answer(self, ask: Ask, into: Answer) -> AsyncGenerator[Delta, None]:
+        """The pieces of an answer; the whole is in `into.result` at the end. Raises FlashserveError.
+
+        Another server is tried while nothing has come. Closing the generator ends the request in the engine.
+        """
+        candidates = self._candidates(ask.model)
+        if not candidates:
+            raise Unavailable("no server can be reached", retry_after_ms=1000)
+        for server in candidates:
+            server.in_flight += 1
+            try:
+                async with contextlib.aclosing(_pieces(server.client, ask, into)) as pieces:
+                    async for delta in pieces:
+                        into.began = True
+                        yield delta
+                return
+            except (ConnectionFailed, Unavailable):
+                if into.began or server is candidates[-1]:
+                    raise
+            finally:
+                server.in_flight -= 1
+
+    async def tokenize(self, model: str, prompt: Any, template: Mapping[str, Any] | None = None) -> list[int]:
+        """Token ids of a text, or of messages with what else their template takes. Raises FlashserveError."""
+        return await self._any_client(model).tokenize(prompt, model=model, **(template or {}))
+
+    async def detokenize(self, model: str, token_ids: list[int]) -> str:
+        """The text of token ids. Raises FlashserveError."""
+        return await self._any_client(model).detokenize(token_ids, model=model)
+
+    async def prompt_ends_with(self, tag: str, model: str, template: Mapping[str, Any]) -> bool:
+        """Whether the model's chat template, with these fields, ends a prompt with a tag. Asked once a minute."""
+        key = (tag, model, json.dumps(template, sort_keys=True, default=str)[:_TEMPLATE_KEY_LENGTH])
+        known = self._endings.get(key)
+        if known is not None and time.monotonic() - known[0] < _ENDING_LIFETIME_S:
+            return known[1]
+        candidates = self._candidates(model)
+        if not candidates:
+            return False
+        try:
+            prompt = await candidates[0].client.render(_PROBE_MESSAGES, model=model, **template)
+        except FlashserveError:  # no template, or fields that it refuses: the request itself will be told
+            return False
+        if len(self._endings) >= _KNOWN_ENDINGS:
+            self._endings.clear()
+        self._endings[key] = (time.monotonic(), prompt.rstrip().endswith(tag))
+        return self._endings[key][1]
+
+    async def refresh(self) -> None:
+        """Asks every server for its models now."""
+        await asyncio.gather(*(self._ask(server) for server in self.servers))
+        now = int(time.time())
+        for server in self.servers:
+            for name in server.models:
+                self._since.setdefault(name, now)
+
+    def _any_client(self, model: str) -> AsyncClient:
+        candidates = self._candidates(model)
+        if not candidates:
+            raise Unavailable("no server can be reached", retry_after_ms=1000)
+        return candidates[0].client
+
+    def _candidates(self, model: str) -> list[Server]:
+        """Servers with the model, the least loaded first; of equals any."""
+        having = [server for server in self.servers if not server.error and self._has(server, model)]
+        random.shuffle(having)
+        return sorted(having, key=lambda server: server.in_flight)
+
+    @staticmethod
+    def _has(server: Server, model: str) -> bool:
+        info = server.models.get(model)
+        return info is not None and info.state == _READY
+
+    async def _ask(self, server: Server) -> None:
+        try:
+            models = await asyncio.wait_for(server.client.models(), _INDEX_TIMEOUT_S)
+        except (FlashserveError, asyncio.TimeoutError) as error:
+            reason = str(error) or f"no answer within {_INDEX_TIMEOUT_S:g} s"
+            if server.error in ("", _NOT_ASKED):  # once, not every second
+                log.warning("%s: %s", server.client.url, reason)
+            server.error = reason
+            return
+        if server.error:
+            log.info("%s: answers", server.client.url)
+        server.models = {info.name: info for info in models}
+        server.error = ""
+
+    async def _keep_fresh(self) -> None:
+        while True:
+            await asyncio.sleep(self._refresh_s)
+            await self.refresh()
+
+    async def _probe(self) -> Readiness:
+        models = list(self.models)
+        if not models:
+            return Readiness(False, {"models": "none is ready" if self.is_live else "no server can be reached"})
+        checks = [self._any_client(name).health(model=name, timeout_s=_PROBE_TIMEOUT_S) for name in models]
+        found = await asyncio.gather(*checks)
+        # Why a server cannot be reached holds its address, which is the log's and not everybody's.
+        detail = {
+            name: health.detail if health.server_live else "its server cannot be reached"
+            for name, health in zip(models, found, strict=True)
+        }
+        return Readiness(any(health.engine_ready for health in found), detail)
+
+
+@dataclass
+class Answer:
+    """What is known of an answer beside its pieces."""
+
+    began: bool = False
+    result: GenerateResult | None = None
+    """The whole, once the last piece has come."""
+
+
+async def _pieces(client: AsyncClient, ask: Ask, into: Answer) -> AsyncGenerator[Delta, None]:
+    options: dict[str, Any] = {"model": ask.model, "priority": ask.priority, "request_id": ask.request_id, **ask.params}
+    if not ask.stream:
+        result = into.result = await client.generate(ask.prompt, **options)
+        yield Delta(result.text, result.completion_tokens, result.finish_reason)
+        return
+    async with client.stream(ask.prompt, **options) as stream:
+        async for delta in stream:
+            if delta.finish_reason is not None:
+                into.result = stream.result
+            yield delta

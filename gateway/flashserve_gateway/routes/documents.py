@@ -1,0 +1,55 @@
+"""What /docs says of requests and answers: their types are those of the openai package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_ERROR = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+_STATUSES = {
+    400: "the request is wrong; param names the field",
+    401: "no key, or one that is not known",
+    404: "no such model",
+    408: "the body, or the answer, took too long",
+    413: "the body is too large",
+    415: "the body is not JSON, or is compressed",
+    429: "the key's limits; Retry-After says when to ask again",
+    500: "a bug; the log has the reason under x-request-id",
+    503: "the engine is full, starting or gone; Retry-After says when to ask again",
+}
+
+
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The errors of an endpoint that takes a body, or those given."""
+    content = {"application/json": {"schema": _ERROR}}
+    return {status: {"description": _STATUSES[status], "content": content} for status in statuses or _STATUSES}
+
+
+def body(required: dict[str, Any], optional: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
+    """`openapi_extra` of an endpoint whose body the gateway reads itself."""
+    schema = {"type": "object", "properties": {**required, **optional}, "required": list(required), "example": example}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+SAMPLING: dict[str, Any] = {
+    "stream": {"type": "boolean", "default": False},
+    "max_tokens": {"type": "integer", "minimum": 1},
+    "temperature": {"type": "number", "minimum": 0},
+    "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+    "seed": {"type": "integer"},
+    "stop": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+    "top_k": {"type": "integer"},
+    "min_p": {"type": "number"},
+}

@@ -1,0 +1,49 @@
+"""What a gateway was asked for: one frozen value, checked where it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+DEFAULT_PORT = 9000
+DEFAULT_TRITON = "localhost:8001"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may take. Sizes in bytes, times in seconds."""
+
+    body_bytes: int = 16 << 20
+    """A context of 128k tokens is half a megabyte; with its JSON escapes, less than two."""
+    body_timeout_s: float = 30.0
+    """From the headers' end to the body's."""
+    header_bytes: int = 32 << 10
+    header_timeout_s: float = 10.0
+    """From the connection, or the request's first byte, to the headers' end."""
+    first_token_timeout_s: float = 300.0
+    """An answer that has not begun by then is cancelled. Clients give up after 600."""
+    slow_reader_timeout_s: float = 60.0
+    """A client that does not read a stream for so long loses it: its tokens would wait in tritonserver."""
+    prompts: int = 64
+    """Of one request to /v1/completions."""
+    samples: int = 16
+    """Of one prompt (`n`)."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one gateway."""
+
+    triton: tuple[str, ...] = (DEFAULT_TRITON,)
+    """HOST:PORT of each server's gRPC endpoint."""
+    triton_metrics: tuple[str, ...] = ()
+    """HOST:PORT of each server's metrics, for the page; the figures are left out without."""
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    keys_file: Path | None = None
+    cors_origins: tuple[str, ...] = ()
+    keep_alive_s: float = 5.0
+    """So long after the last byte a stream gets a comment: it finds dead peers, and proxies do not cut it off."""
+    refresh_s: float = 1.0
+    """How often the servers are asked for their models."""
+    limits: Limits = field(default_factory=Limits)
