@@ -100,9 +100,10 @@ class GgufWeights(FileWeights):
         return dequantize(tensor.blocks(0, tensor.info.num_rows), tensor.info.type_number).view(shape)
 
     def grouped(self, name: str, shape: tuple[int, int]) -> GgufRows | None:
-        tensor = self._find(name, shape)
+        stored = self._tensors.get(name)
+        tensor = self._find(name, shape[::-1] if stored is not None and stored.transposed else shape)
         type = GROUPED_TYPES.get(tensor.info.type_number)
-        if type is None or tensor.transposed or tensor.plus_one:
+        if type is None or tensor.plus_one:
             return None
         order = None
         if tensor.head_rows is not None:  # which row of the file each of ours is
