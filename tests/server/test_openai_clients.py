@@ -40,7 +40,10 @@ ENVIRONMENTS = {
 MAX_TOKENS = 16
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
 CALL = ['<tool_call>{"name": "weather", ', '"arguments": {"city": ', '"Rome"', "}}</tool_call>"]
-BLOCK = ["```json\n", '{"city": ', '"Rome"}', "\n```"]
+SAYINGS = {
+    "json": ["```json\n", '{"city": ', '"Rome"}', "\n```"],
+    "thinks": ["<think>", "hm ", "so", "</think>", "\n\nRome ", "it is"],
+}
 pytestmark = pytest.mark.slow
 
 
@@ -54,14 +57,14 @@ def answer(asked: Asked, refused: set[str]) -> AsyncIterator[Chunk]:
     if model == "calls":
         has_result = asked.chat["messages"][-1]["role"] == "tool"
         return says(*(["It is ", "21 degrees."] if has_result else CALL))(asked)
-    return says(*(BLOCK if model == "json" else ["one ", "two ", "three"]))(asked)
+    return says(*SAYINGS.get(model, ["one ", "two ", "three"]))(asked)
 
 
 @pytest.fixture(scope="module")
 def scripted() -> Iterator[str]:
     """The URL of a gateway in front of the engine in memory."""
     refused: set[str] = set()
-    engine = MemoryTransport(lambda asked: answer(asked, refused), names=("busy", "full", "calls", "json"))
+    engine = MemoryTransport(lambda asked: answer(asked, refused), names=("busy", "full", "calls", *SAYINGS))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

@@ -76,6 +76,34 @@ def test_an_engine_that_stays_busy(scripted):
     assert raised.value.status_code in (503, 529)
 
 
+def test_thoughts_whole_and_streamed(scripted):
+    ask = {"model": "thinks", "max_tokens": 50, "messages": SAYS}
+    with at(scripted).stream(**ask) as stream:
+        streamed = stream.get_final_message()
+    for answer in (at(scripted).create(**ask), streamed):
+        thought, text = answer.content
+        assert (thought.thinking.strip(), text.text) == ("hm so", "Rome it is")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_tool_runner(scripted, stream):
+    """It asks the server to keep the conversation, and must learn that it does not."""
+    cities = []
+
+    @anthropic.beta_tool
+    def weather(city: str) -> str:
+        """Of a city."""
+        cities.append(city)
+        return "21"
+
+    client = anthropic.Anthropic(base_url=scripted.url, api_key="none", max_retries=0)
+    runner = client.beta.messages.tool_runner(
+        model="calls", max_tokens=50, tools=[weather], messages=SAYS, stream=stream
+    )
+    assert runner.until_done().content[0].text == "It is 21 degrees."
+    assert cities == ["Rome"]
+
+
 def test_tools_whole_and_streamed(scripted, weather_schema):
     tool = {"name": "weather", "input_schema": weather_schema}
     ask = {"model": "calls", "max_tokens": 50, "messages": SAYS, "tools": [tool]}

@@ -85,6 +85,28 @@ def test_an_engine_that_stays_busy(scripted):
         litellm.completion(**at(scripted, "full", messages=SAYS))
 
 
+def test_anthropics_messages_by_way_of_responses(scripted):
+    """litellm then always asks for encrypted reasoning."""
+    ask = {"model": "openai/thinks", "api_base": scripted.v1, "api_key": "none", "max_tokens": 20, "messages": SAYS}
+    answer = asyncio.run(litellm.anthropic.messages.acreate(**ask))
+    assert answer["content"][-1]["text"] == "Rome it is"
+
+
+def test_the_responses_api(scripted):
+    ask = {"model": "openai/thinks", "api_base": scripted.v1, "api_key": "none", "input": "hello"}
+    assert litellm.responses(**ask).output[-1].content[0].text == "Rome it is"
+    events = list(litellm.responses(**ask, stream=True))
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == "Rome it is"
+
+
+def test_thoughts_whole_and_streamed(scripted):
+    ask = at(scripted, "thinks", messages=SAYS)
+    streamed = litellm.stream_chunk_builder(list(litellm.completion(**ask, stream=True)))
+    for answer in (litellm.completion(**ask), streamed):
+        message = answer.choices[0].message
+        assert (message.reasoning_content.strip(), message.content) == ("hm so", "Rome it is")
+
+
 def test_tools_whole_and_streamed(scripted, weather_tool):
     ask = at(scripted, "calls", messages=SAYS, tools=[weather_tool])
     streamed = litellm.stream_chunk_builder(list(litellm.completion(**ask, stream=True)))

@@ -12,6 +12,7 @@ from agents import (
     OpenAIChatCompletionsModel,
     OpenAIResponsesModel,
     Runner,
+    SQLiteSession,
     function_tool,
     set_tracing_disabled,
 )
@@ -96,6 +97,29 @@ def test_a_busy_engine_is_asked_again(scripted, kind):
 def test_an_engine_that_stays_busy(scripted, kind):
     with pytest.raises(openai.InternalServerError, match="queue is full"):
         run(agent_at(scripted, "full", kind))
+
+
+@KINDS
+def test_a_session_with_thoughts(scripted, kind):
+    """What was thought comes back as items of the next request."""
+
+    async def twice():
+        agent, session = agent_at(scripted, "thinks", kind), SQLiteSession("one")
+        first = await Runner.run(agent, "hello", session=session)
+        return first.final_output, (await Runner.run(agent, "again", session=session)).final_output
+
+    assert asyncio.run(twice()) == ("Rome it is", "Rome it is")
+
+
+def test_a_conversation_that_the_gateway_remembers(scripted):
+    @function_tool
+    def weather(city: str) -> str:
+        """Of a city."""
+        return "21"
+
+    agent = agent_at(scripted, "calls", OpenAIResponsesModel, tools=[weather])
+    result = asyncio.run(Runner.run(agent, "hello", auto_previous_response_id=True))
+    assert result.final_output == "It is 21 degrees."
 
 
 @KINDS

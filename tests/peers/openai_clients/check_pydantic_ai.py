@@ -71,6 +71,17 @@ def test_an_engine_that_stays_busy(scripted):
 
 
 @KINDS
+def test_thoughts_and_what_comes_after_them(scripted, kind):
+    async def twice():
+        agent = Agent(at(scripted, "thinks", kind))
+        first = await agent.run("hello")
+        again = await agent.run("again", message_history=first.all_messages())
+        return first.output, again.output, [part.part_kind for part in first.all_messages()[-1].parts]
+
+    assert asyncio.run(twice()) == ("Rome it is", "Rome it is", ["thinking", "text"])
+
+
+@KINDS
 @pytest.mark.parametrize("stream", [False, True])
 def test_tools(scripted, kind, stream):
     agent, cities = Agent(at(scripted, "calls", kind)), []
