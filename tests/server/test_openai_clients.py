@@ -48,12 +48,11 @@ pytestmark = pytest.mark.slow
 
 
 def answer(asked: Asked, refused: set[str]) -> AsyncIterator[Chunk]:
-    """What the engine in memory says, by the model's name; ``refused`` are those that have been, once."""
-    model = asked.request.model
-    if model == "full" or (model == "busy" and model not in refused):
-        refused.add(model)
+    """What the engine in memory says, by the model's name; ``refused`` are the chats that `busy` has refused."""
+    model, chat = asked.request.model, json.dumps(asked.chat["messages"])
+    if model == "full" or (model == "busy" and chat not in refused):
+        refused.add(chat)
         return fails(Unavailable("the queue is full", retry_after_ms=10))(asked)
-    refused.discard(model)  # the next request to `busy` is refused again
     if model == "calls":
         has_result = asked.chat["messages"][-1]["role"] == "tool"
         return says(*(["It is ", "21 degrees."] if has_result else CALL))(asked)

@@ -65,8 +65,9 @@ def test_what_the_engine_lacks_is_refused_by_name(real, ask, weather_schema):
         at(real.gateway).create(**ask, output_config={"format": {"type": "json_schema", "schema": weather_schema}})
 
 
-def test_a_busy_engine_is_asked_again(scripted):
-    answer = at(scripted, retries=1).create(model="busy", max_tokens=20, messages=SAYS)
+def test_a_busy_engine_is_asked_again(scripted, new_words):
+    says = [{"role": "user", "content": new_words}]
+    answer = at(scripted, retries=1).create(model="busy", max_tokens=20, messages=says)
     assert answer.content[0].text == "one two three"
 
 

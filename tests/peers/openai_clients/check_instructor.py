@@ -65,7 +65,8 @@ def test_json_in_a_block(scripted):
     assert last.city == "Rome"
 
 
-def test_a_busy_engine_is_asked_again(scripted):
+def test_a_busy_engine_is_asked_again(scripted, new_words):
     client = at(scripted, instructor.Mode.TOOLS, retries=1)
-    answer = client.create(**ask("busy") | {"response_model": None})
+    says = [{"role": "user", "content": new_words}]
+    answer = client.create(model="busy", response_model=None, messages=says)
     assert answer.choices[0].message.content == "one two three"

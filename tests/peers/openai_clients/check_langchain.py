@@ -88,8 +88,8 @@ def test_embeddings_are_refused(real):
         embed.embed_query("hello")
 
 
-def test_a_busy_engine_is_asked_again(scripted):
-    assert at(scripted, "busy", max_retries=1).invoke("hello").content == "one two three"
+def test_a_busy_engine_is_asked_again(scripted, new_words):
+    assert at(scripted, "busy", max_retries=1).invoke(new_words).content == "one two three"
 
 
 def test_an_engine_that_stays_busy(scripted):

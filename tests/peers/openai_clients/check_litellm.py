@@ -75,8 +75,8 @@ def test_embeddings_are_refused(real):
         litellm.embedding(model=f"openai/{real.model}", api_base=real.gateway.v1, api_key="none", input=["x"])
 
 
-def test_a_busy_engine_is_asked_again(scripted):
-    ask = at(scripted, "busy", messages=SAYS) | {"max_retries": 1}
+def test_a_busy_engine_is_asked_again(scripted, new_words):
+    ask = at(scripted, "busy", messages=[{"role": "user", "content": new_words}]) | {"max_retries": 1}
     assert litellm.completion(**ask).choices[0].message.content == "one two three"
 
 

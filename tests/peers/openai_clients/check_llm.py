@@ -70,8 +70,8 @@ def test_a_schema_is_refused_by_name():
     assert raised.value.param == "response_format"
 
 
-def test_a_busy_engine_is_asked_again():
-    assert model("busy").prompt("hello").text() == "one two three"
+def test_a_busy_engine_is_asked_again(new_words):
+    assert model("busy").prompt(new_words).text() == "one two three"
 
 
 @pytest.mark.parametrize("stream", [True, False])

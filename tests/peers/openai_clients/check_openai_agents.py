@@ -89,8 +89,8 @@ def test_a_forced_tool_is_refused_by_name(real, kind):
 
 
 @KINDS
-def test_a_busy_engine_is_asked_again(scripted, kind):
-    assert run(agent_at(scripted, "busy", kind, retries=1)) == "one two three"
+def test_a_busy_engine_is_asked_again(scripted, new_words, kind):
+    assert run(agent_at(scripted, "busy", kind, retries=1), new_words) == "one two three"
 
 
 @KINDS

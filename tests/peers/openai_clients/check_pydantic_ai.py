@@ -60,8 +60,8 @@ def test_structured_output_is_refused_by_name(real):
         assert (raised.value.status_code, raised.value.body["param"]) == (400, field)
 
 
-def test_a_busy_engine_is_asked_again(scripted):
-    assert asyncio.run(Agent(at(scripted, "busy", retries=1)).run("hello")).output == "one two three"
+def test_a_busy_engine_is_asked_again(scripted, new_words):
+    assert asyncio.run(Agent(at(scripted, "busy", retries=1)).run(new_words)).output == "one two three"
 
 
 def test_an_engine_that_stays_busy(scripted):

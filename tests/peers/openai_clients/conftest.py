@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,12 @@ def real() -> Real:
 def scripted() -> Gateway:
     """In front of an engine that answers by the model's name: see `answer` in tests/server/test_openai_clients.py."""
     return Gateway(os.environ["FLASHSERVE_SCRIPTED"])
+
+
+@pytest.fixture
+def new_words() -> str:
+    """A prompt that `busy` has not seen: it refuses each one once."""
+    return uuid.uuid4().hex
 
 
 @pytest.fixture(scope="session")
