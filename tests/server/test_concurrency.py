@@ -70,7 +70,7 @@ async def settled_steps(server: Server) -> float:
 
 async def test_two_models_run_at_once_each_in_an_engine_of_its_own(server: Server) -> None:
     names = ("llama", "qwen3")
-    async with AsyncClient(f"grpc://{server.grpc}") as client:
+    async with AsyncClient(f"grpc://{server.grpc}", model="demo") as client:
         requests = [{**arguments(index), "model": name} for index in range(0, 24, 2) for name in names]
         alone = [await streamed(client, **request) for request in requests]
         together = await asyncio.gather(*(streamed(client, **request) for request in requests))

@@ -55,7 +55,7 @@ async def assert_drained(tasks: dict[str, asyncio.Task[str]]) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_ctrl_c_and_sigterm_drain_and_end_in_time(server: Server, number: signal.Signals) -> None:
     assert server.launcher is not None
-    async with AsyncClient(f"grpc://{server.grpc}") as client:
+    async with AsyncClient(f"grpc://{server.grpc}", model="demo") as client:
         tasks = await under_load(server, client)
         started = time.monotonic()
         server.launcher.send_signal(number)
@@ -70,7 +70,7 @@ async def test_ctrl_c_and_sigterm_drain_and_end_in_time(server: Server, number: 
 
 async def test_a_killed_launcher_drains_too_and_leaves_nothing(server: Server) -> None:
     assert server.launcher is not None
-    async with AsyncClient(f"grpc://{server.grpc}") as client:
+    async with AsyncClient(f"grpc://{server.grpc}", model="demo") as client:
         tasks = await under_load(server, client)
         server.launcher.kill()
         await assert_drained(tasks)
@@ -80,7 +80,7 @@ async def test_a_killed_launcher_drains_too_and_leaves_nothing(server: Server) -
 
 async def test_a_killed_tritonserver_ends_the_launcher_and_leaves_nothing(server: Server) -> None:
     assert server.launcher is not None
-    async with AsyncClient(f"grpc://{server.grpc}") as client:
+    async with AsyncClient(f"grpc://{server.grpc}", model="demo") as client:
         tasks = await under_load(server, client)
         psutil.Process(server.tritonserver_pids()[0]).kill()
         errors = await errors_of(list(tasks.values()), 2)

@@ -35,7 +35,7 @@ def server(folder: Path) -> Iterator[Server]:
 
 @pytest.fixture
 async def client(server: Server) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(f"grpc://{server.grpc}") as client:
+    async with AsyncClient(f"grpc://{server.grpc}", model="demo") as client:
         yield client
 
 
