@@ -9,7 +9,7 @@ import pytest
 from flashserve_client import ConnectionFailed, ModelInfo, Timeout
 from flashserve_gateway.patience import Patience
 from flashserve_gateway.settings import Limits, Settings
-from gateway_peers import CHAT, Gate, MemoryTransport, gate, piece, silent
+from gateway_peers import CHAT, Gate, MemoryTransport, fails, gate, piece, silent
 
 QUICK = Settings(refresh_s=0.02)
 
@@ -106,6 +106,30 @@ async def test_an_unexpected_error_of_the_index_does_not_end_the_looking():
         while gateway.pool.servers[0].error:
             await asyncio.sleep(0.005)
         assert (await gateway.chat()).status_code == 200
+
+
+# --- several servers ---------------------------------------------------------------------------------------------
+
+
+async def test_another_server_is_tried_before_the_first_token_and_never_after():
+    broken, good = MemoryTransport(fails(ConnectionFailed("gone"))), MemoryTransport()
+    async with gate(broken, others=(good,)) as gateway:
+        gateway.pool.servers[1].in_flight = 1  # so that the other one is asked first
+        assert (await gateway.chat()).json()["choices"][0]["message"]["content"] == "one two three"
+        assert (len(broken.asked), len(good.asked)) == (1, 1)
+        broken.script = fails(ConnectionFailed("gone"), "one ")
+        text = (await gateway.chat(stream=True)).text
+        assert '"error"' in text and "two" not in text
+        assert (len(broken.asked), len(good.asked)) == (2, 1)
+
+
+async def test_the_least_loaded_server_gets_the_request():
+    one, other = MemoryTransport(), MemoryTransport()
+    async with gate(one, others=(other,)) as gateway:
+        gateway.pool.servers[0].in_flight = 1
+        for _ in range(4):
+            await gateway.chat()
+        assert (len(one.asked), len(other.asked)) == (0, 4)
 
 
 # --- time --------------------------------------------------------------------------------------------------------
