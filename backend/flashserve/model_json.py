@@ -37,7 +37,7 @@ ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "disable_sliding_window": (False,),
     "skip_tokenizer_init": (False,),
     "tokenizer_mode": ("auto",),
-    "load_format": ("auto", "safetensors"),
+    "load_format": ("auto", "safetensors", "gguf"),
     "model_loader_extra_config": ({},),
     "model_impl": ("auto", "vllm"),
     "config_format": ("auto", "hf"),
@@ -107,6 +107,7 @@ NO_EFFECT = frozenset(
 SPELLINGS: dict[str, dict[Any, Any]] = {
     "dtype": {"half": "float16", "float": "float32"},
     "kv_cache_dtype": {"fp8_e4m3": "fp8"},
+    "quantization": {"gguf": None},  # as it is stored
     "max_model_len": {-1: None},
 }
 WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string", dict: "an object"}

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.common.shapes import causal_flops, head_size, linear_shapes
-from flashserve_kernels import AttentionBatch, Ops
+from flashserve.layers.weight_format import WEIGHT_FORMATS
+from flashserve_kernels import AttentionBatch, Ops, Stage
 from flashserve_kernels.kv_cache import KVCacheSpec, KVLayer, write_kv
 
 BLOCK_SIZE = 16
@@ -77,9 +79,11 @@ def linear_cases(config: dict[str, Any], tokens: Iterable[int], item: int, quant
         def bind(ops: Ops, make: Inputs, copies: int) -> Bound:
             # Several weights, since torch's own ops may keep what they are given.
             weight = make.normal(outputs, inputs, seed=1, scale=inputs**-0.5)
-            method = quantization if quantization in ops.weight_formats else None
-            packed = [ops.pack_linear(weight.clone(), gated=gated, quantization=method) for _ in range(copies)]
-            run = ops.linear_silu_and_mul if gated else ops.logits if name == "head" else ops.linear
+            wanted = WEIGHT_FORMATS[quantization]
+            pack = wanted.pack if wanted.needs in (None, *ops.weight_formats) else WEIGHT_FORMATS["dense"].pack
+            packed = [pack(ops, weight.clone(), gated) for _ in range(copies)]
+            swiglu = partial(ops.linear_gated, activation="silu")
+            run = swiglu if gated else ops.logits if name == "head" else ops.linear
             x = make.normal(count, inputs)
             return Bound([partial(run, x, weight) for weight in packed], tokens=(x,))
 
@@ -107,7 +111,7 @@ def row_cases(config: dict[str, Any], tokens: int, item: int) -> list[Case]:
 
     def gelu(ops: Ops, make: Inputs, copies: int) -> Bound:
         x = make.normal(tokens, wide)
-        return Bound([partial(ops.gelu_tanh, x)], tokens=(x,))
+        return Bound([partial(ops.activate, x, "gelu_tanh")], tokens=(x,))
 
     def embedding(ops: Ops, make: Inputs, copies: int) -> Bound:
         ids = make.integers(vocab, tokens)
@@ -143,7 +147,10 @@ def sample_cases(vocab: int, rows: int, item: int) -> list[Case]:
         numbers = {"temperature": temperature, "min_p": 0.0, "top_p": top_p, "top_k": top_k}
         state = {name: torch.full((rows,), value, device=make.device) for name, value in numbers.items()}
         state["seed"] = make.integers(1 << 40, rows)
-        return Bound([partial(ops.sample, logits, slots, positions, state)], logits=(logits, slots, positions))
+        needed = {Stage.RANDOM: temperature > 0, Stage.TOP_K: top_k > 0, Stage.TOP_P: top_p < 1}
+        stages = reduce(or_, (stage for stage, used in needed.items() if used), Stage(0))
+        call = partial(ops.sample, logits, slots, positions, state, stages)
+        return Bound([call], logits=(logits, slots, positions))
 
     kinds = {
         "greedy": (0.0, 0, 1.0),

@@ -16,6 +16,7 @@ import numpy as np
 from benchmarks.common.arguments import model_folder, numbers
 from benchmarks.common.engine import load_on_cpu, repeatable_step
 from benchmarks.common.timing import wall_seconds
+from flashserve.config import QUANTIZATIONS
 from flashserve.runner.model_runner import ModelRunner
 from flashserve_kernels.cpu.program import KINDS
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=model_folder, help="a model's folder, or smollm2-135m or tinyllama-1.1b")
     parser.add_argument("--batches", type=numbers, default=[1, 16, 64], help="requests at once (default: 1,16,64)")
     parser.add_argument("--context", type=int, default=128, help="prompt tokens of each (default: %(default)s)")
-    parser.add_argument("--quantization", choices=["int8"], help="of the linear layers")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the linear layers")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -138,6 +138,7 @@ def serving(arguments: argparse.Namespace) -> Iterator[tuple[int, int, psutil.Pr
     command += ["--metrics-port", str(metrics), "--gateway-port", str(gateway)]
     if arguments.model_repository:
         command += ["--model-repository", arguments.model_repository]
+    command += ["--", f"--load-model={arguments.model}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_ready(gateway, process)

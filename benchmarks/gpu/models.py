@@ -20,6 +20,8 @@ from benchmarks.common.timing import Timer
 from benchmarks.gpu.report import Budget, Report, profile_figures
 from flashserve.config import EngineConfig
 from flashserve.engine.core import build_core
+from flashserve.layers.parallel import Ranks
+from flashserve.layers.weight_format import WEIGHT_FORMATS, WeightFormat
 from flashserve.models.registry import find_architecture
 from flashserve.protocol import GenerateRequest, ModelCard, SamplingParams
 from flashserve.runner.device import open_device
@@ -38,13 +40,16 @@ Figures = list[tuple[str, Measure]]
 class RandomWeights:
     """Implements layers' WeightSource: norms of 1, everything else normal with a deviation of 0.02."""
 
-    quantization: str | None = None
+    format = WEIGHT_FORMATS[None]
 
     def __init__(self, dtype: torch.dtype, device: torch.device, ops: Ops) -> None:
-        self.dtype, self.device, self.ops = dtype, device, ops
+        self.dtype, self.device, self.ops, self.ranks = dtype, device, ops, Ranks()
 
     def has(self, name: str) -> bool:
         return True
+
+    def grouped(self, name: str, shape: tuple[int, int]) -> None:
+        return None
 
     def read_into(self, name: str, out: Tensor) -> None:
         if out.dim() == 1:
@@ -89,7 +94,7 @@ class RandomFiles:
     def num_elements(self, ignored: Iterable[str]) -> int:
         return self._num_elements
 
-    def weights(self, dtype: torch.dtype, device: torch.device, ops: Ops, quantization: str | None) -> RandomWeights:
+    def weights(self, dtype: torch.dtype, device: torch.device, ops: Ops, format: WeightFormat) -> RandomWeights:
         return RandomWeights(dtype, device, ops)
 
     def fingerprint(self, dtype: str, layout: str) -> str:

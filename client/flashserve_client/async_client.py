@@ -11,7 +11,7 @@ from typing import Any
 from .connect import DEFAULT_URL, parse_url, transport_class
 from .deadline import Deadline
 from .errors import FlashserveError, InternalError, Timeout, Unavailable
-from .request import Prompt, detokenize_body, generate_request, tokenize_body, tokenize_request
+from .request import DEFAULT_MODEL, Prompt, detokenize_body, generate_request, tokenize_body, tokenize_request
 from .results import GenerateResult, Health, ModelInfo
 from .stream import CLIENT_GRACE_S, AsyncStream
 from .transport import Transport
@@ -40,7 +40,7 @@ class AsyncClient:
         self,
         url: str = DEFAULT_URL,
         *,
-        model: str = "demo",
+        model: str = DEFAULT_MODEL,
         timeout_s: float | None = None,
         retries: int = 0,
         headers: Mapping[str, str] | None = None,

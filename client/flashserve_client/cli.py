@@ -14,16 +14,18 @@ from typing import Any
 from . import top
 from .connect import DEFAULT_URL
 from .errors import FlashserveError, InvalidRequest
-from .request import DEFAULT_MAX_TOKENS
+from .request import DEFAULT_MAX_TOKENS, DEFAULT_MODEL, Prompt
 from .sync_client import Client
 from .terminal import describe, explain, fail, show, write
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
-_DEFAULT_MODEL = "demo"
+_PREFERRED = (DEFAULT_MODEL, "demo")
+"""Of several models that are ready: those that the server brings itself."""
 _NOT_PARAMETERS = ("prompt", "model", "timeout_s", "request_id")  # arguments of `Client.generate`
 
 GENERATE_EXAMPLES = """\
 examples:
+  flashserve generate --chat "What is the capital of France?"
   flashserve generate "def fibonacci(n):" --max-tokens 48
   git diff | flashserve generate --url grpc://gpu-box:8001 --model qwen --stats
   flashserve generate "def f(x):" --json --param stop='["\\n\\n"]' --param seed=7
@@ -40,6 +42,7 @@ def add_commands(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     generate.add_argument("prompt", nargs="?", help="the text to continue (default: standard input)")
+    generate.add_argument("--chat", action="store_true", help="the text is a question, which the model answers")
     generate.add_argument("--json", action="store_true", help="print the whole result as one JSON object, at the end")
     generate.add_argument("--no-stream", action="store_true", help="print the answer at its end, not as it comes")
     _add_common(generate)
@@ -64,7 +67,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get("FLASHSERVE_URL", DEFAULT_URL),
         help="grpc://HOST:8001 or http://HOST:8000 (default: %(default)s, or $FLASHSERVE_URL)",
     )
-    parser.add_argument("--model", metavar="NAME", help=f"default: {_DEFAULT_MODEL}, or the server's only model")
+    parser.add_argument(
+        "--model", metavar="NAME", help=f"default: the server's only model, or {' or '.join(_PREFERRED)}"
+    )
     parser.add_argument(
         "--max-tokens", type=int, metavar="N", help=f"stop after N tokens (default: {DEFAULT_MAX_TOKENS})"
     )
@@ -117,8 +122,9 @@ def run_generate(args: argparse.Namespace) -> int:
     return with_client(args, lambda client: _generate(client, prompt, args))
 
 
-def _generate(client: Client, prompt: str, args: argparse.Namespace) -> int:
+def _generate(client: Client, text: str, args: argparse.Namespace) -> int:
     model, params = choose_model(client, args.model), sampling_params(args)
+    prompt: Prompt = [{"role": "user", "content": text}] if args.chat else text
     if args.json or args.no_stream:
         result = client.generate(prompt, model=model, **params)
         write((json.dumps(asdict(result), ensure_ascii=False) if args.json else result.text) + "\n")
@@ -162,12 +168,11 @@ def with_client(args: argparse.Namespace, work: Callable[[Client], int]) -> int:
 
 
 def choose_model(client: Client, name: str | None) -> str:
-    """The model that is meant: the one named, else the demo model, else the only one that is ready."""
+    """The model that is meant: the one named, else one that `flashserve serve` brings, else the only one ready."""
     if name is not None:
         return name
     ready = sorted({model.name for model in client.models() if model.state == "READY"})
-    if _DEFAULT_MODEL in ready or not ready:
-        return _DEFAULT_MODEL
-    if len(ready) > 1:
+    chosen = next((name for name in _PREFERRED if name in ready), None)
+    if chosen is None and len(ready) > 1:
         raise InvalidRequest(f"the server has several models: choose one with --model ({', '.join(ready)})")
-    return ready[0]
+    return chosen or next(iter(ready), DEFAULT_MODEL)

@@ -15,6 +15,8 @@ from .errors import InvalidRequest
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or chat messages ({"role": ..., "content": ...})."""
 
+DEFAULT_MODEL = "smollm2"
+"""What `flashserve serve` serves where nobody says."""
 DEFAULT_MAX_TOKENS = 256
 """Of a request that names none. The server's own default is 16 for a text, as in vLLM; a chat may fill the context."""
 

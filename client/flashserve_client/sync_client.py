@@ -16,6 +16,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from .async_client import AsyncClient
 from .connect import DEFAULT_URL
 from .errors import Cancelled
+from .request import DEFAULT_MODEL
 from .results import Delta, GenerateResult
 from .stream import AsyncStream
 
@@ -217,7 +218,7 @@ class Client:
         self,
         url: str = DEFAULT_URL,
         *,
-        model: str = "demo",
+        model: str = DEFAULT_MODEL,
         timeout_s: float | None = None,
         retries: int = 0,
         headers: Mapping[str, str] | None = None,

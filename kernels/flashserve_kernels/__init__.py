@@ -4,9 +4,21 @@
 Triton-lang, ``cpu/`` in C++; ``select`` chooses.
 """
 
+from flashserve_kernels.activation import Activation
 from flashserve_kernels.attention import AttentionBatch
 from flashserve_kernels.kv_cache import KVCacheSpec
 from flashserve_kernels.ops import CacheLayer, LinearWeight, Ops, SamplerColumns
+from flashserve_kernels.sampling import Stage
 from flashserve_kernels.select import select_ops
 
-__all__ = ["AttentionBatch", "CacheLayer", "KVCacheSpec", "LinearWeight", "Ops", "SamplerColumns", "select_ops"]
+__all__ = [
+    "Activation",
+    "AttentionBatch",
+    "CacheLayer",
+    "KVCacheSpec",
+    "LinearWeight",
+    "Ops",
+    "SamplerColumns",
+    "Stage",
+    "select_ops",
+]

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 
-def embedding(table: Tensor, ids: Tensor) -> Tensor:
-    """table: [V, D]; ids: [T], int32 or int64, each in [0, V). Returns [T, D]."""
-    return table.index_select(0, ids)
+def embedding(table: Tensor, ids: Tensor, scale: float = 1.0) -> Tensor:
+    """``table[ids] * scale``. table: [V, D]; ids: [T], int32 or int64, each in [0, V). Returns [T, D]."""
+    rows = table.index_select(0, ids)
+    return rows if scale == 1.0 else rows.mul_(scale)
 
 
 def add_embedding_(x: Tensor, table: Tensor, ids: Tensor) -> Tensor:

@@ -12,9 +12,11 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` (Zhang and Sennrich, 2019).
 
-    x: [..., D], any strides; weight: [D]; out: like x, may be x itself. Returns out, or a new tensor.
+    x: [..., D], any strides; weight: [D], x's dtype or float32; out: like x, may be x itself. Returns out, or a new
+    tensor.
     """
-    result = F.rms_norm(x, weight.shape, weight, eps)
+    # torch's own takes one dtype only.
+    result = F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
     return result if out is None else out.copy_(result)
 
 
@@ -24,7 +26,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     x, residual: [T, D]; x is overwritten with the sum, which is the second result.
     """
     total = x.add_(residual)
-    return F.rms_norm(total, weight.shape, weight, eps), total
+    return rms_norm(total, weight, eps), total
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

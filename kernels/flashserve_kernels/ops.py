@@ -17,17 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashserve_kernels import activation, attention, embedding, kv_cache, linear, norm, rotary, sampling
+from flashserve_kernels import attention, embedding, kv_cache, linear, norm, rotary, sampling
+from flashserve_kernels.activation import Activation, activate, activate_and_mul, soft_cap_
 from flashserve_kernels.attention import AttentionBatch
+from flashserve_kernels.grouped import GroupedRows
 from flashserve_kernels.kv_cache import KVCacheSpec
 from flashserve_kernels.recording import StepProgram
+from flashserve_kernels.sampling import Stage
 
 LinearWeight = Any
 """A weight as the implementation reads it fastest; opaque."""
 CacheLayer = Any
 """Keys and values of one layer; opaque."""
 SamplerColumns = Mapping[str, Tensor]
-"""Sampling parameters by name: [slots], any stride, what each slot's request asks for."""
+"""The sampler's state by name: [slots, ...], any stride, what each slot's request asks for or has come to."""
 
 
 class Ops:
@@ -39,8 +42,9 @@ class Ops:
     """Whether the device can capture a step of these ops (CUDA graphs): then no op looks at data on the host."""
     records = False
     """Whether :meth:`new_program` gives something to record steps into."""
-    weight_formats: tuple[str, ...] = ()
-    """Values of ``quantization`` that :meth:`pack_linear` takes."""
+    weight_formats: frozenset[str] = frozenset()
+    """What :meth:`pack_linear` takes beside full weights. grouped: weights in groups; int8: full weights, which it
+    quantises per output."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -55,32 +59,44 @@ class Ops:
         """Whether :meth:`pack_linear` makes a copy of a weight, so that the caller should drop the original."""
         return linear.packing_pays(dtype, self.device)
 
-    def pack_linear(self, weight: Tensor, *, gated: bool = False, quantization: str | None = None) -> LinearWeight:
-        """weight: [outputs, inputs]. gated: for :meth:`linear_silu_and_mul`. quantization: None or one of
-        ``weight_formats``; "int8" means weights per output, activations per row at run time. Raises ValueError for
-        what the implementation lacks."""
-        if quantization is not None:
-            raise ValueError(f"quantization {quantization!r} needs the native kernels of a CPU")
+    def pack_linear(self, weight: Tensor | GroupedRows, *, gated: bool = False, int8: bool = False) -> LinearWeight:
+        """weight: [outputs, inputs]. gated: for :meth:`linear_gated`. int8: weights per output, activations per
+        row at run time. With a weight in groups activations are quantised to int8 per row and group
+        (``grouped.linear``). Raises ValueError for what is not in ``weight_formats``."""
+        if int8 or not isinstance(weight, Tensor):
+            raise ValueError("weights in groups or in int8 need the native kernels of a CPU")
         return linear.pack_linear(weight)
 
     def linear(self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tensor:
         """``x @ W.T + bias``: [T, inputs] → [T, outputs]."""
         return linear.linear(x, weight, bias)
 
-    def linear_silu_and_mul(self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tensor:
-        """SwiGLU (Shazeer, 2020): ``silu(gate) * up`` of a linear whose outputs are all gates, then all ups:
-        [T, inputs] → [T, outputs / 2]."""
-        return activation.silu_and_mul(self.linear(x, weight, bias))
+    def linear_gated(
+        self, x: Tensor, weight: LinearWeight, activation: Activation, bias: Tensor | None = None
+    ) -> Tensor:
+        """A gated linear unit (Shazeer, 2020): ``activation(gate) * up`` of a linear whose outputs are all gates, then
+        all ups: [T, inputs] → [T, outputs / 2]."""
+        return activate_and_mul(self.linear(x, weight, bias), activation)
 
-    def logits(self, hidden: Tensor, weight: LinearWeight) -> Tensor:
-        """The language-model head: [N, hidden] → [N, V], in the dtype that :meth:`sample` likes best."""
-        return self.linear(hidden, weight)
+    def activate(self, x: Tensor, activation: Activation) -> Tensor:
+        """x: [T, I]. Returns [T, I]."""
+        return activate(x, activation)
+
+    def logits(self, hidden: Tensor, weight: LinearWeight, softcap: float | None = None) -> Tensor:
+        """The language-model head: [N, hidden] → [N, V], in the dtype that :meth:`sample` likes best.
+        softcap: ``c · tanh(logit / c)``."""
+        logits = self.linear(hidden, weight)
+        return logits if softcap is None else soft_cap_(logits, softcap)
 
     # --- rows ----------------------------------------------------------------------------------------------------
 
-    def embedding(self, table: Tensor, ids: Tensor) -> Tensor:
-        """Rows of a table of any dtype: [V, D], ids [T] int64 → [T, D]."""
-        return embedding.embedding(table, ids)
+    def embedding(self, table: Tensor, ids: Tensor, scale: float = 1.0) -> Tensor:
+        """Rows of a table, multiplied with ``scale``: [V, D], ids [T] int64 → [T, D]. Of any dtype, if scale is 1."""
+        return embedding.embedding(table, ids, scale)
+
+    def packed_embedding(self, weight: LinearWeight, ids: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        """Rows of a weight in groups that :meth:`pack_linear` made, times scale: ids [T] int64 → [T, inputs]."""
+        raise ValueError("weights in groups need the native kernels of a CPU")
 
     def add_embedding_(self, x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
         """``x += table[ids]``; returns x."""
@@ -97,7 +113,7 @@ class Ops:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
         """``x / sqrt(mean(x²) + eps) * weight`` (Zhang and Sennrich, 2019) over the last dimension; x: any strides,
-        out may be x."""
+        out may be x; weight: x's dtype or float32."""
         return norm.rms_norm(x, weight, eps, out)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -113,10 +129,6 @@ class Ops:
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`add_rms_norm`."""
         return norm.add_layer_norm(x, residual, weight, bias, eps)
-
-    def gelu_tanh(self, x: Tensor) -> Tensor:
-        """GELU's tanh form (Hendrycks and Gimpel, 2016)."""
-        return activation.gelu_tanh(x)
 
     # --- attention -----------------------------------------------------------------------------------------------
 
@@ -175,16 +187,13 @@ class Ops:
         sampling.mask_tokens_(logits, rows, tokens)
 
     _sample_rows = staticmethod(sampling.sample_rows)
-    """What :meth:`sample` calls with a value per row for each parameter."""
+    """What :meth:`sample` calls, with a keyword for each parameter."""
 
-    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor, state: SamplerColumns) -> Tensor:
+    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor, state: SamplerColumns, stages: Stage) -> Tensor:
         """One token for each row, by the parameters of its slot and with the noise of (seed, position, token) alone.
 
-        logits: [N, V], may be overwritten; slots, positions: [N] int64. state: temperature: float32, 0 is greedy;
-        min_p: float32, 0 is off; top_k: int64, 0 is off; top_p: float32, 1 is off; seed: int64. Applied in this order,
-        which is vLLM's. Returns [N] int64.
+        logits: [N, V], may be overwritten; slots, positions: [N] int64. state: what the stages read, under the names of
+        :func:`~flashserve_kernels.sampling.sample_rows`. stages: those that any of the rows needs; what others would
+        read is not looked at. Returns [N] int64.
         """
-        own = {name: column.index_select(0, slots) for name, column in state.items()}
-        return self._sample_rows(
-            logits, own["temperature"], own["min_p"], own["top_k"], own["top_p"], own["seed"], positions
-        )
+        return self._sample_rows(logits, slots, positions, stages, **state)

@@ -1,16 +1,39 @@
-"""From logits to token ids: greedy, or a sample after temperature, min-p, top-k and top-p.
+"""From logits to token ids, in :class:`Stage`'s order.
 
-The semantics and their order are vLLM's: temperature; min-p relative to the most probable token; top-k (tokens
-tied with the k-th stay); top-p over the renormalised rest. Top-p keeps tokens tied with its last one, so that a
-request's candidates do not depend on the order in which a sort left equal logits.
+Min-p is relative to the most probable token; top-k keeps tokens tied with the k-th; top-p is over the renormalised
+rest, and keeps tokens tied with its last one, so that a request's candidates do not depend on the order in which a sort
+left equal logits.
 """
 
 from __future__ import annotations
+
+from enum import IntFlag, auto
 
 import torch
 from torch import Tensor
 
 from flashserve_kernels.noise import gumbel_noise
+
+
+class Stage(IntFlag):
+    """What may be done to a row of logits, in the order in which all ops do it. It is vLLM's:
+
+    1. what changes the logits of greedy rows, too: tokens are ruled out (``Ops.mask_tokens_``; later also lists of
+       allowed and of bad words), then biases are added, then penalties for repetition, frequency and presence;
+    2. a row of temperature 0 takes the most probable token of these logits, and is done;
+    3. RANDOM: the others divide by their temperature;
+    4. MIN_P, TOP_K, TOP_P: the tail of the distribution is cut off;
+    5. RANDOM: a token is drawn from what is left.
+
+    A step says which stages any of its rows needs, and ops do no other. Log-probabilities, when there are any, are
+    those before the first stage.
+    """
+
+    RANDOM = auto()
+    MIN_P = auto()
+    TOP_K = auto()
+    TOP_P = auto()
+
 
 _HEAD = 1024  # top-p's cut nearly always lies here; a full sort of 49k logits takes 8 times as long
 
@@ -23,32 +46,37 @@ def greedy(logits: Tensor) -> Tensor:
 
 def sample_rows(
     logits: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    stages: Stage,
+    *,
     temperature: Tensor,
     min_p: Tensor,
     top_k: Tensor,
     top_p: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
+    seed: Tensor,
 ) -> Tensor:
-    """One token for each row: greedy where the temperature is 0, else :func:`sample`; neither changes the other's.
+    """One token per row: greedy where its slot's temperature is 0, else :func:`sample`; neither changes the other's.
 
-    logits: [R, V]; temperature, min_p, top_p: [R] float32; top_k, seeds, positions: [R] int64. Returns [R] int64.
+    logits: [R, V]; slots, positions: [R] int64. By slot: temperature, min_p, top_p float32; top_k, seed int64. Returns
+    [R] int64.
     """
-    random = temperature > 0
-    if not bool(random.any()):
+    if Stage.RANDOM not in stages:
         return greedy(logits)
-    tokens = greedy(logits) if not bool(random.all()) else positions.new_empty(len(random))
+    random = temperature[slots] > 0
+    tokens = greedy(logits) if not bool(random.all()) else torch.empty_like(positions)
     rows = random.nonzero()[:, 0]
-    own_min_p, own_top_k, own_top_p = min_p[rows], top_k[rows], top_p[rows]
-    tokens[rows] = sample(
-        logits[rows],
-        temperature[rows],
-        own_min_p if bool(own_min_p.any()) else None,
-        own_top_k if bool(own_top_k.any()) else None,
-        own_top_p if bool((own_top_p < 1).any()) else None,
-        seeds[rows],
-        positions[rows],
-    )
+    own = slots[rows]
+    if rows.numel():
+        tokens[rows] = sample(
+            logits[rows],
+            temperature[own],
+            min_p[own] if Stage.MIN_P in stages else None,
+            top_k[own] if Stage.TOP_K in stages else None,
+            top_p[own] if Stage.TOP_P in stages else None,
+            seed[own],
+            positions[rows],
+        )
     return tokens
 
 

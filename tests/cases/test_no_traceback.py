@@ -32,7 +32,7 @@ def test_a_terminal_that_lacks_characters_gets_others(tmp_path: Path, encoding: 
 def test_an_error_too(tmp_path: Path) -> None:
     result = run("serve", "--model", str(tmp_path / "模型"), PYTHONIOENCODING="ascii")
     assert result.returncode == 1
-    assert b"no such folder" in result.stderr and b"??" in result.stderr
+    assert b"does not exist" in result.stderr and b"??" in result.stderr
 
 
 def test_a_folder_name_that_is_no_text(tmp_path: Path) -> None:

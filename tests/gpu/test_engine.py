@@ -136,7 +136,7 @@ def test_the_watch_sees_a_late_compilation(device, caplog):
     launch.mark_warm()
     try:
         with caplog.at_level(logging.WARNING, logger="flashserve_kernels"):
-            activation.silu_and_mul(torch.ones(2, 2 * 1237, device=device))
+            activation.activate_and_mul(torch.ones(2, 2 * 1237, device=device), "silu")
     finally:
         launch.unmark_warm()
     assert any("late compilation" in record.getMessage() for record in caplog.records)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from flashserve_kernels.activation import gelu_tanh, silu_and_mul
+from flashserve_kernels.activation import activate, activate_and_mul
 from flashserve_kernels.embedding import embedding
 from flashserve_kernels.linear import linear, pack_linear
 from flashserve_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -52,6 +52,20 @@ def test_rms_norm(dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_with_weights_in_float32(dtype):
+    x, residual, weight = (
+        random(9, 96, dtype=dtype),
+        random(9, 96, dtype=dtype, seed=2),
+        random(96, dtype=torch.float32),
+    )
+    assert_near(rms_norm(x, weight, 1e-6), naive_rms_norm(x, weight, 1e-6), dtype)
+    total = x + residual
+    normed, stored = add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(stored, total)
+    assert_near(normed, naive_rms_norm(total, weight, 1e-6), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rms_norm_in_place_on_the_heads_of_a_strided_view(dtype):
     qkv, weight = random(5, 8, 16, dtype=dtype), random(16, dtype=dtype, seed=1)
     before = qkv.clone()
@@ -84,21 +98,27 @@ def test_layer_norm(dtype, shape):
     assert_near(layer_norm(x, weight, bias, 0.5), naive_layer_norm(x, weight, bias, 0.5), dtype)
 
 
+DEFINITIONS = {
+    "silu": lambda x: x / (1 + (-x).exp()),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh()),
+    "gelu": lambda x: 0.5 * x * (1 + (x / math.sqrt(2)).erf()),
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_silu_and_mul(dtype):
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_activations(dtype, name):
     gate_up = random(9, 2 * 48, dtype=dtype, scale=3)
-    gate, up = gate_up[:, :48].double(), gate_up[:, 48:].double()
     before = gate_up.clone()
-    assert_near(silu_and_mul(gate_up), gate / (1 + (-gate).exp()) * up, dtype)
+    gate, up = gate_up[:, :48].double(), gate_up[:, 48:].double()
+    assert_near(activate(gate_up, name), DEFINITIONS[name](gate_up.double()), dtype)
+    assert_near(activate_and_mul(gate_up, name), DEFINITIONS[name](gate) * up, dtype)
     assert torch.equal(gate_up, before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gelu_is_the_tanh_form(dtype):
-    x = random(9, 48, dtype=dtype, scale=2)
-    y = x.double()
-    expected = 0.5 * y * (1 + (math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)).tanh())
-    assert_near(gelu_tanh(x), expected, dtype)
+def test_an_activation_that_there_is_not():
+    with pytest.raises(ValueError, match="no activation 'relu'; there are silu, gelu_tanh, gelu"):
+        activate(torch.zeros(2), "relu")
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

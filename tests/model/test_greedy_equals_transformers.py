@@ -46,6 +46,10 @@ VARIANTS = {
         {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
     ),
     "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}),
+    "gemma3 window of a block": ("gemma3", {"sliding_window": 16, "tie_word_embeddings": False}),
+    "gemma3 biases": ("gemma3", {"attention_bias": True}),
+    "llama with the exact GELU": ("llama", {"hidden_act": "gelu"}),
+    "gpt2 with the exact GELU": ("gpt2", {"activation_function": "gelu"}),
     "gpt2 inner size": ("gpt2", {"n_inner": 96}),
 }
 

@@ -205,7 +205,7 @@ def test_unsupported_architecture_names_the_supported_ones(tmp_path):
     ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
     ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "needs a factor"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-    ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    ({"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu'"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantised checkpoints"),
     ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
 ])  # fmt: skip

@@ -13,7 +13,8 @@ from flashserve.protocol import Abort, SamplingParams
 from flashserve.runner.model_runner import decode_batch_sizes
 from flashserve.runner.sampler_state import COLUMNS
 from flashserve.runner.staging import StepFields
-from lazy_device import LazyCpu
+from flashserve_kernels import Ops, Stage
+from lazy_device import CapturableOps, LazyCpu
 
 LENGTHS = (3, 20, 45, 33, 7, 60, 16, 31)
 NUM_TOKENS = 24
@@ -81,6 +82,30 @@ def test_aborts_between_submit_and_wait_change_nobody_else(
     assert [engine.tokens[100], engine.tokens[101]] == greedy_reference(folder, late, NUM_TOKENS)
     stats = engine.core.scheduler.stats()
     assert stats.running == stats.waiting == 0
+
+
+def test_greedy_steps_send_no_sampling_parameters_and_take_the_most_probable_tokens_only(
+    start, expected, random_prompts, monkeypatch
+):
+    stages = []
+
+    def watched(ops, *call):
+        stages.append(call[-1])
+        return Ops.sample(ops, *call)
+
+    monkeypatch.setattr(CapturableOps, "sample", watched)
+    engine = start(5, max_num_seqs=2)
+    engine.add(100, random_prompts([9])[0], temperature=1.0)
+    engine.finish()  # its slot's parameters lie on the device
+    assert Stage.RANDOM in stages
+    stages.clear()
+    before = engine.queue.sent_bytes
+    for index, prompt in enumerate(random_prompts(LENGTHS)):
+        engine.add(index, prompt, top_p=0.5, seed=index)
+    engine.finish()
+    assert [engine.tokens[index] for index in range(len(LENGTHS))] == expected
+    assert engine.queue.sent_bytes == before
+    assert stages and set(stages) == {Stage(0)}
 
 
 def test_sampling_parameters_are_sent_when_a_request_is_admitted_and_never_again(start, random_prompts):

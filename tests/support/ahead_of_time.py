@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +59,21 @@ class Case:
 
 E4M3, HALF, FULL = torch.float8_e4m3fn, torch.float16, torch.float32
 
+GEMMA = ModelShape(
+    2304, 8, 4, 256, 9216, 256000, 26,
+    block_size=64, activation="gelu_tanh", caps_logits=True, embedding_scale=48.0, norm_dtype=FULL,
+)  # fmt: skip
+
 CASES = (
     Case("Qwen3-8B", ModelShape(4096, 32, 8, 128, 12288, 151936, 36)),
     Case("Qwen3-8B, FP8 cache", ModelShape(4096, 32, 8, 128, 12288, 151936, 36, cache_dtype=E4M3)),
     # Small heads and odd widths: where the two makers' compilers differ, not each of their GPUs.
     Case("SmolLM2-135M", ModelShape(576, 9, 3, 64, 1536, 49152, 30), (H200, MI300X)),
     # Heads that are no power of two, full multi-head attention, float16.
-    Case("Phi-2", ModelShape(2560, 32, 32, 80, 10240, 51200, 32, HALF, HALF), (A100,)),
-    # Sliding windows in every other layer, a soft cap, the largest heads, large blocks.
-    Case(
-        "Gemma-2-2B", ModelShape(2304, 8, 4, 256, 9216, 256000, 26, block_size=64), (H200,), (None, 4096), 50.0
-    ),
+    Case("Phi-2", ModelShape(2560, 32, 32, 80, 10240, 51200, 32, HALF, HALF, 16, "gelu_tanh", False), (A100,)),
+    # Windows in every other layer, soft caps, the largest heads, large blocks, scaled embeddings, norms in float32.
+    Case("Gemma-2-2B", GEMMA, (H200,), (None, 4096), 50.0),
+    Case("Gemma-2-2B with the other GELU", replace(GEMMA, activation="gelu"), (H200,), (None, 4096), 50.0),
     Case("SmolLM2-135M in float32", ModelShape(576, 9, 3, 64, 1536, 49152, 30, FULL, FULL), (H200,)),
 )  # fmt: skip
 

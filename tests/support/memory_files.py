@@ -6,20 +6,26 @@ from pathlib import Path
 
 import torch
 
+from flashserve.layers.parallel import Ranks
+from flashserve.layers.weight_format import WEIGHT_FORMATS
 from flashserve.protocol import ModelCard
 
 
 class MemoryWeights:
     """Implements WeightSource over a dictionary."""
 
-    quantization = None
+    format = WEIGHT_FORMATS[None]
 
-    def __init__(self, tensors, dtype, device, ops):
+    def __init__(self, tensors, dtype, device, ops, ranks=None):
         self._tensors, self.dtype, self.device, self.ops = dict(tensors), dtype, device, ops
+        self.ranks = ranks or Ranks()
         self._unused = set(tensors)
 
     def has(self, name):
         return name in self._tensors
+
+    def grouped(self, name, shape):
+        return None
 
     def read_into(self, name, out):
         self._unused.discard(name)
@@ -60,7 +66,7 @@ class MemoryFiles:
     def num_elements(self, ignored):
         return sum(tensor.numel() for tensor in self._tensors.values())
 
-    def weights(self, dtype, device, ops, quantization):
+    def weights(self, dtype, device, ops, format):
         return MemoryWeights(self._tensors, dtype, device, ops)
 
     def fingerprint(self, dtype, layout):

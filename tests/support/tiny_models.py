@@ -31,6 +31,18 @@ _SIZES = {
     "eos_token_id": EOS_ID,
     "initializer_range": 0.2,
 }
+_GEMMA3_SIZES = {
+    **{key: value for key, value in _SIZES.items() if key != "rope_theta"},
+    "tie_word_embeddings": True,
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 20,
+    "query_pre_attn_scalar": 24,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+    },
+}
 _GPT2_SIZES = {
     "vocab_size": VOCAB_SIZE,
     "n_embd": 64,
@@ -48,6 +60,7 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", "MistralForCausalLM", {**_SIZES, "sliding_window": 48}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {**_SIZES, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", _SIZES),
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", _GEMMA3_SIZES),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", _GPT2_SIZES),
 }
 FAMILIES = tuple(_FAMILIES)

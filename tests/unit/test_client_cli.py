@@ -108,12 +108,24 @@ def test_stats_go_to_standard_error(peer: Peer, capsys):
 
 
 @pytest.mark.parametrize(
-    ("index", "chosen"), [(["demo", "other"], "demo"), (["other"], "other"), (["off", "other"], "other"), ([], "demo")]
+    ("index", "chosen"),
+    [
+        (["demo", "other"], "demo"),
+        (["demo", "other", "smollm2"], "smollm2"),
+        (["other"], "other"),
+        (["off", "other"], "other"),
+        ([], "smollm2"),
+    ],
 )
 def test_the_model_need_not_be_named_if_there_is_one(peer: Peer, index, chosen):
     peer.index = [{"name": n, "version": "1", "state": "UNAVAILABLE" if n == "off" else "READY"} for n in index]
     assert run("generate", "x", "--url", peer.url) == 0
     assert peer.asked[0].model == chosen
+
+
+def test_a_question_is_a_chat(peer: Peer):
+    assert run("generate", "--chat", "Who?", "--url", peer.url) == 0
+    assert json.loads(peer.asked[0].inputs["chat_request"])["messages"] == [{"role": "user", "content": "Who?"}]
 
 
 def test_several_models_need_a_name(peer: Peer, capsys):

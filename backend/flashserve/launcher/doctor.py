@@ -187,13 +187,16 @@ def _models(model_repository: str | None) -> Iterable[Check]:
             yield Check("models", "ok", f"{folder} (not looked into)")
             continue
         vllm = loadable.vllm_server(discover.find_triton(), asked=False)
+        loaded = None if model_repository else repository.default_load(Path(folder))[0]
         for model in repository.read_repository(Path(folder)):
-            yield _model(model, vllm)
+            yield _model(model, vllm, is_needed=loaded is None or model.name in loaded)
 
 
-def _model(model: RepositoryModel, vllm: VllmServer) -> Check:
+def _model(model: RepositoryModel, vllm: VllmServer, is_needed: bool) -> Check:
     name = f"model {model.name}"
     problem = loadable.file_problem(model, vllm)
+    if problem and not is_needed:
+        return Check(name, "warn", problem, f"until then the model {repository.DEMO_MODEL} is served")
     if problem:
         fix = f"correct {model.folder}/, or serve another: flashserve serve --model PATH_OR_HF_ID"
         return Check(name, "fail", problem, fix)

@@ -10,6 +10,7 @@ from pathlib import Path
 from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError
 from flashserve.launcher.errors import LauncherError
+from flashserve.model_location import PACKAGE, find, locate, name_of
 
 REMOTE = re.compile(r"^(s3|gs|as)://")
 BACKEND_NAME = "flashserve"
@@ -21,7 +22,11 @@ PYTHON_BACKENDS = (*OUR_BACKENDS, "python")
 BACKEND_FIELD = re.compile(
     r"""^[^#\n]*?\b(?P<field>backend\s*:\s*(?P<quote>["'])(?P<name>.*?)(?P=quote))""", re.MULTILINE
 )
-HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+
+
+CHAT_MODEL, DEMO_MODEL = "smollm2", "demo"
+"""Those of the source checkout: one that talks, whose weights a Python package brings, and one for machines without
+that package, which has seen nothing but Python."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class NamedModel:
     name: str
     """What clients call it."""
     source: str
-    """An absolute folder or a Hugging Face id."""
+    """An absolute path of a folder or a GGUF file, ``package:…``, or a Hugging Face id."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +59,21 @@ def default_repository() -> Path | None:
 
 
 def parse_model(argument: str) -> NamedModel:
-    """``PATH``, ``HF_ID`` or ``NAME=PATH_OR_HF_ID``. Raises LauncherError."""
+    """``MODEL`` or ``NAME=MODEL``, as ``model`` in model.json. Raises LauncherError."""
     name, separator, source = argument.partition("=")
     if not separator:
         name, source = "", argument
-    path = _expanded(source)
-    if source and path.is_dir():
-        source = str(path.resolve())
-    elif source.startswith((".", "/", "~")) or not HUB_ID.match(source):
-        raise LauncherError(
-            f"--model {argument}: no such folder: {source!r}",
-            "give a folder with config.json and *.safetensors, or a Hugging Face id such as Qwen/Qwen3-0.6B",
+    try:
+        found = find(source)  # what a folder holds is for whoever serves it to judge
+    except ConfigError as error:
+        advice = (
+            "give a folder with config.json and *.safetensors, a .gguf file, or a Hugging Face id such as "
+            "Qwen/Qwen3-0.6B"
         )
-    name = name or re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(source).name).strip("-.")
+        raise LauncherError(f"--model {argument}: {error}", advice) from error
+    name = name or re.sub(r"[^A-Za-z0-9_.-]+", "-", name_of(source if found is None else str(found))).strip("-.")
+    if found is not None and not source.startswith(PACKAGE):
+        source = str(found)
     if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
         raise LauncherError(f"--model {argument}: {name!r} is no model name", "choose one: --model NAME=PATH_OR_HF_ID")
     return NamedModel(name, source)
@@ -107,6 +114,19 @@ def choose_repositories(repository: str | None, models: Sequence[NamedModel]) ->
         )
     _check_unique([model.name for model in present] + [model.name for model in models])
     return [str(folder)]
+
+
+def default_load(folder: Path) -> tuple[list[str], str]:
+    """Which models of the checkout's own repository are loaded if nobody says: all, but of the two that come with it
+    only one. Also what to say where that is the demo model; else empty."""
+    models = read_repository(folder)
+    problems = {model.name: model.problem for model in models}
+    problem = problems.get(CHAT_MODEL, "its folder is gone")
+    left_out = DEMO_MODEL if problem is None else CHAT_MODEL
+    names = [model.name for model in models if model.name != left_out]
+    if problem is None or DEMO_MODEL not in names:
+        return names, ""
+    return names, f"{CHAT_MODEL} is not served: {problem}; {DEMO_MODEL} is, which can only continue Python"
 
 
 def read_repository(folder: Path) -> list[RepositoryModel]:
@@ -152,12 +172,16 @@ def _problem(model: Path) -> str | None:
         return str(error)
     if config.device.startswith("null"):
         return None
-    if Path(config.model).is_dir():
-        missing = [name for name in ("config.json", "*.safetensors") if not any(Path(config.model).glob(name))]
-        return f"{config.model} holds no {' and no '.join(missing)}" if missing else None
     # One word without a slash is an id of the hub too (gpt2), but here it is nearly always a folder.
-    if "/" not in config.model or config.model.startswith((".", "/")):
+    is_path = config.model.startswith((".", "/")) or "/" not in config.model
+    if is_path and not config.model.startswith(PACKAGE) and not (version / config.model).exists():
         return f"its weights are missing: {version / config.model}"
+    try:
+        found = locate(config.model)
+    except ConfigError as error:
+        return str(error)
+    if found is not None and found.is_dir() and not any(found.glob("*.safetensors")):
+        return f"{found} holds no *.safetensors"
     return None
 
 

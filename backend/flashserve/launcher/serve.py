@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from flashserve import __version__
 from flashserve.launcher import loadable, ports, process, reaper, repository, workspace
@@ -18,7 +19,9 @@ from flashserve.launcher.ports import Endpoints
 from flashserve.launcher.process import ServerProcess
 from flashserve.launcher.restarts import DEFAULT_ANSWER_TIMEOUT_S, DEFAULT_MAX_RESTARTS
 from flashserve.launcher.signals import Signals
-from flashserve.launcher.triton_arguments import TritonArguments
+from flashserve.launcher.triton_arguments import ALL, TritonArguments
+
+QUESTION = {"role": "user", "content": "What is the capital of France?"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ def serve(options: ServeOptions, console: Console | None = None) -> int:
     arguments = TritonArguments.parse(options.triton_arguments)
     vllm = loadable.vllm_server(install, options.serve_vllm_models)
     is_ours = options.backend_module == workspace.DEFAULT_BACKEND_MODULE
+    if options.model_repository is None and not named and arguments.load == ALL:
+        names, remark = repository.default_load(Path(repositories[0]))
+        arguments = arguments.loading(names)
+        if remark:
+            console.say(remark)
     loadable.require_loadable(repositories, named, arguments.load, vllm, judge_files=is_ours)
     expected = repository.names_with_stubs(repositories, named)
     lacking = [] if options.gateway_port is None else gateway_lacks()
@@ -109,10 +117,22 @@ def _announce(console: Console, endpoints: Endpoints, names: Sequence[str], seco
     console.say(f"  metrics  http://{host}:{endpoints.metrics}/metrics")
     if endpoints.gateway is not None:
         console.say(f"  OpenAI   http://{host}:{endpoints.gateway}/v1, and a page at http://{host}:{endpoints.gateway}")
-    if names:
-        name = "demo" if "demo" in names else names[0]
-        body = {"text_input": "def fibonacci(n):", "stream": True}
-        body["sampling_parameters"] = json.dumps({"max_tokens": 48})
-        console.say("try:")
-        console.say(f"  curl -N {host}:{endpoints.http}/v2/models/{name}/generate_stream -d '{json.dumps(body)}'")
+    for line in _examples(names, f"{host}:{endpoints.http}", f"{host}:{endpoints.grpc}"):
+        console.say(line)
     console.say("Ctrl-C ends it.")
+
+
+def _examples(names: Sequence[str], http: str, grpc: str) -> list[str]:
+    """What to try first."""
+    if not names:
+        return []
+    if repository.CHAT_MODEL in names:
+        name, body = repository.CHAT_MODEL, {"chat_request": json.dumps({"messages": [QUESTION]})}
+        url = "" if grpc.endswith(":8001") else f" --url grpc://{grpc}"
+        chat = [f"  flashserve chat{url}    and ask: {QUESTION['content']}"]
+    else:
+        name = repository.DEMO_MODEL if repository.DEMO_MODEL in names else names[0]
+        text = "def fibonacci(n):" if name == repository.DEMO_MODEL else "The capital of France is"
+        body, chat = {"text_input": text, "sampling_parameters": json.dumps({"max_tokens": 48})}, []
+    line = json.dumps({**body, "stream": True})
+    return ["try:", *chat, f"  curl -N {http}/v2/models/{name}/generate_stream -d '{line}'"]

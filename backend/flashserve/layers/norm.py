@@ -10,8 +10,11 @@ from flashserve.layers.weight_source import WeightSource
 class RMSNorm:
     """Root-mean-square norm over the last dimension."""
 
-    def __init__(self, weights: WeightSource, prefix: str, size: int, eps: float) -> None:
+    def __init__(self, weights: WeightSource, prefix: str, size: int, eps: float, offset: float = 0.0) -> None:
+        """offset: what stored weights lack, 1 in Gemma. The sum is float32, since bfloat16 would round it."""
         self.weight = weights.read(f"{prefix}.weight", (size,))
+        if offset:
+            self.weight = self.weight.float().add_(offset)
         self.eps = eps
         self._ops = weights.ops
 

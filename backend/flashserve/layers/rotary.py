@@ -19,12 +19,12 @@ from flashserve_kernels import Ops
 
 log = logging.getLogger(__name__)
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "factors")
 KNOWN_PARAMETERS = frozenset(
     (
         *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"),
         *("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate", "attention_factor"),
-        *("mscale", "mscale_all_dim"),
+        *("mscale", "mscale_all_dim", "factors"),
     )
 )
 
@@ -57,8 +57,10 @@ def read_rope_settings(config: Mapping[str, Any]) -> RopeSettings:
     unknown = sorted(parameters.keys() - KNOWN_PARAMETERS)
     if unknown:
         log.warning("config.json's rope settings hold %s, which is not known and has no effect", ", ".join(unknown))
-    if rope_type != "default" and "factor" not in parameters:
+    if rope_type not in ("default", "factors") and "factor" not in parameters:
         raise ConfigError(f"rope type {rope_type!r} needs a factor in config.json")
+    if rope_type == "factors" and "factors" not in parameters:
+        raise ConfigError("rope type 'factors' needs factors, one for each pair of a head")
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
     trained = parameters.get("original_max_position_embeddings") or config["max_position_embeddings"]
     return RopeSettings(theta, rope_type, parameters, int(trained))
@@ -94,6 +96,8 @@ def _frequencies(rope: RopeSettings, head_dim: int) -> tuple[Tensor, float]:
     plain = 1.0 / (rope.theta**exponents)
     if rope.rope_type == "linear":
         return plain / rope.parameters["factor"], 1.0
+    if rope.rope_type == "factors":  # one for each pair, as GGUF files have Llama 3.1's scaling
+        return plain / torch.tensor(rope.parameters["factors"]), 1.0
     if rope.rope_type == "llama3":
         return _llama3(plain, rope), 1.0
     if rope.rope_type == "yarn":

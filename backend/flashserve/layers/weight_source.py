@@ -7,7 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flashserve.layers.parallel import Ranks
+from flashserve.layers.weight_format import WeightFormat
 from flashserve_kernels import Ops
+from flashserve_kernels.grouped import GroupedRows
 
 
 class WeightSource(Protocol):
@@ -21,11 +24,17 @@ class WeightSource(Protocol):
     device: torch.device
     ops: Ops
     """What the model's layers call."""
-    quantization: str | None
-    """How linear weights are quantised while they load: None or "int8"."""
+    format: WeightFormat
+    """What becomes of linears' weights."""
+    ranks: Ranks
+    """Who else loads this model, and which part is this process's."""
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds the tensor."""
+        ...
+
+    def grouped(self, name: str, shape: tuple[int, int]) -> GroupedRows | None:
+        """A matrix that is stored in groups, as it is stored; None where it is not."""
         ...
 
     def read_into(self, name: str, out: Tensor) -> None:
@@ -45,3 +54,14 @@ class WeightSource(Protocol):
         """The tensor inside the file's memory map: only rows that are read take memory. None where the dtype or
         the device differ. Never write to it."""
         ...
+
+
+def read_part(weights: WeightSource, name: str, out: Tensor, dim: int) -> None:
+    """Copy to ``out`` this rank's part of a tensor that is cut along ``dim`` into as many equal ones."""
+    ranks = weights.ranks
+    if ranks.size == 1:
+        weights.read_into(name, out)
+    else:
+        shape, size = list(out.shape), out.shape[dim]
+        shape[dim] = size * ranks.size
+        out.copy_(weights.read(name, tuple(shape)).narrow(dim, ranks.rank * size, size))

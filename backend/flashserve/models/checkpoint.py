@@ -7,7 +7,6 @@ back once it is copied: else the file counts in this process's memory as well as
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import logging
 import math
@@ -23,7 +22,9 @@ import torch
 from torch import Tensor
 
 from flashserve.errors import ConfigError
-from flashserve.models.progress import LoadingProgress
+from flashserve.layers.parallel import Ranks
+from flashserve.layers.weight_format import WeightFormat
+from flashserve.models.file_weights import FileWeights, give_back, matches
 from flashserve_kernels import Ops
 
 log = logging.getLogger(__name__)
@@ -96,11 +97,7 @@ class Checkpoint:
 
     def num_elements(self, ignored: Iterable[str] = ()) -> int:
         """Numbers in all tensors whose names match none of the patterns."""
-        return sum(entry.num_elements for name, entry in self.entries.items() if not _matches(name, ignored))
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        return sum(entry.num_elements for name, entry in self.entries.items() if not matches(name, ignored))
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -158,7 +155,7 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
         raise ConfigError(f"{file.name} is not a valid safetensors file: {error}") from error
 
 
-class CheckpointWeights:
+class CheckpointWeights(FileWeights):
     """Implements layers' WeightSource over a checkpoint."""
 
     def __init__(
@@ -167,20 +164,14 @@ class CheckpointWeights:
         dtype: torch.dtype,
         device: torch.device,
         ops: Ops,
-        quantization: str | None = None,
+        format: WeightFormat,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.dtype = dtype
-        self.device = device
-        self.ops = ops
-        self.quantization = quantization
+        """ranks: None: this process alone holds the model."""
+        sizes = {name: entry.num_bytes for name, entry in checkpoint.entries.items()}
+        super().__init__(sizes, dtype, device, ops, format, ranks)
         self._checkpoint = checkpoint
         self._maps: dict[Path, mmap.mmap] = {}
-        self._used: set[str] = set()
-        self._scratch = torch.empty(0)
-        self._progress = LoadingProgress(sum(entry.num_bytes for entry in checkpoint.entries.values()))
-
-    def has(self, name: str) -> bool:
-        return name in self._checkpoint.entries
 
     def read_into(self, name: str, out: Tensor) -> None:
         source = self._view(name, tuple(out.shape))
@@ -189,31 +180,11 @@ class CheckpointWeights:
             part = source[first : first + rows]
             out[first : first + rows].copy_(part)
             self._give_back(name, part)
-            self._progress.advance(part.nbytes)
-
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        out = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self.read_into(name, out)
-        return out
-
-    def scratch(self, shape: tuple[int, ...]) -> Tensor:
-        count = math.prod(shape)
-        if self._scratch.numel() < count:
-            self._scratch = torch.empty(0)  # the old one goes first
-            self._scratch = torch.empty(count, dtype=self.dtype, device=self.device)
-        return self._scratch[:count].view(shape)
+            self._advance(part.nbytes)
 
     def mapped(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         view = self._view(name, shape)
         return view if view.dtype == self.dtype and self.device.type == "cpu" else None
-
-    def finish(self, ignored: Iterable[str]) -> None:
-        """Nothing more will be read. Raises ConfigError if the checkpoint holds tensors that the model did not take."""
-        self._progress.close()
-        unused = sorted(n for n in self._checkpoint.entries if n not in self._used and not _matches(n, ignored))
-        if unused:
-            more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
-            raise ConfigError(f"the weights hold tensors that the model does not have: {', '.join(unused[:5])}{more}")
 
     def _view(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor inside the memory map, in the checkpoint's dtype."""
@@ -225,7 +196,7 @@ class CheckpointWeights:
         dtype = DTYPES.get(entry.dtype)
         if dtype is None:
             raise ConfigError(f"tensor {name} has type {entry.dtype}; supported: {', '.join(DTYPES)}")
-        self._used.add(name)
+        self._use(name)
         if entry.num_elements == 0:
             return torch.empty(shape, dtype=dtype)
         if entry.begin % dtype.itemsize:
@@ -246,8 +217,4 @@ class CheckpointWeights:
         memory = self._maps.get(entry.file)
         if memory is None:
             return
-        begin = entry.begin + part.storage_offset() * part.itemsize
-        first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (begin + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
-        if length > 0:
-            memory.madvise(mmap.MADV_DONTNEED, first, length)
+        give_back(memory, entry.begin + int(part.storage_offset()) * part.itemsize, part.nbytes)

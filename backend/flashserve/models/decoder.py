@@ -1,4 +1,4 @@
-"""The decoder that Llama, Mistral and Qwen share. Their files state what differs, as a :class:`DecoderSpec`."""
+"""The decoder that Llama, Mistral, Qwen and Gemma share. Their files state what differs, as a :class:`DecoderSpec`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from flashserve.layers.attention import Attention
 from flashserve.layers.decoder_layer import DecoderLayer, DecoderStack
 from flashserve.layers.embedding import load_embedding_and_head
 from flashserve.layers.linear import Linear
-from flashserve.layers.mlp import GatedMLP
+from flashserve.layers.mlp import GatedMLP, read_activation
 from flashserve.layers.norm import RMSNorm
 from flashserve.layers.rotary import RopeSettings, RotaryEmbedding, read_rope_settings, scaled_context_len
 from flashserve.layers.weight_source import WeightSource
 from flashserve.models.model_input import ModelInput, ModelShape
-from flashserve_kernels import CacheLayer
+from flashserve_kernels import Activation, CacheLayer
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,19 @@ class DecoderSpec:
     qk_norm: bool
     windows: tuple[int | None, ...]
     """Per layer: tokens that a query sees, itself included; None: all earlier ones."""
+    activation: Activation = "silu"
+    local_rope: RopeSettings | None = None
+    """Of layers with a window, where theirs is another."""
+    norm_offset: float = 0.0
+    """What the stored weights of norms lack."""
     embedding_scale: float = 1.0
     """What embedded tokens are multiplied with."""
+    attention_scale: float | None = None
+    """What scores are multiplied with; None: ``head_dim ** -0.5``."""
+    attention_softcap: float | None = None
+    """``c · tanh(score / c)``."""
+    logits_softcap: float | None = None
+    """``c · tanh(logit / c)``."""
 
     @classmethod
     def read(
@@ -55,13 +66,15 @@ class DecoderSpec:
         mlp_bias: bool = False,
         qk_norm: bool = False,
         windows: tuple[int | None, ...] | None = None,
+        rope: RopeSettings | None = None,
     ) -> DecoderSpec:
-        """The keys that all of these architectures share, and the options of one of them."""
-        activation = config.get("hidden_act", "silu")
-        if activation != "silu":
-            raise ConfigError(f"hidden_act={activation!r} is not supported; only 'silu' is")
+        """The keys that all of these architectures share, and the options of one of them. Raises ConfigError for values
+        that no layer implements."""
         heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
-        rope = read_rope_settings(config)
+        rope = rope or read_rope_settings(config)
+        windows = windows or (None,) * layers
+        if len(windows) != layers:
+            raise ConfigError(f"config.json has {layers} layers, and layer_types for {len(windows)}")
         return cls(
             hidden_size=config["hidden_size"],
             intermediate_size=config["intermediate_size"],
@@ -78,7 +91,8 @@ class DecoderSpec:
             o_bias=o_bias,
             mlp_bias=mlp_bias,
             qk_norm=qk_norm,
-            windows=windows or (None,) * layers,
+            windows=windows,
+            activation=read_activation("hidden_act", config.get("hidden_act", "silu")),
         )
 
 
@@ -91,48 +105,66 @@ class Decoder:
 
     def __init__(self, config: dict[str, Any], weights: WeightSource, context_len: int) -> None:
         spec = self.read_spec(config)
-        head_name = None if spec.tied_head else "lm_head.weight"
         self.embed_tokens, self.lm_head = load_embedding_and_head(
-            weights, "model.embed_tokens.weight", head_name, spec.vocab_size, spec.hidden_size, spec.embedding_scale
+            weights,
+            "model.embed_tokens.weight",
+            None if spec.tied_head else "lm_head.weight",
+            spec.vocab_size,
+            spec.hidden_size,
+            scale=spec.embedding_scale,
+            softcap=spec.logits_softcap,
         )
         self.rotaries = self.make_rotaries(spec, weights, context_len)
         layers = [self.make_layer(spec, weights, index) for index in range(spec.num_layers)]
-        norm = RMSNorm(weights, "model.norm", spec.hidden_size, spec.norm_eps)
-        self.stack = DecoderStack(weights.ops, layers, norm, self.rotaries)
+        self.stack = DecoderStack(weights.ops, layers, self.make_norm(spec, weights, "model.norm"), self.rotaries)
 
     def make_rotaries(self, spec: DecoderSpec, weights: WeightSource, context_len: int) -> list[RotaryEmbedding]:
-        """All that the model's layers use."""
-        return [RotaryEmbedding(spec.rope, spec.head_dim, context_len, weights.ops, weights.device)]
+        """All that the model's layers use: the one of layers that see everything first, of those with a window last."""
+        return [
+            RotaryEmbedding(rope, spec.head_dim, context_len, weights.ops, weights.device)
+            for rope in (spec.rope, spec.local_rope)
+            if rope is not None
+        ]
 
     def make_layer(self, spec: DecoderSpec, weights: WeightSource, index: int) -> DecoderLayer:
         """One layer with the usual names of its tensors."""
-        prefix, hidden, eps = f"model.layers.{index}.", spec.hidden_size, spec.norm_eps
+        prefix, window = f"model.layers.{index}.", spec.windows[index]
+        rotary = self.rotaries[0 if window is None else -1]
         return DecoderLayer(
-            RMSNorm(weights, f"{prefix}input_layernorm", hidden, eps),
-            self.make_attention(
-                spec, weights, f"{prefix}self_attn.", window=spec.windows[index], rotary=self.rotaries[0]
-            ),
-            RMSNorm(weights, f"{prefix}post_attention_layernorm", hidden, eps),
-            GatedMLP(weights, f"{prefix}mlp.", hidden, spec.intermediate_size, spec.mlp_bias),
+            self.make_norm(spec, weights, f"{prefix}input_layernorm"),
+            self.make_attention(spec, weights, f"{prefix}self_attn.", window=window, rotary=rotary),
+            self.make_norm(spec, weights, f"{prefix}post_attention_layernorm"),
+            self.make_mlp(spec, weights, f"{prefix}mlp."),
         )
 
     @staticmethod
-    def make_attention(spec: DecoderSpec, weights: WeightSource, prefix: str, **options: Any) -> Attention:
-        """options: those of Attention that the spec does not say."""
-        hidden, head_dim = spec.hidden_size, spec.head_dim
+    def make_norm(spec: DecoderSpec, weights: WeightSource, name: str, size: int | None = None) -> RMSNorm:
+        """size: None: of the hidden state."""
+        return RMSNorm(weights, name, size or spec.hidden_size, spec.norm_eps, spec.norm_offset)
+
+    @staticmethod
+    def make_mlp(spec: DecoderSpec, weights: WeightSource, prefix: str) -> GatedMLP:
+        hidden, inner = spec.hidden_size, spec.intermediate_size
+        return GatedMLP(weights, prefix, hidden, inner, spec.mlp_bias, spec.activation)
+
+    @classmethod
+    def make_attention(cls, spec: DecoderSpec, weights: WeightSource, prefix: str, **options: Any) -> Attention:
+        """options: those of Attention that the spec does not say. Ranks share the heads."""
+        hidden, head_dim, ranks = spec.hidden_size, spec.head_dim, weights.ranks
         q_size, kv_size = spec.num_heads * head_dim, spec.num_kv_heads * head_dim
+        shards = [("q_proj", q_size), ("k_proj", kv_size), ("v_proj", kv_size)]
+        norms = [cls.make_norm(spec, weights, f"{prefix}{name}_norm", head_dim) for name in "qk" if spec.qk_norm]
+        q_norm, k_norm = norms or (None, None)
         return Attention(
             ops=weights.ops,
-            qkv_proj=Linear(
-                weights, prefix, hidden, [("q_proj", q_size), ("k_proj", kv_size), ("v_proj", kv_size)], spec.qkv_bias
-            ),
-            o_proj=Linear(weights, prefix, q_size, [("o_proj", hidden)], spec.o_bias),
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
+            qkv_proj=Linear(weights, prefix, hidden, shards, spec.qkv_bias, split="outputs"),
+            o_proj=Linear(weights, prefix, q_size, [("o_proj", hidden)], spec.o_bias, split="inputs"),
+            num_heads=ranks.share(spec.num_heads, "attention heads"),
+            num_kv_heads=ranks.share(spec.num_kv_heads, "KV heads"),
             head_dim=head_dim,
-            q_norm=RMSNorm(weights, f"{prefix}q_norm", head_dim, spec.norm_eps) if spec.qk_norm else None,
-            k_norm=RMSNorm(weights, f"{prefix}k_norm", head_dim, spec.norm_eps) if spec.qk_norm else None,
-            **options,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            **{"scale": spec.attention_scale, "softcap": spec.attention_softcap, **options},
         )
 
     @staticmethod

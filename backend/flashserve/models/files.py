@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from flashserve.errors import ConfigError
+from flashserve.layers.weight_format import WeightFormat
 from flashserve.layers.weight_source import WeightSource
 from flashserve.model_card import read_json_object, read_model_card
 from flashserve.models.checkpoint import Checkpoint, CheckpointWeights
@@ -68,7 +69,7 @@ class ModelFiles(Protocol):
         """Numbers in all tensors whose names match none of the patterns."""
         ...
 
-    def weights(self, dtype: torch.dtype, device: torch.device, ops: Ops, quantization: str | None) -> LoadableWeights:
+    def weights(self, dtype: torch.dtype, device: torch.device, ops: Ops, format: WeightFormat) -> LoadableWeights:
         """The weights, for a model to be built with."""
         ...
 
@@ -127,8 +128,8 @@ class SafetensorsFolder:
     def num_elements(self, ignored: Iterable[str]) -> int:
         return self._checkpoint.num_elements(ignored)
 
-    def weights(self, dtype: torch.dtype, device: torch.device, ops: Ops, quantization: str | None) -> LoadableWeights:
-        return CheckpointWeights(self._checkpoint, dtype, device, ops, quantization)
+    def weights(self, dtype: torch.dtype, device: torch.device, ops: Ops, format: WeightFormat) -> LoadableWeights:
+        return CheckpointWeights(self._checkpoint, dtype, device, ops, format)
 
     def fingerprint(self, dtype: str, layout: str) -> str:
         """It covers config.json, the files' names and headers, the dtype, the layout, and of each tensor only a sample

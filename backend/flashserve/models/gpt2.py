@@ -12,14 +12,11 @@ from flashserve.layers.attention import Attention
 from flashserve.layers.decoder_layer import DecoderLayer, DecoderStack
 from flashserve.layers.embedding import load_embedding_and_head, load_table
 from flashserve.layers.linear import Linear
-from flashserve.layers.mlp import MLP
+from flashserve.layers.mlp import MLP, read_activation
 from flashserve.layers.norm import LayerNorm
 from flashserve.layers.weight_source import WeightSource
 from flashserve.models.model_input import ModelInput, ModelShape
-from flashserve_kernels import CacheLayer
-
-# Both names mean the tanh form.
-_ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")
+from flashserve_kernels import Activation, CacheLayer
 
 
 class GPT2LMHeadModel:
@@ -41,9 +38,7 @@ class GPT2LMHeadModel:
 
     @staticmethod
     def read_shape(config: dict[str, Any]) -> ModelShape:
-        activation = config.get("activation_function", "gelu_new")
-        if activation not in _ACTIVATIONS:
-            raise ConfigError(f"activation_function={activation!r} is not supported; only 'gelu_new' is")
+        _activation(config)
         for option in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
             if config.get(option):
                 raise ConfigError(f"{option}=true is not supported")
@@ -86,8 +81,12 @@ def _make_layer(config: dict[str, Any], weights: WeightSource, prefix: str, eps:
             head_dim=hidden // heads,
         ),
         LayerNorm(weights, f"{prefix}ln_2", hidden, eps),
-        MLP(weights, f"{prefix}mlp.", hidden, inner),
+        MLP(weights, f"{prefix}mlp.", hidden, inner, _activation(config)),
     )
+
+
+def _activation(config: dict[str, Any]) -> Activation:
+    return read_activation("activation_function", config.get("activation_function", "gelu_new"))
 
 
 def _is_tied(config: dict[str, Any]) -> bool:

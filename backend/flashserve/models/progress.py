@@ -26,7 +26,8 @@ class LoadingProgress:
         )
 
     def advance(self, num_bytes: int) -> None:
-        """Count bytes that were read."""
+        """Count bytes that were read; a tied table is read twice, and counts once."""
+        num_bytes = min(num_bytes, self._total - self._done)
         self._done += num_bytes
         self._bar.update(num_bytes)
         now = time.monotonic()

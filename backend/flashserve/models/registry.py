@@ -9,15 +9,18 @@ import torch
 
 from flashserve.config import DeviceFacts, EngineConfig, ModelFacts, ResolvedConfig, resolve_dtype
 from flashserve.errors import ConfigError
+from flashserve.layers.weight_format import WEIGHT_FORMATS
 from flashserve.models.dtypes import WEIGHT_DTYPES
 from flashserve.models.files import ModelFiles, SafetensorsFolder
+from flashserve.models.gemma3 import Gemma3ForCausalLM
+from flashserve.models.gguf.files import GgufFiles
 from flashserve.models.gpt2 import GPT2LMHeadModel
 from flashserve.models.llama import LlamaForCausalLM
 from flashserve.models.mistral import MistralForCausalLM
 from flashserve.models.model_input import CausalLM
 from flashserve.models.qwen2 import Qwen2ForCausalLM
 from flashserve.models.qwen3 import Qwen3ForCausalLM
-from flashserve.models.source import resolve_folder
+from flashserve.models.source import resolve_model, resolve_tokenizer
 from flashserve_kernels import Ops
 
 log = logging.getLogger(__name__)
@@ -29,6 +32,7 @@ SIZES = {
 }
 
 ARCHITECTURES: dict[str, type[CausalLM]] = {
+    "Gemma3ForCausalLM": Gemma3ForCausalLM,
     "GPT2LMHeadModel": GPT2LMHeadModel,
     "LlamaForCausalLM": LlamaForCausalLM,
     "MistralForCausalLM": MistralForCausalLM,
@@ -43,11 +47,10 @@ def open_model(config: EngineConfig) -> ModelFiles:
 
     Raises ConfigError where the model is missing, unsupported or incomplete.
     """
-    folder = resolve_folder(config.model, config.revision, config.download_dir)
+    path = resolve_model(config.model, config.revision, config.download_dir)
     tokenizer = config.tokenizer
-    files = SafetensorsFolder(
-        folder, None if tokenizer is None else lambda: resolve_folder(tokenizer, None, config.download_dir)
-    )
+    find_tokenizer = None if tokenizer is None else lambda: resolve_tokenizer(tokenizer, config.download_dir)
+    files = SafetensorsFolder(path, find_tokenizer) if path.is_dir() else GgufFiles(path, find_tokenizer)
     _check_sizes(files.config)
     _, model_class = find_architecture(files.config)
     if files.config.get("tie_word_embeddings", model_class.tied_by_default) and files.has(HEAD):
@@ -95,9 +98,14 @@ def read_model_facts(files: ModelFiles, config: EngineConfig, device: DeviceFact
 
 @torch.inference_mode()
 def load_model(files: ModelFiles, resolved: ResolvedConfig, device: torch.device, ops: Ops) -> CausalLM:
-    """Build the model with its weights. Raises ConfigError for missing, unexpected or mis-shaped tensors."""
+    """Build the model with its weights. Raises ConfigError for missing, unexpected or mis-shaped tensors, and for a
+    quantization that the ops lack."""
     _, model_class = find_architecture(files.config)
-    weights = files.weights(WEIGHT_DTYPES[resolved.dtype], device, ops, resolved.config.quantization)
+    name = resolved.config.quantization
+    format = WEIGHT_FORMATS[name]
+    if format.needs is not None and format.needs not in ops.weight_formats:
+        raise ConfigError(f"quantization={name!r} needs the native kernels of a CPU, not {ops.name} ops")
+    weights = files.weights(WEIGHT_DTYPES[resolved.dtype], device, ops, format)
     model = model_class(files.config, weights, resolved.max_model_len)
     weights.finish(model_class.ignored_weights(files.config))
     return model

@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 
 from flashserve.config import DeviceFacts, EngineConfig, ResolvedConfig, resolve
-from flashserve.errors import ConfigError
 from flashserve.models.dtypes import WEIGHT_DTYPES
 from flashserve.models.files import ModelFiles
 from flashserve.models.model_input import CausalLM
@@ -37,8 +36,6 @@ def load_runner(files: ModelFiles, config: EngineConfig, device: Device) -> Mode
     before = device.read_facts()
     facts = read_model_facts(files, config, before)
     ops = device.select_ops(config, facts.head_dim)
-    if config.quantization is not None and config.quantization not in ops.weight_formats:
-        raise ConfigError(f"quantization={config.quantization!r} needs the native kernels of a CPU, not {ops.name} ops")
     block_bytes = kv_block_bytes(ops, config, facts)
     resolved = resolve(config, facts, before, block_bytes)
     started = time.perf_counter()
@@ -74,4 +71,4 @@ def _run_largest_step(model: CausalLM, resolved: ResolvedConfig, device: Device,
     # Their keys and values all go to block 0, over each other.
     rows = [ScheduledRow(slot, slot, 0, length, [0] * length, [], 1) for slot, length in enumerate(lens)]
     steps.logits(builder.arrange(SchedulerOutput(0, [], rows, sizes.tokens, [])))
-    steps.sample()
+    steps.sample(step_model.every_stage)

@@ -62,8 +62,10 @@ class ModelRunner:
         if self._closed:
             raise RuntimeError("the runner is closed")
         step = self._builder.arrange(plan)
-        queue = self._steps.queue
-        self._slots.sampler.upload(queue)
+        queue, sampler = self._steps.queue, self._slots.sampler
+        stages = sampler.stages(step.sample_slots)
+        if stages:
+            sampler.upload(queue)
         if plan.block_copies:
             pairs = np.array(plan.block_copies, np.int64)
             queue.run(lambda: self.step_model.copy_blocks(queue.to_device(pairs)))
@@ -77,7 +79,7 @@ class ModelRunner:
         early = self._slots.early_ends(step.sample_slots, step.sample_positions)
         if early is not None:
             queue.run(lambda: self._ops.mask_tokens_(logits, *map(queue.to_device, early)))
-        return StepHandle(len(plan.rows), step.plan_rows, queue.download(self._steps.sample()))
+        return StepHandle(len(plan.rows), step.plan_rows, queue.download(self._steps.sample(stages)))
 
     def wait(self, handle: StepHandle) -> StepResult:
         """The samples, on the host."""
@@ -118,7 +120,7 @@ class ModelRunner:
         tokens, seqs = resolved.max_num_batched_tokens, resolved.max_num_seqs
         eager = resolved.config.enforce_eager
         if self._ops.records and not eager:
-            return RecordedSteps(model, self._builder, queue, StepSizes(tokens, seqs, seqs), self._ops)
+            return RecordedSteps(model, self._builder, queue, StepSizes(tokens, seqs, seqs))
         capacity = StepSizes(tokens, seqs, seqs, model.block_table.numel())
         steps = EagerSteps(model, self._builder, queue, capacity, self._device.torch_device)
         if self._ops.captures and queue.run_ahead and not eager:
@@ -146,7 +148,7 @@ class ModelRunner:
                     # Its keys and values go to block 0, over each other.
                     row = ScheduledRow(0, 0, 0, length, [0] * length, [], 1)
                     steps.logits(builder.arrange(SchedulerOutput(0, [], [row], length, [])))
-                    steps.sample()
+                    steps.sample(model.every_stage)
             self._device.synchronize()
 
 

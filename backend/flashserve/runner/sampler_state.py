@@ -1,7 +1,7 @@
 """What requests ask of the sampler: one table, by slot, on the device, written when a request is admitted.
 
 A row of it holds a slot's parameters side by side, so that an admission is one small copy and a step that admits nobody
-uploads nothing. A new parameter is a row of COLUMNS, and what each kind of ops makes of it in ``sample``.
+uploads nothing. A new parameter is a row of COLUMNS, and a keyword of each ``sample_rows``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from flashserve.protocol import GREEDY_BELOW
 from flashserve.runner.device_queue import DeviceQueue
 from flashserve.scheduling.output import Admission
+from flashserve_kernels import Stage
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Column:
     """What changes nothing: for a slot of no request."""
     of: Callable[[Admission], Any]
     """A request's value."""
+    stage: Stage
+    """What reads it; a request needs the stage if its value is not neutral."""
 
 
 def _temperature(admission: Admission) -> float:
@@ -40,12 +43,14 @@ def _seed(admission: Admission) -> np.int64:
 
 
 COLUMNS = (
-    Column("temperature", torch.float32, 0.0, _temperature),
-    Column("min_p", torch.float32, 0.0, lambda admission: admission.params.min_p),
-    Column("top_k", torch.int64, 0, lambda admission: max(0, admission.params.top_k)),
-    Column("top_p", torch.float32, 1.0, lambda admission: admission.params.top_p),
-    Column("seed", torch.int64, 0, _seed),
+    Column("temperature", torch.float32, 0.0, _temperature, Stage.RANDOM),
+    Column("min_p", torch.float32, 0.0, lambda admission: admission.params.min_p, Stage.MIN_P),
+    Column("top_k", torch.int64, 0, lambda admission: max(0, admission.params.top_k), Stage.TOP_K),
+    Column("top_p", torch.float32, 1.0, lambda admission: admission.params.top_p, Stage.TOP_P),
+    Column("seed", torch.int64, 0, _seed, Stage.RANDOM),
 )
+_NOT_GREEDY = Stage.RANDOM | Stage.MIN_P | Stage.TOP_K | Stage.TOP_P
+"""Stages that a greedy row never comes to."""
 
 
 class SamplerState:
@@ -62,17 +67,32 @@ class SamplerState:
         self._bytes = torch.from_numpy(self._host.view(np.uint8).reshape(num_slots, record.itemsize))
         self._table = self._bytes.to(device, copy=late)
         self._changed: set[int] = set()
+        self._stages = np.zeros(num_slots, np.int64)
         self.columns = {column.name: self._view(column) for column in COLUMNS}
         """[slots] each: views of the table."""
+        self.every_stage = Stage(0)
+        """All that a request may need."""
+        for column in COLUMNS:
+            self.every_stage |= column.stage
 
     def admit(self, admission: Admission) -> None:
         """Start a slot afresh."""
+        slot, stages = admission.slot, Stage(0)
+        greedy = _temperature(admission) == 0
         for column in COLUMNS:
-            self._host[column.name][admission.slot] = column.of(admission)
-        self._changed.add(admission.slot)
+            unread = greedy and column.stage in _NOT_GREEDY
+            self._host[column.name][slot] = column.neutral if unread else column.of(admission)
+            if self._host[column.name][slot] != column.neutral:
+                stages |= column.stage
+        self._stages[slot] = stages
+        self._changed.add(slot)
+
+    def stages(self, slots: np.ndarray) -> Stage:
+        """Those that any of the slots' requests needs."""
+        return Stage(int(np.bitwise_or.reduce(self._stages[slots], initial=0)))
 
     def upload(self, queue: DeviceQueue) -> None:
-        """Apply the admissions since the last step to the device's table."""
+        """Apply the admissions since the last upload to the device's table: before a step of any stage."""
         if self._changed and self._table.data_ptr() != self._bytes.data_ptr():
             slots = np.array(sorted(self._changed), np.int64)
             rows = self._bytes.numpy()[slots]

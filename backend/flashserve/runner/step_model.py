@@ -10,7 +10,7 @@ from torch import Tensor
 from flashserve.models.model_input import CausalLM, ModelInput
 from flashserve.runner.slots import SlotTable
 from flashserve.runner.staging import StepFields
-from flashserve_kernels import AttentionBatch, CacheLayer, KVCacheSpec, Ops, SamplerColumns
+from flashserve_kernels import AttentionBatch, CacheLayer, KVCacheSpec, Ops, SamplerColumns, Stage
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,21 @@ class StepModel:
     last_tokens: Tensor
     """[slots] int64."""
     sampler: SamplerColumns
+    every_stage: Stage
+    """Of the sampler."""
 
     @classmethod
     def build(cls, model: CausalLM, ops: Ops, spec: KVCacheSpec, num_blocks: int, slots: SlotTable) -> StepModel:
         """With a KV cache of its own."""
-        cache = ops.allocate_kv_cache(spec, num_blocks)
         return cls(
-            model, ops, cache, spec.block_size, slots.device_block_table, slots.last_tokens, slots.sampler.columns
+            model=model,
+            ops=ops,
+            kv_cache=ops.allocate_kv_cache(spec, num_blocks),
+            block_size=spec.block_size,
+            block_table=slots.device_block_table,
+            last_tokens=slots.last_tokens,
+            sampler=slots.sampler.columns,
+            every_stage=slots.sampler.every_stage,
         )
 
     def logits(
@@ -61,9 +69,9 @@ class StepModel:
         )
         return self.model.logits(self.model.forward(inputs, self.kv_cache))
 
-    def sample(self, step: StepFields, logits: Tensor) -> Tensor:
+    def sample(self, step: StepFields, logits: Tensor, stages: Stage) -> Tensor:
         """Choose tokens and keep them as their slots' last ones. Returns [N] int64."""
-        tokens = self.ops.sample(logits, step.sample_slots, step.sample_positions, self.sampler)
+        tokens = self.ops.sample(logits, step.sample_slots, step.sample_positions, self.sampler, stages)
         self.ops.scatter_tokens_(self.last_tokens, step.sample_slots, tokens)
         return tokens
 

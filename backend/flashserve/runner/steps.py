@@ -15,7 +15,7 @@ from flashserve.runner.device_queue import DeviceQueue
 from flashserve.runner.input_builder import Arrangement, InputBuilder
 from flashserve.runner.staging import StepFields, StepSizes, array_fields, num_bytes, tensor_fields
 from flashserve.runner.step_model import StepModel
-from flashserve_kernels import Ops
+from flashserve_kernels import Stage
 from flashserve_kernels.recording import LOGITS, SEQS, TOKENS, StepProgram
 
 log = logging.getLogger(__name__)
@@ -34,8 +34,8 @@ class Steps(Protocol):
         """Lay out the step's numbers and run the model. Returns [N or more, V]; rows beyond N mean nothing."""
         ...
 
-    def sample(self) -> Tensor:
-        """Sample the logits of the last step. Returns [N or more] int64."""
+    def sample(self, stages: Stage) -> Tensor:
+        """Sample the logits of the last step; stages: those that any row needs. Returns [N or more] int64."""
         ...
 
 
@@ -50,7 +50,7 @@ class EagerSteps:
         self._builder = builder
         self._device_buffer = queue.run(lambda: torch.zeros(num_bytes(capacity), dtype=torch.uint8, device=device))
         self._graphs: dict[int, _DecodeGraph] = {}
-        self._sample: Callable[[], Tensor] = self._nothing
+        self._sample: Callable[[Stage], Tensor] = self._nothing
 
     def capture(self, batch_sizes: list[int]) -> None:
         """Capture decodes of these batch sizes, the largest first: it sets the size of the memory that they share."""
@@ -77,11 +77,11 @@ class EagerSteps:
             return graph.logits
         lens, seq_lens = step.lens.tolist(), (step.starts + step.lens).tolist()
         logits = self.queue.run(lambda: self._model.logits(fields, step.max_query_len, lens, seq_lens))
-        self._sample = lambda: self.queue.run(lambda: self._model.sample(fields, logits))
+        self._sample = lambda stages: self.queue.run(lambda: self._model.sample(fields, logits, stages))
         return logits
 
-    def sample(self) -> Tensor:
-        return self._sample()
+    def sample(self, stages: Stage) -> Tensor:
+        return self._sample(stages)
 
     def _graph_for(self, step: Arrangement) -> _DecodeGraph | None:
         """The smallest graph that holds the step, if all its rows are single tokens."""
@@ -91,57 +91,55 @@ class EagerSteps:
         return next((self._graphs[batch] for batch in sorted(self._graphs) if batch >= rows), None)
 
     @staticmethod
-    def _nothing() -> Tensor:
+    def _nothing(stages: Stage) -> Tensor:
         raise RuntimeError("no step was run")
 
 
 @dataclass(frozen=True)
 class _DecodeGraph:
-    """The model and the sampling of ``batch`` single tokens, captured apart: tokens may be ruled out in between."""
+    """The model and the sampling of ``batch`` single tokens, captured apart: tokens may be ruled out in between. The
+    sampling twice, for greedy steps and for all others, whose rows show what else they need."""
 
     batch: int
     replay_logits: Callable[[], None]
     logits: Tensor
-    replay_sample: Callable[[], None]
-    tokens: Tensor
+    greedy: tuple[Callable[[], None], Tensor]
+    every_stage: tuple[Callable[[], None], Tensor]
 
     @classmethod
     def capture(cls, model: StepModel, queue: DeviceQueue, buffer: Tensor, batch: int) -> _DecodeGraph:
         fields = tensor_fields(buffer, StepSizes(batch, batch, batch))
         replay_logits, logits = queue.capture(lambda: model.logits(fields, 1))
-        replay_sample, tokens = queue.capture(lambda: model.sample(fields, logits))
-        return cls(batch, replay_logits, logits, replay_sample, tokens)
+        greedy = queue.capture(lambda: model.sample(fields, logits, Stage(0)))
+        every_stage = queue.capture(lambda: model.sample(fields, logits, model.every_stage))
+        return cls(batch, replay_logits, logits, greedy, every_stage)
 
     def sizes_with(self, new_blocks: int) -> StepSizes:
         """Changed blocks come last in the buffer, so their number moves nothing else."""
         return StepSizes(self.batch, self.batch, self.batch, new_blocks)
 
-    def sample(self) -> Tensor:
-        self.replay_sample()
-        return self.tokens
+    def sample(self, stages: Stage) -> Tensor:
+        replay, tokens = self.every_stage if stages else self.greedy
+        replay()
+        return tokens
 
 
 class RecordedSteps:
     """Every step of any size from one recording: native operations read the step's sizes when they run."""
 
-    def __init__(
-        self, model: StepModel, builder: InputBuilder, queue: DeviceQueue, capacity: StepSizes, ops: Ops
-    ) -> None:
+    def __init__(self, model: StepModel, builder: InputBuilder, queue: DeviceQueue, capacity: StepSizes) -> None:
         """queue: one that does its work at once."""
         self.queue = queue
         self._builder = builder
         buffer = torch.zeros(num_bytes(capacity), dtype=torch.uint8)
         self._host, self._fields = array_fields(buffer, capacity), tensor_fields(buffer, capacity)
-        self._forward, self._choose = ops.new_program(_limits(capacity)), ops.new_program(_limits(capacity))
-        for program in (self._forward, self._choose):
-            _add_inputs(program, self._fields)
+        self._forward = self._new_program(model, capacity)
         with self._forward.recording():
             self._logits = model.logits(self._fields, capacity.tokens)
-        self._choose.add_input(self._logits, LOGITS)
-        with self._choose.recording():
-            self._tokens = model.sample(self._fields, self._logits)
+        self._greedy = self._record_sampling(model, capacity, Stage(0))
+        self._every_stage = self._record_sampling(model, capacity, model.every_stage)
         self._sizes = StepSizes(0, 0, 0)
-        log.info("recorded a step of %d native operations", len(self._forward.kinds) + len(self._choose.kinds))
+        log.info("recorded a step of %d native operations", len(self._forward.kinds) + len(self._greedy[0].kinds))
 
     def logits(self, step: Arrangement) -> Tensor:
         self._sizes = step.sizes
@@ -149,9 +147,21 @@ class RecordedSteps:
         self._forward.run(*_limits(self._sizes))
         return self._logits
 
-    def sample(self) -> Tensor:
-        self._choose.run(*_limits(self._sizes))
-        return self._tokens
+    def sample(self, stages: Stage) -> Tensor:
+        program, tokens = self._every_stage if stages else self._greedy
+        program.run(*_limits(self._sizes))
+        return tokens
+
+    def _record_sampling(self, model: StepModel, capacity: StepSizes, stages: Stage) -> tuple[StepProgram, Tensor]:
+        program = self._new_program(model, capacity)
+        program.add_input(self._logits, LOGITS)
+        with program.recording():
+            return program, model.sample(self._fields, self._logits, stages)
+
+    def _new_program(self, model: StepModel, capacity: StepSizes) -> StepProgram:
+        program = model.ops.new_program(_limits(capacity))
+        _add_inputs(program, self._fields)
+        return program
 
 
 def _limits(sizes: StepSizes) -> tuple[int, int, int]:

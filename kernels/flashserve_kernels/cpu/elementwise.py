@@ -5,23 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashserve_kernels.activation import Activation
 from flashserve_kernels.cpu import program
 from flashserve_kernels.cpu.program import Pool, emit, empty, rows_of
 
-_SILU_AND_MUL, _GELU_TANH = range(2)
-"""elementwise.cpp's Activation."""
+_SOFT_CAP = 3
+ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+"""activation.h's Activation."""
 
 
-def embedding(pool: Pool, table: Tensor, ids: Tensor) -> Tensor:
-    """table: [V, D], any dtype; ids: [T] int64, each in [0, V). Returns [T, D]."""
+def embedding(pool: Pool, table: Tensor, ids: Tensor, scale: float = 1.0) -> Tensor:
+    """``table[ids] * scale``. table: [V, D], of any dtype if scale is 1; ids: [T] int64, each in [0, V).
+    Returns [T, D]."""
     _check_rows("table", table)
     _check_ids(ids)
+    if scale != 1.0 and not table.dtype.is_floating_point:
+        raise ValueError(f"rows of {table.dtype} cannot be scaled")
     rows, item = rows_of(ids), table.dtype.itemsize
     out = empty(rows, (table.shape[1],), table.dtype)
-    num_bytes = table.shape[1] * item
-    # Bytes are copied, so the dtype does not matter.
-    emit(pool, program.EMBEDDING, torch.float32, rows, (table, ids, out),
-         (num_bytes, table.stride(0) * item, out.stride(0) * item))  # fmt: skip
+    # Bytes are copied where nothing is scaled, so the dtype does not matter then.
+    dtype = torch.float32 if scale == 1.0 else table.dtype
+    emit(pool, program.EMBEDDING, dtype, rows, (table, ids, out),
+         (table.shape[1] * item, table.stride(0) * item, out.stride(0) * item), (scale,))  # fmt: skip
     return out
 
 
@@ -36,22 +41,23 @@ def add_embedding_(pool: Pool, x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     return x
 
 
-def silu_and_mul(pool: Pool, gate_up: Tensor) -> Tensor:
-    """``silu(gate) * up``. gate_up: [T, 2 I], gate first. Returns [T, I]."""
-    return _activate(pool, _SILU_AND_MUL, gate_up, gate_up.shape[1] // 2)
-
-
-def gelu_tanh(pool: Pool, x: Tensor) -> Tensor:
-    """GELU in its tanh form. x: [T, I]. Returns [T, I]."""
-    return _activate(pool, _GELU_TANH, x, x.shape[1])
-
-
-def _activate(pool: Pool, which: int, x: Tensor, columns: int) -> Tensor:
+def activate(pool: Pool, x: Tensor, activation: Activation) -> Tensor:
+    """x: [T, I]. Returns [T, I]."""
     _check_rows("x", x)
     rows = rows_of(x)
-    out = empty(rows, (columns,), x.dtype)
-    emit(pool, program.ACTIVATION, x.dtype, rows, (x, out), (which, columns, x.stride(0), out.stride(0)))
+    out = empty(rows, (x.shape[1],), x.dtype)
+    emit(pool, program.ACTIVATION, x.dtype, rows, (x, out),
+         (ACTIVATIONS[activation], x.shape[1], x.stride(0), out.stride(0)))  # fmt: skip
     return out
+
+
+def soft_cap_(pool: Pool, x: Tensor, cap: float) -> Tensor:
+    """``cap * tanh(x / cap)`` in place. x: [N, V]. Returns x."""
+    _check_rows("x", x)
+    emit(
+        pool, program.ACTIVATION, x.dtype, rows_of(x), (x, x), (_SOFT_CAP, x.shape[1], x.stride(0), x.stride(0)), (cap,)
+    )
+    return x
 
 
 def _check_rows(name: str, x: Tensor) -> None:

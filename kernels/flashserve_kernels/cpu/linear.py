@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flashserve_kernels.activation import Activation
 from flashserve_kernels.cpu import program
+from flashserve_kernels.cpu.elementwise import ACTIVATIONS
 from flashserve_kernels.cpu.program import DTYPES, Pool, Rows, emit, empty, rows_of
 
 _PANEL = 32  # gemm.h
@@ -24,7 +26,7 @@ class PackedLinear:
     dtype: torch.dtype
     """Of the activations."""
     gated: bool
-    """Rows were gate, then up; panels hold 16 of each, for :func:`linear_silu_and_mul`."""
+    """Rows were gate, then up; panels hold 16 of each, for :func:`linear_gated`."""
     quantized: bool
     """int8 with a scale per row of the weight; activations are quantised per token."""
 
@@ -66,19 +68,27 @@ def linear(
 ) -> Tensor:
     """``x @ weight.T + bias``. x: [T, k], rows may be strided; bias: [n]. Returns [T, n] of x's dtype, or float32."""
     if packed.gated:
-        raise ValueError("a gated weight is for linear_silu_and_mul")
+        raise ValueError("a gated weight is for linear_gated")
     return _linear(pool, x, packed, bias, out_dtype or packed.dtype, packed.n)
 
 
-def linear_silu_and_mul(pool: Pool, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
-    """``silu(gate) * up`` of ``gate | up = x @ weight.T + bias``. x: [T, k]; bias: [n]. Returns [T, n / 2]."""
+def linear_gated(
+    pool: Pool, x: Tensor, packed: PackedLinear, activation: Activation, bias: Tensor | None = None
+) -> Tensor:
+    """``activation(gate) * up`` of ``gate | up = x @ weight.T + bias``. x: [T, k]; bias: [n]. Returns [T, n / 2]."""
     if not packed.gated:
-        raise ValueError("linear_silu_and_mul needs a weight that was packed as gated")
-    return _linear(pool, x, packed, bias, packed.dtype, packed.n // 2)
+        raise ValueError("linear_gated needs a weight that was packed as gated")
+    return _linear(pool, x, packed, bias, packed.dtype, packed.n // 2, ACTIVATIONS[activation])
 
 
 def _linear(
-    pool: Pool, x: Tensor, packed: PackedLinear, bias: Tensor | None, out_dtype: torch.dtype, columns: int
+    pool: Pool,
+    x: Tensor,
+    packed: PackedLinear,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    columns: int,
+    activation: int = 0,
 ) -> Tensor:
     if x.dtype != packed.dtype or x.dim() != 2 or x.shape[1] != packed.k or (packed.k > 1 and x.stride(1) != 1):
         raise ValueError(
@@ -95,7 +105,7 @@ def _linear(
         pool, program.LINEAR, packed.dtype, rows, (operand, packed.memory, bias, out, scales),
         (
             packed.k, packed.n, operand.stride(0), out.stride(0), packed.gated, DTYPES[out_dtype],
-            DTYPES[torch.int8 if packed.quantized else packed.dtype],
+            DTYPES[torch.int8 if packed.quantized else packed.dtype], activation,
         ),
     )  # fmt: skip
     return out

@@ -7,20 +7,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flashserve_kernels.activation import Activation
 from flashserve_kernels.attention import AttentionBatch
-from flashserve_kernels.cpu import attention, elementwise, kv_cache, linear, norm, sampling, tokens
+from flashserve_kernels.cpu import attention, elementwise, grouped, kv_cache, linear, norm, sampling, tokens
+from flashserve_kernels.cpu.grouped import PackedGrouped
 from flashserve_kernels.cpu.kv_cache import PackedKVLayer
 from flashserve_kernels.cpu.linear import PackedLinear
 from flashserve_kernels.cpu.program import Pool, Program
+from flashserve_kernels.grouped import GroupedRows
 from flashserve_kernels.kv_cache import KVCacheSpec
 from flashserve_kernels.ops import Ops, SamplerColumns
+from flashserve_kernels.sampling import Stage
+
+Packed = PackedLinear | PackedGrouped
 
 
 class NativeOps(Ops):
     """One pool of threads and the instruction set that it runs. Use from one thread."""
 
     records = True
-    weight_formats = ("int8",)
+    weight_formats = frozenset({"grouped", "int8"})
 
     def __init__(self, isa: str, num_threads: int, cpus: list[int] | None = None) -> None:
         """cpus: one CPU number per thread to pin it to. Raises NativeUnavailable where the library cannot be had."""
@@ -34,22 +40,36 @@ class NativeOps(Ops):
     def packs(self, dtype: torch.dtype) -> bool:
         return True
 
-    def pack_linear(self, weight: Tensor, *, gated: bool = False, quantization: str | None = None) -> PackedLinear:
-        if quantization not in (None, *self.weight_formats):
-            raise ValueError(f"quantization must be int8, not {quantization!r}")
-        return linear.pack_linear(self._pool, weight, gated=gated, quantize=quantization is not None)
+    def pack_linear(self, weight: Tensor | GroupedRows, *, gated: bool = False, int8: bool = False) -> Packed:
+        if isinstance(weight, Tensor):
+            return linear.pack_linear(self._pool, weight, gated=gated, quantize=int8)
+        return grouped.pack_grouped(self._pool, weight, gated)
 
-    def linear(self, x: Tensor, weight: PackedLinear, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+        if isinstance(weight, PackedGrouped):
+            return grouped.linear(self._pool, x, weight, bias)
         return linear.linear(self._pool, x, weight, bias)
 
-    def linear_silu_and_mul(self, x: Tensor, weight: PackedLinear, bias: Tensor | None = None) -> Tensor:
-        return linear.linear_silu_and_mul(self._pool, x, weight, bias)
+    def linear_gated(self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None = None) -> Tensor:
+        if isinstance(weight, PackedGrouped):
+            return grouped.linear_gated(self._pool, x, weight, activation, bias)
+        return linear.linear_gated(self._pool, x, weight, activation, bias)
 
-    def logits(self, hidden: Tensor, weight: PackedLinear) -> Tensor:
-        return linear.linear(self._pool, hidden, weight, out_dtype=torch.float32)
+    def activate(self, x: Tensor, activation: Activation) -> Tensor:
+        return elementwise.activate(self._pool, x, activation)
 
-    def embedding(self, table: Tensor, ids: Tensor) -> Tensor:
-        return elementwise.embedding(self._pool, table, ids)
+    def logits(self, hidden: Tensor, weight: Packed, softcap: float | None = None) -> Tensor:
+        if isinstance(weight, PackedGrouped):
+            logits = grouped.linear(self._pool, hidden, weight, out_dtype=torch.float32)
+        else:
+            logits = linear.linear(self._pool, hidden, weight, out_dtype=torch.float32)
+        return logits if softcap is None else elementwise.soft_cap_(self._pool, logits, softcap)
+
+    def packed_embedding(self, weight: PackedGrouped, ids: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        return grouped.embedding(self._pool, weight, ids, dtype, scale)
+
+    def embedding(self, table: Tensor, ids: Tensor, scale: float = 1.0) -> Tensor:
+        return elementwise.embedding(self._pool, table, ids, scale)
 
     def add_embedding_(self, x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
         return elementwise.add_embedding_(self._pool, x, table, ids)
@@ -73,9 +93,6 @@ class NativeOps(Ops):
         self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         return norm.add_layer_norm(self._pool, x, residual, weight, bias, eps)
-
-    def gelu_tanh(self, x: Tensor) -> Tensor:
-        return elementwise.gelu_tanh(self._pool, x)
 
     def kv_block_bytes(self, spec: KVCacheSpec) -> int:
         return kv_cache.packed_block_bytes(spec)
@@ -105,8 +122,5 @@ class NativeOps(Ops):
     ) -> Tensor:
         return attention.paged_attention(self._pool, q, cache, batch, scale, window, softcap)
 
-    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor, state: SamplerColumns) -> Tensor:
-        temperature, min_p, top_k = state["temperature"], state["min_p"], state["top_k"]
-        return sampling.sample_rows(
-            self._pool, logits, temperature, min_p, top_k, state["top_p"], state["seed"], positions, slots
-        )
+    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor, state: SamplerColumns, stages: Stage) -> Tensor:
+        return sampling.sample_rows(self._pool, logits, slots, positions, stages, **state)

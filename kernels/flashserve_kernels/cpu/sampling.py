@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flashserve_kernels.cpu import program
 from flashserve_kernels.cpu.program import Pool, emit, empty, rows_of
+from flashserve_kernels.sampling import Stage
 
 _TOKENS, _PENALTIES, _COUNT_TOKENS, _LOG_PROBABILITIES = range(4)
 """sample.cpp's Which."""
@@ -21,36 +22,67 @@ def greedy(pool: Pool, logits: Tensor) -> Tensor:
     return out
 
 
-def sample_rows(
+def sample(
     pool: Pool,
     logits: Tensor,
     temperature: Tensor,
-    min_p: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
+    min_p: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
     seeds: Tensor,
     positions: Tensor,
     slots: Tensor | None = None,
 ) -> Tensor:
-    """One token per row: greedy where the temperature is 0, else drawn as :func:`flashserve_kernels.sample` does.
+    """One token per row: greedy where the temperature is 0, else drawn as :func:`flashserve_kernels.sampling.sample`
+    does.
 
     logits: [N, V]; positions: [N] int64. By slot, or by row where ``slots`` ([N] int64) is None, with any stride:
-    temperature, min_p (0 is off), top_p (1 is off): float32; top_k (0 is off), seeds: int64. Returns [N] int64. The
-    noise has the reference's bits; its logarithms differ by up to 2e-6.
+    temperature, min_p (0 is off), top_p (1 is off): float32; top_k (0 is off), seeds: int64; None where no row uses it.
+    Returns [N] int64. The noise has the reference's bits; its logarithms differ by up to 2e-6.
     """
     _check_logits(logits)
     columns = (temperature, min_p, top_k, top_p, seeds)
     for column in columns:
         dtype = torch.int64 if column is top_k or column is seeds else torch.float32
-        if column.dim() != 1 or column.dtype != dtype:
+        if column is not None and (column.dim() != 1 or column.dtype != dtype):
             raise ValueError(f"expected a vector of {dtype}, not {column.dtype} {tuple(column.shape)}")
     for vector in (positions, *(() if slots is None else (slots,))):
         _check_vector(vector, torch.int64)
     rows = rows_of(logits)
     out = empty(rows, (), torch.int64)
+    strides = (0 if column is None else column.stride(0) for column in columns)
     emit(pool, program.SAMPLE, logits.dtype, rows, (logits, out, *columns, positions, slots),
-         (_TOKENS, logits.shape[1], logits.stride(0), *(column.stride(0) for column in columns)))  # fmt: skip
+         (_TOKENS, logits.shape[1], logits.stride(0), *strides))  # fmt: skip
     return out
+
+
+def sample_rows(
+    pool: Pool,
+    logits: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    stages: Stage,
+    *,
+    temperature: Tensor,
+    min_p: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seed: Tensor,
+) -> Tensor:
+    """As :func:`flashserve_kernels.sampling.sample_rows`."""
+    if Stage.RANDOM not in stages:
+        return greedy(pool, logits)
+    return sample(
+        pool,
+        logits,
+        temperature,
+        min_p if Stage.MIN_P in stages else None,
+        top_k if Stage.TOP_K in stages else None,
+        top_p if Stage.TOP_P in stages else None,
+        seed,
+        positions,
+        slots,
+    )
 
 
 def apply_penalties_(

@@ -25,7 +25,15 @@ _TOKENS = 256
 
 @triton.jit
 def embedding_kernel(
-    table_ptr, ids_ptr, out_ptr, table_stride, out_stride, D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr
+    table_ptr,
+    ids_ptr,
+    out_ptr,
+    table_stride,
+    out_stride,
+    scale,  # None: 1, and the table is of any dtype
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -33,6 +41,8 @@ def embedding_kernel(
     row = tl.load(ids_ptr + token).to(tl.int64)
     value = tl.load(table_ptr + row * table_stride + column, mask)
     out_at = out_ptr + token * out_stride + column
+    if scale is not None:
+        value = value.to(tl.float32) * scale
     if ADD:
         value = value.to(tl.float32) + tl.load(out_at, mask).to(tl.float32)
     tl.store(out_at, value.to(out_ptr.dtype.element_ty), mask)
@@ -57,10 +67,10 @@ def scatter_tokens_kernel(last_ptr, slots_ptr, tokens_ptr, num_rows, BLOCK: tl.c
     tl.store(last_ptr + slot, token.to(last_ptr.dtype.element_ty), mask)
 
 
-def embedding(table: Tensor, ids: Tensor) -> Tensor:
-    """table: [V, D]; ids: [T], int32 or int64, each in [0, V). Returns [T, D]."""
+def embedding(table: Tensor, ids: Tensor, scale: float = 1.0) -> Tensor:
+    """``table[ids] * scale``. table: [V, D]; ids: [T], int32 or int64, each in [0, V). Returns [T, D]."""
     out = table.new_empty((ids.shape[0], table.shape[1]))
-    _embed(table, ids, out, add=False)
+    _embed(table, ids, out, add=False, scale=scale)
     return out
 
 
@@ -70,14 +80,15 @@ def add_embedding_(x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     return x
 
 
-def _embed(table: Tensor, ids: Tensor, out: Tensor, *, add: bool) -> None:
+def _embed(table: Tensor, ids: Tensor, out: Tensor, *, add: bool, scale: float = 1.0) -> None:
     if out.numel() == 0:
         return
     hidden = table.shape[1]
     block = min(_BLOCK, triton.next_power_of_2(hidden))
     grid = ids.shape[0], triton.cdiv(hidden, block)
+    factor = None if scale == 1.0 else float(scale)
     launch(
-        embedding_kernel, grid, table, ids, out, table.stride(0), out.stride(0), D=hidden, BLOCK=block, ADD=add
+        embedding_kernel, grid, table, ids, out, table.stride(0), out.stride(0), factor, D=hidden, BLOCK=block, ADD=add
     )  # fmt: skip
 
 
@@ -126,7 +137,7 @@ def variants(properties: GPUProperties, shape: ModelShape) -> Iterator[Variant]:
     ids = torch.empty(2, dtype=torch.int64, device="meta")
 
     def calls() -> None:
-        embedding(table, ids)
+        embedding(table, ids, shape.embedding_scale)
         add_embedding_(x, table, ids)
         gather_tokens(ids, ids, ids)
         scatter_tokens_(ids, ids, ids)

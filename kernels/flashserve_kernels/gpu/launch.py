@@ -21,6 +21,7 @@ import triton
 from torch import Tensor
 from triton.compiler import ASTSource
 
+from flashserve_kernels.activation import Activation
 from flashserve_kernels.gpu.device import GPUProperties, stand_in
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,13 @@ class ModelShape:
     dtype: torch.dtype = torch.bfloat16
     cache_dtype: torch.dtype = torch.bfloat16
     block_size: int = 16
+    activation: Activation = "silu"
+    gated: bool = True
+    """Whether the activation multiplies another projection."""
+    caps_logits: bool = False
+    embedding_scale: float = 1.0
+    norm_dtype: torch.dtype | None = None
+    """Of the norms' weights; None: ``dtype``."""
 
 
 @dataclass(frozen=True)

@@ -139,11 +139,13 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
 def variants(properties: GPUProperties, shape: ModelShape) -> Iterator[Variant]:
     """Whatever these launchers start for a model: norms of the hidden state, and of query and key heads in place."""
 
-    def empty(*sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=shape.dtype, device="meta")
+    def empty(*sizes: int, dtype: torch.dtype = shape.dtype) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
 
-    x, residual, vector = empty(2, shape.hidden_size), empty(2, shape.hidden_size), empty(shape.hidden_size)
-    head_weight = empty(shape.head_dim)
+    x, residual = empty(2, shape.hidden_size), empty(2, shape.hidden_size)
+    vector, head_weight = (
+        empty(size, dtype=shape.norm_dtype or shape.dtype) for size in (shape.hidden_size, shape.head_dim)
+    )
     qkv = empty(2, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
     heads = qkv[:, : shape.num_heads], qkv[:, shape.num_heads : shape.num_heads + shape.num_kv_heads]
 

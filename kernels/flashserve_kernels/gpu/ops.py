@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from flashserve_kernels import kv_cache
+from flashserve_kernels.activation import Activation
 from flashserve_kernels.attention import AttentionBatch
-from flashserve_kernels.gpu import activation, attention, block_copy, embedding, norm, rope_cache, sampling
+from flashserve_kernels.gpu import attention, block_copy, embedding, norm, rope_cache, sampling
+from flashserve_kernels.gpu.activation import activate, activate_and_mul, soft_cap_
 from flashserve_kernels.kv_cache import KVCacheSpec, KVLayer
 from flashserve_kernels.ops import Ops
 
@@ -20,11 +22,18 @@ class TritonOps(Ops):
     name = "Triton-lang"
     captures = True
 
-    def linear_silu_and_mul(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return activation.silu_and_mul(self.linear(x, weight, bias))
+    def linear_gated(self, x: Tensor, weight: Tensor, activation: Activation, bias: Tensor | None = None) -> Tensor:
+        return activate_and_mul(self.linear(x, weight, bias), activation)
 
-    def embedding(self, table: Tensor, ids: Tensor) -> Tensor:
-        return embedding.embedding(table, ids)
+    def activate(self, x: Tensor, activation: Activation) -> Tensor:
+        return activate(x, activation)
+
+    def logits(self, hidden: Tensor, weight: Tensor, softcap: float | None = None) -> Tensor:
+        logits = self.linear(hidden, weight)
+        return logits if softcap is None else soft_cap_(logits, softcap)
+
+    def embedding(self, table: Tensor, ids: Tensor, scale: float = 1.0) -> Tensor:
+        return embedding.embedding(table, ids, scale)
 
     def add_embedding_(self, x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
         return embedding.add_embedding_(x, table, ids)
@@ -48,9 +57,6 @@ class TritonOps(Ops):
         self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         return norm.add_layer_norm(x, residual, weight, bias, eps)
-
-    def gelu_tanh(self, x: Tensor) -> Tensor:
-        return activation.gelu_tanh(x)
 
     def kv_block_bytes(self, spec: KVCacheSpec) -> int:
         if spec.block_size & (spec.block_size - 1):

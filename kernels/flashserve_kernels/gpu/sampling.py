@@ -23,6 +23,7 @@ from torch import Tensor
 from flashserve_kernels.gpu.device import GPUProperties, gpu_properties
 from flashserve_kernels.gpu.launch import ModelShape, Variant, launch, record
 from flashserve_kernels.gpu.noise import gumbel, noise_bits, noise_key
+from flashserve_kernels.sampling import Stage
 
 _MAX_SLICES = 64
 _SLICE_BLOCK = 4096  # 8 warps, 16 logits per thread
@@ -231,7 +232,7 @@ def slices(num_rows: int, vocab: int, num_sms: int) -> tuple[int, int]:
 def thresholds(logits: Tensor, temperature: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """The score (logit divided by temperature) at and above which a row's tokens stay; -inf for a greedy row.
 
-    Arguments as in :func:`sample_rows`. Returns [N] float32.
+    Arguments as in :func:`sample`. Returns [N] float32.
     """
     num_rows, vocab = logits.shape
     out = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
@@ -258,7 +259,7 @@ def greedy(logits: Tensor) -> Tensor:
     return _argmax(logits, None, None, None, None)
 
 
-def sample_rows(
+def sample(
     logits: Tensor,
     temperature: Tensor,
     min_p: Tensor | None,
@@ -283,7 +284,34 @@ def sample_rows(
     return _argmax(logits, temperature, threshold, seeds, positions)
 
 
-sample = sample_rows
+def sample_rows(
+    logits: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    stages: Stage,
+    *,
+    temperature: Tensor,
+    min_p: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seed: Tensor,
+) -> Tensor:
+    """As :func:`flashserve_kernels.sampling.sample_rows`."""
+    if Stage.RANDOM not in stages:
+        return greedy(logits)
+
+    def own(column: Tensor) -> Tensor:
+        return column.index_select(0, slots)
+
+    return sample(
+        logits,
+        own(temperature),
+        own(min_p) if Stage.MIN_P in stages else None,
+        own(top_k) if Stage.TOP_K in stages else None,
+        own(top_p) if Stage.TOP_P in stages else None,
+        own(seed),
+        positions,
+    )
 
 
 def _argmax(
@@ -330,7 +358,7 @@ def variants(properties: GPUProperties, shape: ModelShape) -> Iterator[Variant]:
         for dtype in dict.fromkeys((shape.dtype, torch.float32)):
             logits = torch.empty((2, shape.vocab_size), dtype=dtype, device="meta")
             greedy(logits)
-            sample_rows(logits, numbers, None, None, None, ids, ids)
-            sample_rows(logits, numbers, numbers, ids, numbers, ids, ids)
+            sample(logits, numbers, None, None, None, ids, ids)
+            sample(logits, numbers, numbers, ids, numbers, ids, ids)
 
     yield from record(properties, calls)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from flashserve_kernels.cpu.elementwise import add_embedding_, embedding, gelu_tanh, silu_and_mul
+from flashserve_kernels import activation as reference
+from flashserve_kernels.cpu.elementwise import ACTIVATIONS, activate, add_embedding_, embedding, soft_cap_
 from flashserve_kernels.cpu.program import Program
 from flashserve_kernels.recording import TOKENS
 
@@ -33,22 +33,41 @@ def test_add_embedding(pool, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_embedding_scales_rows(pool, dtype):
+    table, ids = torch.randn(20, 75).to(dtype), torch.randint(20, (300,))
+    expected = (table[ids].float() * 25.298).to(dtype)
+    torch.testing.assert_close(embedding(pool, table, ids, 25.298), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [5, 64, 1537])
 @pytest.mark.parametrize("rows", [1, 67])
-def test_activations(pool, dtype, columns, rows):
-    x = (torch.randn(rows, 2 * columns) * 4).to(dtype)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(pool, dtype, columns, rows, activation):
+    x = (torch.randn(rows, columns) * 4).to(dtype)
     x[0, :5] = torch.tensor([0.0, -60.0, 60.0, -150.0, 1e-3]).to(dtype)  # where exponentials overflow
-    gate, up = x.double().chunk(2, dim=-1)
-    close = {"rtol": TOLERANCE[dtype], "atol": 1e-6}
-    torch.testing.assert_close(silu_and_mul(pool, x).double(), F.silu(gate) * up, **close)
-    torch.testing.assert_close(gelu_tanh(pool, x).double(), F.gelu(x.double(), approximate="tanh"), **close)
+    exact = reference.activate(x.double(), activation)
+    torch.testing.assert_close(activate(pool, x, activation).double(), exact, rtol=TOLERANCE[dtype], atol=1e-6)
 
 
-def test_activations_pass_nan_on(pool):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_of_what_is_no_number_or_huge(pool, activation):
     x = torch.randn(2, 40)
     x[1, 3] = torch.nan
-    assert silu_and_mul(pool, x).isnan().nonzero().tolist() == [[1, 3]]
-    assert gelu_tanh(pool, x).isnan().nonzero().tolist() == [[1, 3]]
+    x[0, 5] = 1e30
+    out = activate(pool, x, activation)
+    assert out.isnan().nonzero().tolist() == [[1, 3]]
+    assert out[0, 5] == x[0, 5]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cap", [5.0, 30.0])
+def test_soft_cap(pool, dtype, cap):
+    x = (torch.randn(5, 1037) * 40).to(dtype)
+    x[0, :3] = torch.tensor([torch.inf, -torch.inf, 1e4])
+    exact = cap * (x.double() / cap).tanh()
+    assert soft_cap_(pool, x, cap) is x
+    torch.testing.assert_close(x.double(), exact, rtol=TOLERANCE[dtype], atol=1e-5)
 
 
 def test_a_recorded_program_serves_every_number_of_tokens(pool):
@@ -57,13 +76,13 @@ def test_a_recorded_program_serves_every_number_of_tokens(pool):
     program = Program(pool, (capacity, 1, 1))
     program.add_input(ids, TOKENS)
     with program.recording():
-        result = gelu_tanh(pool, silu_and_mul(pool, add_embedding_(pool, embedding(pool, table, ids), table, ids)))
+        result = activate(pool, add_embedding_(pool, embedding(pool, table, ids, 3.0), table, ids), "gelu_tanh")
     for tokens in (40, 1, 17):
         ids[:tokens] = torch.randint(30, (tokens,))
         result.fill_(torch.nan)
         program.run(tokens, 0, 0)
-        x = embedding(pool, table, ids[:tokens])
-        expected = gelu_tanh(pool, silu_and_mul(pool, add_embedding_(pool, x, table, ids[:tokens])))
+        x = embedding(pool, table, ids[:tokens], 3.0)
+        expected = activate(pool, add_embedding_(pool, x, table, ids[:tokens]), "gelu_tanh")
         assert torch.equal(result[:tokens], expected)
         assert result[tokens:].isnan().all()
 
@@ -72,4 +91,6 @@ def test_wrong_arguments_are_refused(pool):
     with pytest.raises(ValueError, match="ids must be"):
         embedding(pool, torch.zeros(3, 4), torch.zeros(2, dtype=torch.int32))
     with pytest.raises(ValueError, match="adjacent columns"):
-        silu_and_mul(pool, torch.zeros(8, 4).t())
+        activate(pool, torch.zeros(8, 4).t(), "silu")
+    with pytest.raises(ValueError, match="cannot be scaled"):
+        embedding(pool, torch.zeros((3, 4), dtype=torch.int8), torch.zeros(2, dtype=torch.int64), 2.0)

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashserve_kernels.cpu.linear import PackedLinear, linear, linear_silu_and_mul, pack_linear
+from flashserve_kernels.activation import Activation, activate
+from flashserve_kernels.cpu.elementwise import ACTIVATIONS
+from flashserve_kernels.cpu.linear import PackedLinear, linear, linear_gated, pack_linear
 from flashserve_kernels.cpu.program import Pool, Program
 from flashserve_kernels.recording import TOKENS
 
@@ -95,13 +97,16 @@ def test_bias_and_float32_result(pool: Pool, dtype: torch.dtype, k: int, n: int)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("k", "half"), [(64, 32), (131, 49), (7, 5), (577, 20), (131, 300)])
-def test_silu_and_mul(pool: Pool, dtype: torch.dtype, k: int, half: int, with_bias: bool, quantize: bool) -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated(
+    pool: Pool, dtype: torch.dtype, k: int, half: int, with_bias: bool, quantize: bool, activation: Activation
+) -> None:
     weight = random(2 * half, k, dtype=dtype)
     bias = random(2 * half, dtype=dtype, seed=2) if with_bias else None
     packed = pack_linear(pool, weight, gated=True, quantize=quantize)
     for rows in (1, 16, 33, 130):
         x = random(rows, k, dtype=dtype, seed=rows)
-        out = linear_silu_and_mul(pool, x, packed, bias)
+        out = linear_gated(pool, x, packed, activation, bias)
         if quantize:
             gate_up = int8_model(x, weight, bias)
         else:
@@ -109,15 +114,19 @@ def test_silu_and_mul(pool: Pool, dtype: torch.dtype, k: int, half: int, with_bi
         gate, up = gate_up[:, :half], gate_up[:, half:]
         assert out.shape == (rows, half) and out.dtype == dtype
         torch.testing.assert_close(
-            out.double(), F.silu(gate) * up, rtol=torch.finfo(dtype).eps, atol=1e-6 * k * gate_up.abs().max().item()
+            out.double(),
+            activate(gate, activation) * up,
+            rtol=torch.finfo(dtype).eps,
+            atol=1e-6 * k * gate_up.abs().max().item(),
         )
 
 
-def test_silu_of_large_numbers(pool: Pool) -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gates_of_large_numbers(pool: Pool, activation: Activation) -> None:
     gates = torch.tensor([-200.0, -88.5, -30.0, 0.0, 30.0, 88.5, 1e30])
     packed = pack_linear(pool, torch.tensor([[1.0, 0.0], [0.0, 1.0]]), gated=True)
-    out = linear_silu_and_mul(pool, torch.stack([gates, torch.ones(7)], 1), packed)
-    torch.testing.assert_close(out[:, 0], F.silu(gates), rtol=3e-6, atol=1e-30)
+    out = linear_gated(pool, torch.stack([gates, torch.ones(7)], 1), packed, activation)
+    torch.testing.assert_close(out[:, 0], activate(gates, activation), rtol=3e-6, atol=1e-30)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -184,7 +193,7 @@ def test_recorded_program_at_smaller_sizes(pool: Pool, gated: bool, quantize: bo
     packed = pack_linear(pool, random(n, k, dtype=torch.bfloat16, seed=1), gated=gated, quantize=quantize)
 
     def forward(x: Tensor, packed: PackedLinear) -> Tensor:
-        return linear_silu_and_mul(pool, x, packed) if gated else linear(pool, x, packed)
+        return linear_gated(pool, x, packed, "gelu_tanh") if gated else linear(pool, x, packed)
 
     recorded = Program(pool, (capacity, 1, 1))
     recorded.add_input(x, TOKENS)
@@ -225,10 +234,10 @@ def test_wrong_arguments(pool: Pool) -> None:
     weight = random(40, 50, dtype=torch.float32)
     packed, gated = pack_linear(pool, weight), pack_linear(pool, weight, gated=True)
     x = torch.zeros(3, 50)
-    with pytest.raises(ValueError, match="linear_silu_and_mul"):
+    with pytest.raises(ValueError, match="linear_gated"):
         linear(pool, x, gated)
     with pytest.raises(ValueError, match="packed as gated"):
-        linear_silu_and_mul(pool, x, packed)
+        linear_gated(pool, x, packed, "silu")
     with pytest.raises(ValueError, match="x must be"):
         linear(pool, torch.zeros(3, 51), packed)
     with pytest.raises(ValueError, match="x must be"):

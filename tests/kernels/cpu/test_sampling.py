@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flashserve_kernels import sampling as reference
 from flashserve_kernels.cpu.program import Program
-from flashserve_kernels.cpu.sampling import apply_penalties_, count_tokens_, greedy, logprobs, sample_rows
+from flashserve_kernels.cpu.sampling import apply_penalties_, count_tokens_, greedy, logprobs, sample, sample_rows
 from flashserve_kernels.recording import LOGITS
-from flashserve_kernels.sampling import sample
+from flashserve_kernels.sampling import Stage
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS = 24
@@ -45,7 +46,7 @@ def arguments(settings, rows=ROWS):
 def test_the_references_tokens(pool, settings, vocab, spread):
     logits = torch.randn(ROWS, vocab, generator=torch.Generator().manual_seed(vocab)) * spread
     numbers = arguments(settings)
-    assert torch.equal(sample_rows(pool, logits, *numbers), sample(logits, *numbers))
+    assert torch.equal(sample(pool, logits, *numbers), reference.sample(logits, *numbers))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -54,7 +55,7 @@ def test_equal_logits_stay_together(pool, dtype, settings):
     """16-bit and repeated logits: many are equal to the last that is kept."""
     logits = torch.randn(ROWS, 2000).mul_(2).round_().to(dtype)
     numbers = arguments(settings)
-    assert torch.equal(sample_rows(pool, logits, *numbers), sample(logits, *numbers))
+    assert torch.equal(sample(pool, logits, *numbers), reference.sample(logits, *numbers))
 
 
 def test_noise_has_the_references_bits(pool):
@@ -62,7 +63,7 @@ def test_noise_has_the_references_bits(pool):
     logits = torch.zeros(8, 65_000)
     numbers = arguments((1.0, 0.0, 0, 1.0), rows=8)
     numbers[4] = torch.tensor([0, -1, 1 << 40, -(1 << 63), (1 << 63) - 1, 3, 4, 5])
-    assert torch.equal(sample_rows(pool, logits, *numbers), sample(logits, *numbers))
+    assert torch.equal(sample(pool, logits, *numbers), reference.sample(logits, *numbers))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,14 +74,14 @@ def test_greedy_takes_the_first_of_equals(pool, dtype, vocab):
     expected = torch.tensor([row.index(max(row)) for row in logits.tolist()])
     assert torch.equal(greedy(pool, logits), expected)
     cold = arguments((0.0, 0.5, 3, 0.5), rows=40)
-    assert torch.equal(sample_rows(pool, logits, *cold), expected)
+    assert torch.equal(sample(pool, logits, *cold), expected)
 
 
 def test_masked_tokens_are_never_drawn(pool):
     logits = torch.full((ROWS, 500), float("-inf"))
     logits[:, 321] = -3.0
     for settings in SETTINGS.values():
-        assert (sample_rows(pool, logits, *arguments(settings)) == 321).all()
+        assert (sample(pool, logits, *arguments(settings)) == 321).all()
     assert (greedy(pool, logits) == 321).all()
 
 
@@ -88,8 +89,30 @@ def test_rows_do_not_depend_on_each_other(pool):
     logits = torch.randn(len(SETTINGS) + 1, 3000)
     rows = [arguments(settings, rows=1) for settings in (*SETTINGS.values(), (0.0, 0.0, 0, 1.0))]
     together = [torch.cat(column) for column in zip(*rows, strict=True)]
-    alone = torch.cat([sample_rows(pool, logits[row : row + 1], *numbers) for row, numbers in enumerate(rows)])
-    assert torch.equal(sample_rows(pool, logits, *together), alone)
+    alone = torch.cat([sample(pool, logits[row : row + 1], *numbers) for row, numbers in enumerate(rows)])
+    assert torch.equal(sample(pool, logits, *together), alone)
+
+
+@pytest.mark.parametrize(
+    "stages", [Stage(0), Stage.RANDOM, Stage.RANDOM | Stage.TOP_K, Stage.RANDOM | Stage.MIN_P | Stage.TOP_P, ~Stage(0)]
+)
+def test_only_the_stages_that_a_step_needs(pool, stages):
+    """By slot, from a table of records; columns of other stages hold what would change every token."""
+    table = torch.zeros(7, 5)
+    table[:, 0] = torch.tensor([0.8, 0.0, 1.5, 0.7, 0.0, 1.0, 2.0])
+    columns = {
+        "temperature": table[:, 0],
+        "min_p": table[:, 1].fill_(0.1 if Stage.MIN_P in stages else 1.0),
+        "top_k": torch.full((7, 2), 9 if Stage.TOP_K in stages else 1)[:, 1],
+        "top_p": table[:, 3].fill_(0.9 if Stage.TOP_P in stages else 1e-6),
+        "seed": torch.arange(7) * 31,
+    }
+    logits, slots = torch.randn(12, 900) * 2, torch.tensor([6, 5, 4, 3, 2, 1, 0, 0, 2, 3, 5, 6])
+    positions = torch.arange(12)
+    tokens = sample_rows(pool, logits, slots, positions, stages, **columns)
+    assert torch.equal(tokens, reference.sample_rows(logits, slots, positions, stages, **columns))
+    is_best = tokens == logits.argmax(-1)
+    assert is_best[[2, 5]].all() and bool(is_best.all()) == (not stages)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -142,12 +165,12 @@ def test_a_recorded_program_serves_every_number_of_rows(pool):
     for tensor in (logits, *numbers):
         program.add_input(tensor, LOGITS)
     with program.recording():
-        tokens = sample_rows(pool, logits, *numbers)
+        tokens = sample(pool, logits, *numbers)
     for rows in (ROWS, 1, 11):
         tokens.fill_(-1)
         logits.normal_()
         program.run(0, 0, rows)
-        assert torch.equal(tokens[:rows], sample_rows(pool, logits[:rows], *(x[:rows] for x in numbers)))
+        assert torch.equal(tokens[:rows], sample(pool, logits[:rows], *(x[:rows] for x in numbers)))
         assert (tokens[rows:] == -1).all()
 
 
@@ -155,6 +178,6 @@ def test_wrong_arguments_are_refused(pool):
     logits, numbers = torch.zeros(2, 4), arguments((1.0, 0.0, 0, 1.0), rows=2)
     numbers[2] = numbers[2].int()
     with pytest.raises(ValueError, match="int64"):
-        sample_rows(pool, logits, *numbers)
+        sample(pool, logits, *numbers)
     with pytest.raises(ValueError, match="num_top"):
         logprobs(pool, logits, torch.zeros(2, dtype=torch.int64), 5)

@@ -95,14 +95,15 @@ def token_calls(shape: ModelShape, cache: KVLayer, count: int, device: str) -> l
     def zeros(*sizes: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
         return torch.zeros(sizes, dtype=dtype, device=device)
 
-    hidden, weight, ids = zeros(count, shape.hidden_size), zeros(shape.hidden_size), zeros(count, dtype=torch.int64)
+    hidden, ids = zeros(count, shape.hidden_size), zeros(count, dtype=torch.int64)
+    weight = zeros(shape.hidden_size, dtype=shape.norm_dtype or shape.dtype)
     qkv = zeros(count, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
     q, k, v = qkv.split((shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), 1)
     cos_sin = zeros(count, shape.head_dim, dtype=torch.float32)
-    gate_up = zeros(count, 2 * shape.intermediate_size)
+    inner = zeros(count, (1 + shape.gated) * shape.intermediate_size)
     table = zeros(shape.vocab_size, shape.hidden_size)
     return [
-        lambda: embedding.embedding(table, ids),
+        lambda: embedding.embedding(table, ids, shape.embedding_scale),
         lambda: embedding.add_embedding_(hidden, table, ids),
         lambda: embedding.gather_tokens(ids, ids, ids),
         lambda: embedding.scatter_tokens_(ids, ids, ids),
@@ -114,8 +115,7 @@ def token_calls(shape: ModelShape, cache: KVLayer, count: int, device: str) -> l
         lambda: norm.rms_norm(k, weight[: shape.head_dim], 1e-6, out=k),
         lambda: rope_cache.rope_and_cache(qkv, shape.num_heads, cos_sin, cache, ids),
         lambda: rope_cache.write_kv(k, v, cache, ids),
-        lambda: activation.silu_and_mul(gate_up),
-        lambda: activation.gelu_tanh(gate_up),
+        lambda: (activation.activate_and_mul if shape.gated else activation.activate)(inner, shape.activation),
     ]
 
 
@@ -126,11 +126,13 @@ def row_calls(shape: ModelShape, count: int, device: str) -> list[Callable[[], o
     found: list[Callable[[], object]] = [lambda: penalties.count_tokens_(counts, ids, ids)]
     for dtype in (shape.dtype, torch.float32):
         logits = torch.zeros((count, shape.vocab_size), dtype=dtype, device=device)
+        if shape.caps_logits and dtype == shape.dtype:
+            found.append(lambda logits=logits: activation.soft_cap_(logits, 30.0))
         found += [
             lambda logits=logits: sampling.greedy(logits),
-            lambda logits=logits: sampling.sample_rows(logits, numbers, None, None, None, ids, ids),
-            lambda logits=logits: sampling.sample_rows(logits, numbers, None, ids, None, ids, ids),
-            lambda logits=logits: sampling.sample_rows(logits, numbers, numbers, ids, numbers, ids, ids),
+            lambda logits=logits: sampling.sample(logits, numbers, None, None, None, ids, ids),
+            lambda logits=logits: sampling.sample(logits, numbers, None, ids, None, ids, ids),
+            lambda logits=logits: sampling.sample(logits, numbers, numbers, ids, numbers, ids, ids),
             lambda logits=logits: logprobs.logprobs(logits, ids, 0),
             lambda logits=logits: logprobs.logprobs(logits, ids, 7),
             lambda logits=logits: penalties.apply_penalties_(

@@ -19,6 +19,13 @@ def test_embedding(dtype, ids_dtype, hidden, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_embedding_is_scaled(dtype, device):
+    table, ids = random(9, 2050, dtype=dtype), torch.tensor([8, 0, 8])
+    scaled = embedding.embedding(table.to(device), ids.to(device), 25.298).cpu()
+    assert torch.equal(scaled, (table[ids].float() * 25.298).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", [6, 2050])
 def test_embedding_is_added(dtype, hidden, device):
     x, table, ids = random(3, hidden, dtype=dtype), random(9, hidden, dtype=dtype, seed=1), torch.tensor([8, 0, 8])

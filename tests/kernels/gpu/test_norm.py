@@ -34,6 +34,14 @@ def test_rms_norm(dtype, shape, eps, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_with_weights_in_float32(dtype, device):
+    x, weight = random(3, 96, dtype=dtype), random(96, seed=1)
+    result = norm.rms_norm(x.to(device), weight.to(device), 1e-6)
+    torchs = F.rms_norm(x, weight.shape, weight.to(dtype), 1e-6)
+    assert_as_exact_as_torch(result, torchs, exact_norm(x, weight, None, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [16, 80, 128])
 def test_rms_norm_in_place_on_the_heads_of_a_view(dtype, head_dim, device):
     """As query and key norms use it; the heads beside them stay as they are."""

@@ -158,7 +158,7 @@ def test_tokens_are_the_references(dtype, vocab, device):
     )
     before = logits.clone()
     arguments = [x.to(device) for x in (logits, temperature, min_p, top_k, top_p, seeds, positions)]
-    assert torch.equal(sampling.sample_rows(*arguments).cpu(), expected)
+    assert torch.equal(sampling.sample(*arguments).cpu(), expected)
     assert torch.equal(logits, before)
     assert len(expected.unique()) > rows // 3
 
@@ -168,9 +168,9 @@ def test_parameters_that_no_row_uses_may_be_left_out(device):
     logits = random_logits(rows, 300, torch.float32).to(device)
     temperature, ids = full(rows, 1.0).to(device), torch.arange(rows, device=device)
     off = full(rows, 0.0).to(device), full(rows, 0, torch.int64).to(device), full(rows, 1.0).to(device)
-    expected = sampling.sample_rows(logits, temperature, *off, ids, ids)
-    assert torch.equal(sampling.sample_rows(logits, temperature, None, None, None, ids, ids), expected)
-    assert torch.equal(sampling.sample_rows(logits, temperature, None, off[1], None, ids, ids), expected)
+    expected = sampling.sample(logits, temperature, *off, ids, ids)
+    assert torch.equal(sampling.sample(logits, temperature, None, None, None, ids, ids), expected)
+    assert torch.equal(sampling.sample(logits, temperature, None, off[1], None, ids, ids), expected)
 
 
 @pytest.mark.parametrize("top_k, top_p, min_p", [(0, 1.0, 0.0), (8, 0.9, 0.02)])

@@ -1,5 +1,6 @@
 // The operation's arguments, and the ways through the cache that both kinds of attention share.
 #pragma once
+#include "activation.h"
 #include "attention_dot.h"
 
 constexpr float MASKED = -3e38f;
@@ -54,11 +55,6 @@ struct KeyGroup {
         count = std::min<int64_t>(GROUP, a.block_size - inside * GROUP);
     }
 };
-
-FS_INLINE vf soft_cap(vf score, float cap) {  // cap * tanh(score / cap)
-    const vf x = vmin(vmax(score * (2.0f / cap), splat(-80.0f)), splat(80.0f));
-    return cap - 2.0f * cap / (vexp(x) + 1.0f);
-}
 
 FS_INLINE vi lane_numbers() {
     vi lanes;

@@ -1,18 +1,37 @@
 // Embedding rows, and the activations of the feed-forward layers.
 #include "elementwise.h"
 
-#include "simd.h"
+#include "activation.h"
 
 namespace {
 
-// FS_EMBEDDING. p: table, ids (int64), out. i: bytes of a row, bytes from row to row of the table, of out.
+// FS_EMBEDDING. p: table, ids (int64), out. i: bytes of a row, bytes from row to row of the table, of out. f: what rows are
+// multiplied with; where that is 1, they are of any type.
 int64_t embedding_chunks(const fs_op& op, const Dims& dims, int) { return row_chunks(dims.rows(op), 2 * op.i[0]); }
+
+template <class T>
+void scale_row(T* x, int64_t columns, float scale) {
+    int64_t c = 0;
+    for (; c + VL <= columns; c += VL) store(x + c, load(x + c) * scale);
+    for (; c < columns; c++) x[c] = from_f32<T>(to_f32(x[c]) * scale);
+}
 
 void embedding_run(const fs_op& op, const Dims& dims, int64_t chunk, int64_t num_chunks, Scratch&) {
     const auto [begin, end] = part(dims.rows(op), chunk, num_chunks);
     const int64_t* ids = (const int64_t*)op.p[1];
-    for (int64_t row = begin; row < end; row++)
-        memcpy((char*)op.p[2] + row * op.i[2], (const char*)op.p[0] + ids[row] * op.i[1], op.i[0]);
+    const float scale = (float)op.f[0];
+    for (int64_t row = begin; row < end; row++) {
+        char* out = (char*)op.p[2] + row * op.i[2];
+        memcpy(out, (const char*)op.p[0] + ids[row] * op.i[1], op.i[0]);
+        if (scale == 1.0f) continue;
+        const int64_t columns = op.i[0] / size_of(op.dtype);
+        if (op.dtype == FS_F32)
+            scale_row((float*)out, columns, scale);
+        else if (op.dtype == FS_BF16)
+            scale_row((bf16*)out, columns, scale);
+        else
+            scale_row((f16*)out, columns, scale);
+    }
 }
 
 // FS_ADD_EMBEDDING. p: x, table, ids (int64). i: columns, elements from row to row of x, of the table.
@@ -39,43 +58,29 @@ void add_embedding_run(const fs_op& op, const Dims& dims, int64_t chunk, int64_t
     return add_rows<f16>(op, rows);
 }
 
-// FS_ACTIVATION. p: x, out. i: which (0: silu(gate) * up, 1: GELU in its tanh form), columns of out, elements from row to
-// row of x, of out.
-enum Activation : int64_t { SILU_AND_MUL = 0, GELU_TANH = 1 };
-
+// FS_ACTIVATION. p: x, out (may be x). i: which (activation.h), columns, elements from row to row of x, of out. f: the cap
+// of a soft cap.
 int64_t activation_chunks(const fs_op& op, const Dims& dims, int) {
-    return row_chunks(dims.rows(op), 3 * op.i[1] * size_of(op.dtype));
+    return row_chunks(dims.rows(op), 2 * op.i[1] * size_of(op.dtype));
 }
 
-// x / (1 + e^-y). For y below -87 vexp's argument is cut at 87, where the quotient is 0 to float32's precision anyway.
-FS_INLINE vf times_sigmoid(vf x, vf y) { return x / (vexp(vmin(-y, splat(87.0f))) + 1.0f); }
-
-FS_INLINE vf gelu_tanh(vf x) {  // 0.5 (1 + tanh z) = sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3)
-    return times_sigmoid(x, x * 1.5957691216057308f * (x * x * 0.044715f + 1.0f));
-}
-
-template <class T>
-void activate(const fs_op& op, Range rows) {
+template <class T, class F>
+void map_rows(const fs_op& op, Range rows, const F& f) {
     const int64_t columns = op.i[1];
     for (int64_t row = rows.begin; row < rows.end; row++) {
         const T* x = (const T*)op.p[0] + row * op.i[2];
         T* out = (T*)op.p[1] + row * op.i[3];
         int64_t c = 0;
-        if (op.i[0] == SILU_AND_MUL) {
-            const T* up = x + columns;
-            for (; c + VL <= columns; c += VL) {
-                const vf gate = load(x + c);
-                store(out + c, times_sigmoid(gate, gate) * load(up + c));
-            }
-            if (const int rest = columns - c; rest > 0) {
-                const vf gate = load_n(x + c, rest);
-                store_n(out + c, times_sigmoid(gate, gate) * load_n(up + c, rest), rest);
-            }
-        } else {
-            for (; c + VL <= columns; c += VL) store(out + c, gelu_tanh(load(x + c)));
-            if (const int rest = columns - c; rest > 0) store_n(out + c, gelu_tanh(load_n(x + c, rest)), rest);
-        }
+        for (; c + VL <= columns; c += VL) store(out + c, f(load(x + c)));
+        if (const int rest = columns - c; rest > 0) store_n(out + c, f(load_n(x + c, rest)), rest);
     }
+}
+
+template <class T>
+void activate(const fs_op& op, Range rows) {
+    if (op.i[0] == SOFT_CAP) return map_rows<T>(op, rows, [&](vf x) { return soft_cap(x, (float)op.f[0]); });
+    if (op.i[0] == GELU) return map_rows<T>(op, rows, Gelu());
+    map_rows<T>(op, rows, SigmoidForm::of(op.i[0]));
 }
 
 void activation_run(const fs_op& op, const Dims& dims, int64_t chunk, int64_t num_chunks, Scratch&) {

@@ -1,22 +1,7 @@
-// Products with packed weights, and their epilogues: bias, SwiGLU, the scales of int8.
-#include "gemm.h"
-#include "packed.h"
+// Products with packed weights.
+#include "epilogue.h"
 
 namespace {
-
-// FS_LINEAR. out = x W^T + bias, or silu of it times the other half of it. dtype: of x and the bias.
-// p: x (int8 weights: the rows that FS_QUANTIZE made), packed weight (packed.h), bias or null, out, scales of x's rows
-// (int8 weights only). i: see Arguments.
-struct Arguments {
-    int64_t k;           // columns of x
-    int64_t n;           // rows of the weight
-    int64_t x_stride;    // elements from row to row
-    int64_t out_stride;  // elements from row to row
-    int64_t gated;       // 1: gate rows first, then up rows; out has n / 2 columns
-    int64_t out_dtype;   // dtype, or FS_F32
-    int64_t weight_dtype;  // dtype, or FS_I8
-};
-const Arguments& arguments(const fs_op& op) { return *(const Arguments*)op.i; }
 
 constexpr double CHUNK_SECONDS = 25e-6;
 constexpr double BYTES_PER_SECOND = 15e9;
@@ -43,7 +28,7 @@ template <class T>
 struct Cut {
     int64_t row_blocks, pieces, together;
 
-    Cut(const Arguments& a, int64_t rows) {
+    Cut(const LinearArguments& a, int64_t rows) {
         const int64_t passes = (rows + Micro<T>::ROWS - 1) / Micro<T>::ROWS;
         // Few wait for memory: one panel after the other, read once. More take as many panels together as there are passes,
         // for the next panels come from memory meanwhile.
@@ -55,7 +40,7 @@ struct Cut {
 };
 
 template <class T>
-int64_t num_chunks_of(const Arguments& a, int64_t rows, int num_threads) {
+int64_t num_chunks_of(const LinearArguments& a, int64_t rows, int num_threads) {
     if (rows == 0) return 0;
     const Cut<T> cut(a, rows);
     const int64_t panels = num_panels(a.n, a.gated);
@@ -67,113 +52,12 @@ int64_t num_chunks_of(const Arguments& a, int64_t rows, int num_threads) {
     return cut.row_blocks * std::min(panels, std::max(wanted, needed));
 }
 
-// --- epilogue ------------------------------------------------------------------------------------------------
-
-// 1 / x for positive x below 2^126, relative error below 2^-22. A division of 16 floats occupies AVX-512 for 16 cycles.
-FS_INLINE vf reciprocal(vf x) {
-#if defined(__AVX512F__)
-    const vf r = (vf)_mm512_rcp14_ps((__m512)x);
-    return r * (2.0f - x * r);
-#else
-    return 1.0f / x;
-#endif
-}
-FS_INLINE vf silu(vf x) { return x * reciprocal(vexp(vmin(-x, splat(87.0f))) + 1.0f); }
-
-// One block's sums become rows and columns of the output, beside the next block's work (RowWork of gemm.h). X: type of the
-// bias; O: of the output.
-template <class T, class X, class O, bool GATED>
-class Epilogue {
-    static constexpr int VECTORS = PANEL / VL, HALF = VECTORS / 2;
-    static constexpr bool INT8 = std::is_same_v<T, uint8_t>;
-
-    struct Int8 {
-        vf scales[VECTORS];
-        vi offsets[VECTORS];
-        const float* row_scales;
-    };
-    struct Nothing {};
-
-    const AccType<T>* sums = nullptr;
-    O* out = nullptr;
-    int64_t stride = 0;
-    int left = 0;  // columns of the output that exist
-    // Of the panel's columns. What they add costs nothing beside the loads and stores, so there is no case without a bias.
-    vf bias[VECTORS] = {};
-    std::conditional_t<INT8, Int8, Nothing> int8 = {};
-
-   public:
-    // Rows that are still to be done.
-    int next = 0, end = 0;
-
-    Epilogue() = default;
-    Epilogue(const fs_op& op, const Arguments& a, int64_t panel, const AccType<T>* sums, int64_t first, int count)
-        : sums(sums), stride(a.out_stride), end(count) {
-        const int64_t width = GATED ? PANEL / 2 : PANEL, outputs = GATED ? a.n / 2 : a.n, column = panel * width;
-        out = (O*)op.p[3] + column + first * stride;
-        left = std::min(width, outputs - column);
-        for (int v = 0; v < VECTORS && op.p[2]; v++) {
-            const int place = (GATED ? v % HALF : v) * VL, n = left - place;
-            const X* from = (const X*)op.p[2] + (GATED && v >= HALF ? outputs : 0) + column + place;
-            if (n > 0) bias[v] = n >= VL ? load(from) : load_n(from, n);
-        }
-        if constexpr (INT8) {
-            const Int8Columns columns = int8_columns(op.p[1], a.k, a.n, GATED);
-            for (int v = 0; v < VECTORS; v++) {
-                int8.scales[v] = load(columns.scales + panel * PANEL + v * VL);
-                int8.offsets[v] = load_as<vi>(columns.offsets + panel * PANEL + v * VL);
-            }
-            int8.row_scales = (const float*)op.p[4] + first;
-        }
-    }
-
-    // Whether it still needs the sums that lie there.
-    bool reads(const AccType<T>* c) const { return next < end && c == sums; }
-
-    [[gnu::always_inline]] void row(int r) const {
-        vf values[VECTORS];
-        const AccType<T>* from = sums + r * PANEL;
-        O* to = out + r * stride;
-        // The next panel's columns: with 512 rows, stores that waited for their lines cost 5-30% of the time.
-        prefetch(to + (GATED ? PANEL / 2 : PANEL));
-#pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; v++) {
-            if constexpr (INT8) {
-                const vf sum = __builtin_convertvector(load_as<vi>(from + v * VL) - int8.offsets[v], vf);
-                values[v] = sum * (int8.scales[v] * int8.row_scales[r]) + bias[v];
-            } else {
-                values[v] = load(from + v * VL) + bias[v];
-            }
-        }
-        if constexpr (!GATED)
-            if (left == PANEL) {
-#pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; v += 2) store_pair(to + v * VL, values[v], values[v + 1]);
-                return;
-            }
-#pragma GCC unroll 8
-        for (int v = 0; v < (GATED ? HALF : VECTORS); v++) {
-            const vf value = GATED ? silu(values[v]) * values[v + HALF] : values[v];
-            const int n = left - v * VL;
-            if (n >= VL)
-                store(to + v * VL, value);
-            else if (n > 0)
-                store_n(to + v * VL, value, n);
-        }
-    }
-    void finish() {
-        const Epilogue e = *this;
-        for (int r = next; r < end; r++) e.row(r);
-        next = end;
-    }
-};
-
 // --- chunks --------------------------------------------------------------------------------------------------
 
-template <class T, class X, class O, bool GATED>
+template <class T, class X, class O, class Gate>
 struct ChunkRun {
     const fs_op& op;
-    const Arguments& a;
+    const LinearArguments& a;
     const Cut<T>& cut;
     Range rows, panels;
     AccType<T>* sums;
@@ -182,7 +66,7 @@ struct ChunkRun {
     int64_t passes = (num_rows + Micro<T>::ROWS - 1) / Micro<T>::ROWS;
     // The epilogue of a block comes beside the steps of the next: with 16 rows and K = 576 it took 14% of the time
     // on its own.
-    Epilogue<T, X, O, GATED> pending;
+    Epilogue<T, X, O, Gate> pending;
 
     const PanelType<T>* address(int64_t panel, int64_t step) const {
         return (const PanelType<T>*)((const char*)op.p[1] + panel * panel_bytes<T>(a.k)) + step * K_STEP<T> * PANEL;
@@ -195,6 +79,9 @@ struct ChunkRun {
         }
         pending.finish();
     }
+
+    // Three of them in one function would be more than the compiler inlines: the others took 3% longer.
+    [[gnu::noinline]] void run_apart() { run(); }
 
     // A piece of K of some panels, with all rows.
     void run_piece(Range group, int64_t piece) {
@@ -231,13 +118,13 @@ struct ChunkRun {
         panel_gemm<T>(x, a.x_stride, count, address(panel, of_k.begin), k_end - k_begin, c, PANEL, of_k.begin > 0, ahead,
                       passes == 2 ? Hot::PANEL : Hot::ROWS, pending);
         pending.finish();
-        if (last) pending = Epilogue<T, X, O, GATED>(op, a, panel, c, row, count);
+        if (last) pending = Epilogue<T, X, O, Gate>(op, a, panel, c, row, count);
     }
 };
 
 template <class T, class X, class O>
 void run_chunk(const fs_op& op, int64_t num_rows, int64_t chunk, int64_t num_chunks, Scratch& scratch) {
-    const Arguments& a = arguments(op);
+    const LinearArguments& a = linear_arguments(op);
     const Cut<T> cut(a, num_rows);
     const int64_t groups = num_chunks / cut.row_blocks;
     const Range rows = part(num_rows, chunk / groups, cut.row_blocks);
@@ -245,20 +132,21 @@ void run_chunk(const fs_op& op, int64_t num_rows, int64_t chunk, int64_t num_chu
     const int64_t waiting = (rows.end - rows.begin) * cut.together;
     const int64_t num_sums = PANEL * (cut.pieces == 1 ? 2 * Micro<T>::ROWS : waiting);
     auto* sums = (AccType<T>*)scratch.get(num_sums * sizeof(AccType<T>));
-    if (a.gated)
-        ChunkRun<T, X, O, true>{op, a, cut, rows, panels, sums}.run();
-    else
-        ChunkRun<T, X, O, false>{op, a, cut, rows, panels, sums}.run();
+    if constexpr (std::is_same_v<X, O>) {  // nobody wants a gated output in another type
+        if (a.gated && a.activation == GELU) return ChunkRun<T, X, O, Gelu>{op, a, cut, rows, panels, sums}.run_apart();
+        if (a.gated) return ChunkRun<T, X, O, SigmoidForm>{op, a, cut, rows, panels, sums}.run();
+    }
+    ChunkRun<T, X, O, Nothing>{op, a, cut, rows, panels, sums}.run();
 }
 
 template <class T, class X>
 void run_for_output(const fs_op& op, int64_t rows, int64_t chunk, int64_t num_chunks, Scratch& scratch) {
-    if (arguments(op).out_dtype == FS_F32) return run_chunk<T, X, float>(op, rows, chunk, num_chunks, scratch);
+    if (linear_arguments(op).out_dtype == FS_F32) return run_chunk<T, X, float>(op, rows, chunk, num_chunks, scratch);
     return run_chunk<T, X, X>(op, rows, chunk, num_chunks, scratch);
 }
 
 int64_t linear_chunks(const fs_op& op, const Dims& dims, int num_threads) {
-    const Arguments& a = arguments(op);
+    const LinearArguments& a = linear_arguments(op);
     return with_operand_type(op.dtype, a.weight_dtype, [&]<class T>(T) {
         return num_chunks_of<T>(a, dims.rows(op), num_threads);
     });
@@ -266,7 +154,7 @@ int64_t linear_chunks(const fs_op& op, const Dims& dims, int num_threads) {
 
 void linear_run(const fs_op& op, const Dims& dims, int64_t chunk, int64_t num_chunks, Scratch& scratch) {
     with_type(op.dtype, [&]<class X>(X) {
-        if (arguments(op).weight_dtype == FS_I8)
+        if (linear_arguments(op).weight_dtype == FS_I8)
             run_for_output<uint8_t, X>(op, dims.rows(op), chunk, num_chunks, scratch);
         else
             run_for_output<X, X>(op, dims.rows(op), chunk, num_chunks, scratch);
@@ -274,7 +162,7 @@ void linear_run(const fs_op& op, const Dims& dims, int64_t chunk, int64_t num_ch
 }
 
 Reads linear_reads(const fs_op& op, const Dims& dims, int64_t num_chunks) {
-    const Arguments& a = arguments(op);
+    const LinearArguments& a = linear_arguments(op);
     return with_operand_type(op.dtype, a.weight_dtype, [&]<class T>(T) {
         const int64_t groups = num_chunks / std::max<int64_t>(1, Cut<T>(a, dims.rows(op)).row_blocks);
         return Reads{(const char*)op.p[1], num_panels(a.n, a.gated), panel_bytes<T>(a.k), groups};

@@ -34,7 +34,9 @@ const Kernel* const kernels[FS_NUM_KINDS] = {&embedding_kernel, &add_embedding_k
                                              &linear_kernel,    &activation_kernel,    &rope_cache_kernel,
                                              &attention_kernel, &sample_kernel,
                                              &gather_tokens_kernel, &scatter_tokens_kernel,
-                                             &pack_linear_kernel,   &quantize_kernel};
+                                             &pack_linear_kernel,   &quantize_kernel,
+                                             &pack_grouped_kernel,  &quantize_groups_kernel,
+                                             &embedding_grouped_kernel, &linear_grouped_kernel};
 
 double now() {
     timespec t;

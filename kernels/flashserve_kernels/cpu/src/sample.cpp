@@ -1,4 +1,4 @@
-// From logits to tokens: greedy, or a sample after temperature, min-p, top-k and top-p (sampling.py says what they mean);
+// From logits to tokens: greedy, or a sample after temperature, min-p, top-k and top-p (sampling.py says in which order);
 // penalties on logits; log-probabilities. A row is one chunk.
 #include <functional>
 
@@ -11,8 +11,8 @@ namespace {
 // FS_SAMPLE. i: which of these, columns of the logits, elements from row to row.
 enum Which : int64_t {
     TOKENS = 0,         // p: logits, out (int64), then by slot: temperature (float32; null: greedy), min_p (float32), top_k
-                        // (int64), top_p (float32), seeds (int64); then by row, int64: positions, slots (null: a row is its
-                        // own slot). i[3] to i[7]: elements from slot to slot.
+                        // (int64), top_p (float32; null: these three are off), seeds (int64); then by row, int64:
+                        // positions, slots (null: a row is its own slot). i[3] to i[7]: elements from slot to slot.
     PENALTIES,          // p: logits (written), slots (int64), counts (int32 [slots, V]), in_prompt (1 byte [slots, V]), then
                         // per row float32: repetition, presence, frequency. i[3], i[4]: elements from slot to slot of both.
     COUNT_TOKENS,       // p: counts (int32 [slots, V], added to), slots (int64), tokens (int64). i[2]: from slot to slot.
@@ -245,13 +245,19 @@ int64_t draw(const Candidates& candidates, uint64_t key) {
     return winner.token;
 }
 
+// A slot's number in one of an operation's columns; `off` where there is no such column.
+template <class T>
+T number_of(const fs_op& op, int column, int64_t slot, T off) {
+    return op.p[2 + column] ? ((const T*)op.p[2 + column])[slot * op.i[3 + column]] : off;
+}
+
 template <class T>
 void sample_row(const fs_op& op, int64_t row, Scratch& scratch) {
     const int64_t n = op.i[1];
     const T* logits = (const T*)op.p[0] + row * op.i[2];
     int64_t& out = ((int64_t*)op.p[1])[row];
     const int64_t slot = op.p[8] ? ((const int64_t*)op.p[8])[row] : row;
-    const float temperature = op.p[2] ? ((const float*)op.p[2])[slot * op.i[3]] : 0.0f;
+    const float temperature = number_of(op, 0, slot, 0.0f);
     if (!(temperature > 0.0f)) {
         out = greedy(logits, n);
         return;
@@ -259,8 +265,8 @@ void sample_row(const fs_op& op, int64_t row, Scratch& scratch) {
     char* memory = (char*)scratch.get(Scores::bytes(n) + Candidates::bytes(n));
     const Scores scores(logits, n, temperature, memory);
     Candidates candidates(memory + Scores::bytes(n), n);
-    const float min_p = ((const float*)op.p[3])[slot * op.i[4]], top_p = ((const float*)op.p[5])[slot * op.i[6]];
-    const int64_t top_k = ((const int64_t*)op.p[4])[slot * op.i[5]], seed = ((const int64_t*)op.p[6])[slot * op.i[7]];
+    const float min_p = number_of(op, 1, slot, 0.0f), top_p = number_of(op, 3, slot, 1.0f);
+    const int64_t top_k = number_of<int64_t>(op, 2, slot, 0), seed = number_of<int64_t>(op, 4, slot, 0);
     const uint64_t key = noise_key(seed, ((const int64_t*)op.p[7])[row]);
     const bool truncated = truncate(scores, candidates, min_p, top_k, top_p);
     out = truncated ? draw(candidates, key) : draw(scores, key, candidates.weights);

@@ -21,6 +21,7 @@ typedef int32_t vi __attribute__((vector_size(VL * 4)));
 typedef uint32_t vu __attribute__((vector_size(VL * 4)));
 typedef uint16_t vh __attribute__((vector_size(VL * 2)));
 typedef int8_t vb __attribute__((vector_size(VL)));
+typedef uint8_t vub __attribute__((vector_size(VL)));
 typedef _Float16 vf16 __attribute__((vector_size(VL * 2)));
 
 struct bf16 {
@@ -86,8 +87,8 @@ FS_INLINE vf load(const float* p) { return load_as<vf>(p); }
 FS_INLINE vf load(const bf16* p) { return as_f((vi)(__builtin_convertvector(load_as<vh>(p), vu) << 16)); }
 // gcc 12 converts vectors of halves one by one, which makes a product five times slower.
 #if defined(__AVX512F__)
-FS_INLINE vf load(const f16* p) { return (vf)_mm512_cvtph_ps(load_as<__m256i>(p)); }
-FS_INLINE void store(f16* p, vf v) { store_as(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT)); }
+FS_INLINE vf load(const f16* p) { return (vf)_mm512_maskz_cvtph_ps(0xffff, load_as<__m256i>(p)); }
+FS_INLINE void store(f16* p, vf v) { store_as(p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT)); }
 #elif defined(__F16C__)
 FS_INLINE vf load(const f16* p) { return (vf)_mm256_cvtph_ps(load_as<__m128i>(p)); }
 FS_INLINE void store(f16* p, vf v) { store_as(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT)); }
