@@ -19,7 +19,7 @@ from .keys import Keyring
 from .metrics import Metrics
 from .middleware import Surround
 from .pool import Pool
-from .routes import chat, completions, messages, models, operations, page, responses, torchweave
+from .routes import chat, completions, messages, models, operations, page, reference, responses, torchweave
 from .settings import Settings
 from .version import VERSION
 
@@ -55,11 +55,14 @@ def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
             await gateway.engine_metrics.aclose()
             await gateway.pool.aclose()
 
-    app = FastAPI(title="flashserve", version=VERSION, description=_DESCRIPTION, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(
+        title="flashserve", version=VERSION, description=_DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     for module in (chat, completions, responses, messages, torchweave, models, operations, page):
         app.include_router(module.routes(gateway))
+    app.include_router(reference.routes(app))
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
