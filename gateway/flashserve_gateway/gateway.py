@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from flashserve_client import Delta, FlashserveError, GenerateResult
-from flashserve_client.deadline import Deadline
 
 from .engine_metrics import EngineMetrics
 from .errors import ApiError, internal_error, of_engine
@@ -78,7 +77,8 @@ class Call:
     async def admitted(self, model: str, asks: Sequence[Ask] = ()) -> AsyncIterator[None]:
         """Holds the places of a request that becomes these asks (none: only its tokenizer is asked), before anything
         is asked of a server. Raises ApiError, also for a model that cannot be asked."""
-        with self.caller.admit(model, max(1, len(asks)), sum(map(_reserve, asks))) as self._admission:
+        tokens = sum(map(_reserve, asks)) if self.caller.is_metered else 0
+        with self.caller.admit(model, max(1, len(asks)), tokens) as self._admission:
             await self.gateway.pool.require(model)
             yield
 
@@ -110,21 +110,29 @@ class Call:
             self._settle(ask, answer, generated)
 
     def _settle(self, ask: Ask, answer: Answer, generated: int) -> None:
-        """Counts what was read, and charges it: of an answer that was cut off, what was probably read, or leaving
-        early would be free; of one that the engine refused, nothing."""
+        """Counts what was read, and charges it. Leaving early is not free: an answer that was cut off costs what was
+        probably read, or, if nothing is known of it, what was reserved. One that the engine refused costs nothing."""
         read = answer.result.prompt_tokens if answer.result is not None else 0
         if read or generated:
             self.gateway.metrics.count_tokens(ask.model, read, generated)
-        is_cut_off = answer.result is None and (answer.began or answer.error is None)
-        self._admission.use(_prompt_tokens(ask) if is_cut_off else read)
+        if answer.result is not None:
+            self._admission.use(read)
+        elif answer.began or answer.error is None:
+            if ask.stream:
+                self._admission.use(_prompt_tokens(ask))
+            else:
+                self._admission.use_up()
 
     async def tokenized(self, work: Awaitable[T], model: str) -> T:
         """What a tokenizer answers. Raises ApiError."""
+        patience = Patience(self.gateway.settings.limits.first_token_timeout_s)
         try:
-            with Deadline(self.gateway.settings.limits.first_token_timeout_s):
+            with patience:
                 return await work
         except FlashserveError as error:
             raise of_engine(error, model, self.request_id) from None
+        finally:
+            patience.end()
 
     async def whole(self, ask: Ask) -> GenerateResult:
         """An answer at once. Raises ApiError."""

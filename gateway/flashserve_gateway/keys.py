@@ -63,6 +63,11 @@ class Caller:
         """Whether the model exists for this key."""
         return self.key.models is None or model in self.key.models
 
+    @property
+    def is_metered(self) -> bool:
+        """Whether its tokens are limited."""
+        return self.key.tokens_per_minute is not None
+
     def priority(self, asked: int | None) -> int | None:
         """That of a request; None leaves it to the engine."""
         if self.key is _NOBODY:
@@ -133,6 +138,10 @@ class Admission:
         before = max(self.used, self._reserved)
         self.used += tokens
         self._caller.charge(max(0, self.used - before))
+
+    def use_up(self) -> None:
+        """All that is reserved and not used yet."""
+        self.use(max(0, self._reserved - self.used))
 
 
 class Keyring:

@@ -22,7 +22,6 @@ from flashserve_client import (
     ModelInfo,
     Unavailable,
 )
-from flashserve_client.deadline import Deadline
 from flashserve_client.request import Prompt
 
 from .errors import model_not_found, model_unavailable
@@ -191,9 +190,12 @@ class Pool:
         if not candidates:
             return False
         try:
-            with Deadline(_RENDER_TIMEOUT_S):
-                prompt = await candidates[0].client.render(_PROBE_MESSAGES, model=model, **template)
-        except FlashserveError:  # no template, or fields that it refuses: the request itself will be told
+            rendering = candidates[0].client.render(_PROBE_MESSAGES, model=model, **template)
+            prompt = await asyncio.wait_for(rendering, _RENDER_TIMEOUT_S)
+        except (
+            FlashserveError,
+            asyncio.TimeoutError,
+        ):  # no template, or fields that it refuses: the request itself will be told
             return False
         if len(self._endings) >= _KNOWN_ENDINGS:
             self._endings.clear()
@@ -212,10 +214,6 @@ class Pool:
     async def _ask_all(self) -> None:
         await asyncio.gather(*(self._ask(server) for server in self.servers))
         self._refreshed = time.monotonic()
-        now = int(time.time())
-        for server in self.servers:
-            for name in server.models:
-                self._since.setdefault(name, now)
 
     def _any_client(self, model: str) -> AsyncClient:
         candidates = self._candidates(model)
@@ -246,6 +244,8 @@ class Pool:
             return
         if server.error:
             log.info("%s: answers", server.client.url)
+        for info in models:
+            self._since.setdefault(info.name, int(time.time()))
         server.models = {info.name: info for info in sorted(models, key=_use)}
         server.error = ""
 

@@ -52,6 +52,15 @@ async def test_an_answer_that_is_cut_off_is_not_free(tmp_path: Path, stream: boo
         assert len(gateway.engine.asked) == 1
 
 
+async def test_of_a_whole_answer_that_is_cut_off_all_that_was_reserved_is_charged(tmp_path: Path):
+    """How much was written of it nobody knows."""
+    headers, settings = keyed(tmp_path, tokens_per_minute=60)
+    async with gate(MemoryTransport(silent), settings) as gateway:
+        gateway.http.headers = headers
+        await leave(gateway, max_tokens=60)
+        assert (await gateway.chat()).status_code == 429
+
+
 async def test_requests_that_come_together_share_the_minute(tmp_path: Path):
     headers, settings = keyed(tmp_path, tokens_per_minute=10)
     async with gate(MemoryTransport(silent), settings) as gateway:

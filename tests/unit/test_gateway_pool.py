@@ -98,6 +98,26 @@ async def test_models_that_nobody_has_are_not_a_question_each():
         assert server.asked_for_models - before <= 1
 
 
+async def test_a_server_that_hangs_does_not_hide_what_another_has():
+    slow = MemoryTransport(names=("slow",))
+    async with gate(settings=QUICK, others=(slow,)) as gateway:
+        hanging = asyncio.Event()
+
+        async def never() -> list[ModelInfo]:
+            hanging.set()
+            await asyncio.Event().wait()
+            return []
+
+        slow.models = never  # type: ignore[method-assign]
+        gateway.engine.names = ("demo", "new")
+        await hanging.wait()
+        while "new" not in gateway.pool.servers[0].models:
+            await asyncio.sleep(0.005)
+        listed = await gateway.http.get("/v1/models")
+        assert [row["id"] for row in listed.json()["data"]] == ["demo", "new", "slow"]
+        assert (await gateway.chat(model="new")).status_code == 200
+
+
 async def test_an_unexpected_error_of_the_index_does_not_end_the_looking():
     async with gate(settings=QUICK) as gateway:
         gateway.engine.index_error = ZeroDivisionError("odd")
