@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -37,7 +38,6 @@ _PROBE_TIMEOUT_S = 5.0
 _PROBE_MESSAGES = [{"role": "user", "content": "hello"}]
 _ENDING_LIFETIME_S = 60.0
 _KNOWN_ENDINGS = 1024
-_TEMPLATE_KEY_LENGTH = 1024
 _PROBE_LIFETIME_S = 2.0  # a probe is a request to the engine: a load balancer's every second must not be one each
 
 
@@ -182,7 +182,8 @@ class Pool:
 
     async def prompt_ends_with(self, tag: str, model: str, template: Mapping[str, Any]) -> bool:
         """Whether the model's chat template, with these fields, ends a prompt with a tag. Asked once a minute."""
-        key = (tag, model, json.dumps(template, sort_keys=True, default=str)[:_TEMPLATE_KEY_LENGTH])
+        fields = hashlib.sha256(json.dumps(template, sort_keys=True, default=str).encode()).hexdigest()
+        key = (tag, model, fields)
         known = self._endings.get(key)
         if known is not None and time.monotonic() - known[0] < _ENDING_LIFETIME_S:
             return known[1]
@@ -192,11 +193,8 @@ class Pool:
         try:
             rendering = candidates[0].client.render(_PROBE_MESSAGES, model=model, **template)
             prompt = await asyncio.wait_for(rendering, _RENDER_TIMEOUT_S)
-        except (
-            FlashserveError,
-            asyncio.TimeoutError,
-        ):  # no template, or fields that it refuses: the request itself will be told
-            return False
+        except (FlashserveError, asyncio.TimeoutError):
+            return False  # no template, or fields that it refuses: the request itself will be told
         if len(self._endings) >= _KNOWN_ENDINGS:
             self._endings.clear()
         self._endings[key] = (time.monotonic(), prompt.rstrip().endswith(tag))

@@ -128,6 +128,16 @@ async def test_an_unexpected_error_of_the_index_does_not_end_the_looking():
         assert (await gateway.chat()).status_code == 200
 
 
+async def test_templates_are_told_apart_by_all_of_their_fields():
+    async with gate(MemoryTransport(template="%s<think>\n")) as gateway:
+        fields = {"chat_template_kwargs": {"a": "x" * 2000, "b": True}}
+        assert await gateway.pool.prompt_ends_with("<think>", "demo", fields)
+        gateway.engine.template = "%s"
+        assert await gateway.pool.prompt_ends_with("<think>", "demo", fields)  # asked once a minute
+        fields = {"chat_template_kwargs": {"a": "x" * 2000, "b": False}}
+        assert not await gateway.pool.prompt_ends_with("<think>", "demo", fields)
+
+
 # --- several servers ---------------------------------------------------------------------------------------------
 
 
