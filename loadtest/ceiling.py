@@ -117,7 +117,8 @@ def serving(protocol: str, gap_s: float) -> Iterator[str]:
 def load(url: str, users: int, processes: int) -> dict[str, Any]:
     """A run of bench; its report, with the cores that it used as ``cores``."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "flashserve.cli", "bench", url, "--users", str(users), "--report", folder]
+        words = [sys.executable, "-m", "flashserve.cli", "bench", url, "--model", "demo"]
+        words += ["--users", str(users), "--report", folder]
         words += ["--processes", str(processes), "--metrics-url", "none", "--duration", str(SECONDS)]
         words += ["--prompt-tokens", "32", "--output-tokens", str(TOKENS)]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

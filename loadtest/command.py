@@ -6,13 +6,17 @@ import argparse
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
+
+from flashserve_client import Client, FlashserveError, InvalidRequest
+from flashserve_client.cli import choose_model, explain
 
 from .interface import BAD_OPTIONS, DEFAULT_TARGET, FAILED
 from .invocation import DEFAULT_USERS, locust_words
 from .search import parse_range
 from .settings import add_options, settings_from
-from .streams.choose import FORMS
+from .streams.choose import FORMS, Target
 
 EXAMPLES = """\
 examples:
@@ -78,6 +82,13 @@ def run_bench(args: argparse.Namespace) -> int:
     missing = [name for name in ("locust", "matplotlib", "rich") if importlib.util.find_spec(name) is None]
     if missing:
         return fail(f"bench needs {', '.join(missing)}: pip install 'flashserve[loadtest]'", FAILED)
+    try:
+        args.model = args.model or find_model(settings.targets)
+        settings = settings_from(args, urls)
+    except ValueError as error:  # a URL that only the client looks at
+        return fail(str(error), BAD_OPTIONS)
+    except FlashserveError as error:
+        return fail(explain(error, urls[0]), BAD_OPTIONS if isinstance(error, InvalidRequest) else FAILED)
     from .live import watch_run
 
     if args.search:
@@ -85,6 +96,17 @@ def run_bench(args: argparse.Namespace) -> int:
 
         return run_search(args, urls)
     return watch_run(locust_words(args, urls), settings)
+
+
+def find_model(targets: Sequence[Target]) -> str | None:
+    """The model that a server of Triton's protocols has ready, by the rule of `flashserve generate`; None: there is no
+    such server among the targets. Raises FlashserveError."""
+    triton = next((target for target in targets if target.protocol != "openai"), None)
+    if triton is None:
+        return None
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else it logs a line where nobody listens
+    with Client(triton.url) as client:
+        return choose_model(client, None)
 
 
 def _range(text: str) -> tuple[float, float]:

@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from .interface import INTERRUPTED, MISSED
 
 HTTP_PORT = 8000
+MODEL = "demo"
+LIVE, READY = "/v2/health/live", f"/v2/models/{MODEL}/ready"
+LOADING = f"/v2/repository/models/{MODEL}"
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 15.0
 # A ramp, a spike and a calm end over both protocols; prompts that share a beginning, and clients that leave.
 LOAD = (
-    *("--model", "demo"),
+    *("--model", MODEL),
     *("grpc://localhost:8001", "http://localhost:8000"),
     *("--rate", "2-20@60,60@10,8@40", "--warmup", "10", "--output-tokens", "uniform:16-64"),
     *("--prompt-tokens", "lognormal:96,0.5,400", "--shared-prefix", "48", "--shared-share", "0.5"),
@@ -26,11 +29,11 @@ LOAD = (
 )
 
 
-def is_ready() -> bool:
-    """Whether the demo model answers."""
-    connection = http.client.HTTPConnection("localhost", HTTP_PORT, timeout=2)
+def succeeds(method: str, path: str, timeout_s: float = 2.0) -> bool:
+    """Whether the server on the port answers a question with yes."""
+    connection = http.client.HTTPConnection("localhost", HTTP_PORT, timeout=timeout_s)
     try:
-        connection.request("GET", "/v2/models/demo/ready")
+        connection.request(method, path)
         return connection.getresponse().status == 200
     except (OSError, http.client.HTTPException):
         return False
@@ -40,17 +43,32 @@ def is_ready() -> bool:
 
 @contextlib.contextmanager
 def serving() -> Iterator[None]:
-    """A server with the demo model; one that was there before stays."""
-    if is_ready():
-        print("using the server on port 8000")
+    """A server with the demo model; one that was there before stays, with the models that it had."""
+    if not succeeds("GET", LIVE):
+        with own_server():
+            yield
+        return
+    print(f"using the server on port {HTTP_PORT}", flush=True)
+    if succeeds("GET", READY):
         yield
         return
+    if not succeeds("POST", f"{LOADING}/load", START_TIMEOUT_S):
+        sys.exit(f"it does not load the model {MODEL}: end it, and a server that does will be started")
+    try:
+        yield
+    finally:
+        succeeds("POST", f"{LOADING}/unload", STOP_TIMEOUT_S)
+
+
+@contextlib.contextmanager
+def own_server() -> Iterator[None]:
+    """A server with nothing but the demo model."""
     print("starting a server with the demo model", flush=True)
-    command = [sys.executable, "-m", "flashserve.cli", "serve", "--no-gateway", "--", "--load-model=demo"]
+    command = [sys.executable, "-m", "flashserve.cli", "serve", "--no-gateway", "--", f"--load-model={MODEL}"]
     server = subprocess.Popen(command, start_new_session=True)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not is_ready():
+        while not succeeds("GET", READY):
             if server.poll() is not None:
                 sys.exit("the server did not start: its own words are above")
             if time.monotonic() > deadline:

@@ -66,7 +66,8 @@ _COUNT = _number(1, 1e9, whole=True)
 
 # Flag: keyword arguments of add_argument. What `flashserve bench` and Locust name alike is in neither.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "--model": {"metavar": "NAME", "default": DEFAULT_MODEL, "help": "the model to ask (default: %(default)s)"},
+    "--model": {"metavar": "NAME", "help": "the model to ask (default: the one that the server has, or "
+                f"of several the one that it brings; of OpenAI's, and under Locust alone: {DEFAULT_MODEL})"},
     "--rate": {
         "type": _checked(arrivals.parse_rate), "metavar": "RATE",
         "help": "open loop: requests per second that never wait for answers: "
@@ -191,8 +192,8 @@ def settings_from(options: argparse.Namespace, targets: list[str]) -> Settings:
         options.think_time or 0.0,
     )  # fmt: skip
     return Settings(
-        parsed, options.model, Schedule(options.warmup, _duration(options, rate, trace)), workload, rate,
-        arrivals.parse_spacing(options.arrivals or "poisson"), trace, options.drain, options.seed,
+        parsed, options.model or DEFAULT_MODEL, Schedule(options.warmup, _duration(options, rate, trace)), workload,
+        rate, arrivals.parse_spacing(options.arrivals or "poisson"), trace, options.drain, options.seed,
         Objectives(_seconds(options.p99_ttft), _seconds(options.p99_itl), options.max_error_rate),
         _metrics_url(options.metrics_url, parsed), Path(options.report) if options.report else None,
         {flag[name]: getattr(options, name) for name in vars(options) if flag[name] in OPTIONS},

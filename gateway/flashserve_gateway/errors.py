@@ -111,7 +111,8 @@ def body_for(path: str, error: ApiError) -> bytes:
 def anthropic_error(error: ApiError) -> bytes:
     """Anthropic's shape of an error."""
     kind = _ANTHROPIC_TYPES.get(error.status) or error_object(error)["type"]
-    return orjson.dumps({"type": "error", "error": {"type": kind, "message": error.message}})
+    details = {} if error.code is None else {"details": {"error_code": error.code}}
+    return orjson.dumps({"type": "error", "error": {"type": kind, "message": error.message, **details}})
 
 
 def invalid(param: str | None, message: str, code: str | None = None) -> ApiError:

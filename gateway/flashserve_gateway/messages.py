@@ -20,7 +20,7 @@ from .output.events import CallArguments, CallStart, Event, Reasoning, Text
 from .pool import Answer, Ask
 
 _OWN = frozenset({"model", "messages", "system", "max_tokens", "stop_sequences", "stream", "tools", "tool_choice",
-                  "thinking"})  # fmt: skip
+                  "thinking", "thread"})  # fmt: skip
 _SAMPLING = frozenset({"temperature", "top_p", "top_k"})
 # Of Anthropic's service, and without a meaning here.
 _IGNORED = frozenset({"metadata", "service_tier", "cache_control", "diagnostics", "inference_geo", "speed",
@@ -48,6 +48,9 @@ def _read(call: Call, max_tokens: int) -> ChatRequest:
             raise invalid(name, f"{name}: this engine does not support it; leave it out", "unsupported_parameter")
         if name not in _OWN | _SAMPLING | _IGNORED | _REFUSED:
             raise invalid(name[:64], f"unknown parameter {name[:64]!r}", "unknown_parameter")
+    if body.get("thread") is not None:  # Anthropic's tool runner asks for one, and by this code learns to do without
+        message = "thread: conversations are not kept here; send all of their messages"
+        raise invalid("thread", message, "thread_unsupported_request")
     params: dict[str, Any] = {name: body[name] for name in _SAMPLING if body.get(name) is not None}
     params["max_tokens"] = max_tokens
     if stop := parameters.read(body, "stop_sequences", list, []):

@@ -29,7 +29,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("auto", "none"),
     "text": ({}, {"format": {"type": "text"}}),
     "reasoning": ({}, {"effort": None}, {"effort": None, "summary": None}),
-    "include": ([],),
+    # litellm and others always ask for encrypted reasoning; here it is in its item as it is, and nothing is encrypted.
+    "include": ([], ["reasoning.encrypted_content"]),
     "truncation": ("disabled",),
     "top_logprobs": (0,),
     "background": (False,),

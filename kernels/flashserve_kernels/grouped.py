@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -147,6 +148,20 @@ class JoinedRows:
                 found.append(part.rows(max(first, begin) - begin, min(last, end) - begin).to(self.format))
             begin = end
         return concatenate(found)
+
+
+MOST_WIDENING = 1.25
+"""What a joined weight may take of its parts' bytes. Q4_K_M has values in Q6_K in half of the layers; queries and keys
+in Q4_K would take twice their bytes in the format that holds all three."""
+
+
+def split_unlike(weight: JoinedRows) -> tuple[GroupedRows, ...]:
+    """The weight whole, or, where its format is much wider than its parts', as runs of parts of one format."""
+    together = weight.format.bits_per_weight * weight.shape[0]
+    apart = sum(part.format.bits_per_weight * part.shape[0] for part in weight.parts)
+    if together <= MOST_WIDENING * apart:
+        return (weight,)
+    return tuple(JoinedRows(tuple(run)) for _, run in groupby(weight.parts, key=lambda part: part.format))
 
 
 def dequantize_into(weight: GroupedRows, out: Tensor, piece: int = 1024) -> None:

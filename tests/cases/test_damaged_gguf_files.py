@@ -9,6 +9,7 @@ import random
 import struct
 import time
 import tracemalloc
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ ALIGNMENT = 32
 class Writer:
     """A small llama; remembers where each field lies and how it is packed."""
 
-    def __init__(self, **changes: object) -> None:
+    def __init__(self, extra: Mapping[str, object] | None = None, **changes: object) -> None:
+        self._extra = extra or {}
         self.data = bytearray()
         self.fields: list[tuple[str, int, str]] = []
         self._changes = changes
@@ -77,6 +79,7 @@ class Writer:
             "tokenizer.ggml.token_type": [3, *[1] * 7],
             "tokenizer.ggml.merges": ["a b"],
             "tokenizer.ggml.eos_token_id": 0,
+            **self._extra,
         }
         matrices = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
         matrices |= {"ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner)}
@@ -249,3 +252,38 @@ def test_what_is_no_such_file_is_told(content, tmp_path):
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=r"other\.gguf"):
         open_whole(file)
+
+
+SENTENCEPIECE = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "words"),
+    [
+        (
+            "damaged.gguf",
+            {**SENTENCEPIECE, "tokenizer.ggml.tokens": [*"abcdefg", "x" * 100_000]},
+            "tokenizer.ggml.tokens holds a token of 100000 characters",
+        ),
+        (
+            "damaged.gguf",
+            {"llama.attention.head_count_kv": list(range(1 << 20))},
+            "llama.attention.head_count_kv must be one value, or one for each layer, not an array",
+        ),
+        ("damaged.gguf-00001-of-4194304.gguf", {"split.no": 0, "split.count": 1 << 22}, "split.count is 4194304"),
+    ],
+)
+def test_what_is_far_too_much_is_refused_at_once(name, extra, words, tmp_path):
+    file = tmp_path / name
+    file.write_bytes(Writer(extra).data)
+    begun = time.process_time()
+    with pytest.raises(ConfigError) as caught:
+        open_whole(file)
+    assert time.process_time() - begun < MOST_SECONDS
+    assert str(caught.value).startswith(f"{name}: {words}")
+
+
+def test_a_vocabulary_of_pieces_is_a_tokenizer(tmp_path):
+    file = tmp_path / "good.gguf"
+    file.write_bytes(Writer(SENTENCEPIECE).data)
+    open_whole(file)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +179,59 @@ def test_what_a_file_says_of_sampling_and_ends_is_used(llama, tmp_path):
     assert "<|im_start|>" in files.card.tokenizer_config["chat_template"]["default"]
 
 
+def test_zeros_of_sampling_mean_what_they_do_in_llama_cpp(llama, tmp_path):
+    names = {"temp": 0.0, "min_p": 0.0, "top_k": 0, "top_p": 0.0}
+    extra = {f"general.sampling.{name}": value for name, value in names.items()}
+    found = open_file(write_model(llama, tmp_path / "model.gguf", extra=extra)).card.generation_config
+    assert {**found, "top_p": 0} == {"temperature": 0, "min_p": 0, "top_k": 0, "top_p": 0}
+    assert 0 < found["top_p"] < 1e-3  # 0 is refused in requests; one token is left
+    with pytest.raises(ConfigError, match=r"general\.sampling\.temp must be a positive number or 0, not -1"):
+        open_file(write_model(llama, tmp_path / "bad.gguf", extra={"general.sampling.temp": -1.0})).card  # noqa: B018
+
+
+def test_a_window_of_llamas_files_is_mistrals(tmp_path, drive, random_prompts):
+    folder = make_tiny_model("mistral", tmp_path / "folder", sliding_window=8)
+    as_llama = {"ARCH.attention.sliding_window": 8}
+    file = write_model(folder, tmp_path / "model.gguf", extra=as_llama, architecture="llama")
+    prompts = random_prompts((3, 40))
+    assert drive(file, dtype="float32").generate(prompts, 8) == drive(folder, dtype="float32").generate(prompts, 8)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3"])
+def test_factors_that_a_model_does_not_take_are_refused(family, tmp_path):
+    folder = make_tiny_model(family, tmp_path / "folder", **(AS_ALL_GEMMAS if family == "gemma3" else {}))
+    factors = {"rope_freqs.weight": np.ones(8, np.float32)}
+    file = write_model(folder, tmp_path / "model.gguf", tensors=factors)
+    with pytest.raises(ConfigError, match=r"model\.gguf: the tensor rope_freqs\.weight is not supported"):
+        open_file(file)
+
+
+def test_a_kind_of_scaling_beside_factors_is_refused(llama, tmp_path):
+    factors = {"rope_freqs.weight": np.ones(8, np.float32)}
+    file = write_model(llama, tmp_path / "model.gguf", {}, {"ARCH.rope.scaling.type": "linear"}, factors)
+    with pytest.raises(ConfigError, match=r"llama\.rope\.scaling\.type 'linear' beside the tensor rope_freqs"):
+        open_file(file)
+
+
+@pytest.fixture
+def little_memory():
+    """As on a machine of 64 GiB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (64 << 30, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+@pytest.mark.parametrize("kind", ["gguf", "safetensors"])
+def test_a_file_may_be_larger_than_the_memory(kind, llama, tmp_path, little_memory):
+    folder = shutil.copytree(llama, tmp_path / "folder")
+    file = write_model(folder, tmp_path / "model.gguf") if kind == "gguf" else folder / "model.safetensors"
+    os.truncate(file, 128 << 30)  # a hole, which takes no room
+    files = open_file(file if kind == "gguf" else folder)
+    weights = files.weights(torch.float32, torch.device("cpu"), None, WEIGHT_FORMATS[None])
+    assert weights.read("model.norm.weight", (64,)).isfinite().all()
+
+
 def test_another_tokenizer_can_take_the_files_place(llama, tmp_path):
     file = write_model(llama, tmp_path / "model.gguf", extra={"tokenizer.ggml.pre": "nobody-knows"})
     with pytest.raises(ConfigError, match="nobody-knows"):
@@ -225,9 +281,27 @@ def test_metadata_of_other_sizes_than_the_tensors_are_refused(llama, tmp_path):
         open_file(file)
 
 
-def test_a_key_that_has_no_effect_is_told(llama, tmp_path, caplog):
-    open_file(write_model(llama, tmp_path / "model.gguf", extra={"ARCH.attention.novel": 1.0}))
-    assert "llama.attention.novel" in caplog.text
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("llama", "attention.novel", 1.0),
+        ("llama", "final_logit_softcapping", 30.0),
+        ("llama", "rope.scaling.factor", 8.0),  # of no kind
+        ("qwen2", "attention.sliding_window", 32),
+        ("gpt2", "attention.sliding_window", 32),
+    ],
+)
+def test_a_key_that_has_no_effect_is_told(family, key, value, tmp_path, caplog):
+    folder = make_tiny_model(family, tmp_path / "folder")
+    open_file(write_model(folder, tmp_path / "model.gguf", extra={f"ARCH.{key}": value}))
+    assert f"holds {family}.{key}, not known and without effect" in caplog.text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_keys_that_have_their_effect_nothing_is_told(family, tmp_path, caplog):
+    folder = make_tiny_model(family, tmp_path / "folder", **(AS_ALL_GEMMAS if family == "gemma3" else {}))
+    open_file(write_model(folder, tmp_path / "model.gguf"))
+    assert "without effect" not in caplog.text
 
 
 def test_a_folder_of_several_files_asks_which(llama, tmp_path):

@@ -45,7 +45,7 @@ class GroupedDevice(CpuDevice):
         return GroupedOps(torch.device("cpu"))
 
 
-@pytest.fixture(params=["llama", "qwen2", "tied"])
+@pytest.fixture(params=["llama", "qwen2", "gpt2", "tied"])
 def file(request, tmp_path):
     tied = {"tie_word_embeddings": True} if request.param == "tied" else {}
     folder = make_tiny_model("llama" if tied else request.param, tmp_path / "folder", **tied)

@@ -108,6 +108,14 @@ async def test_what_is_wrong_is_said_in_anthropics_shape(body: dict[str, Any], w
     assert words in response.json()["error"]["message"]
 
 
+async def test_a_conversation_that_is_to_be_kept_is_refused_with_the_code_that_clients_know():
+    async with gate() as gateway:
+        response = await gateway.http.post("/v1/messages", json={**MESSAGE, "thread": {"type": "create"}})
+        assert response.status_code == 400
+        assert response.json()["error"]["details"] == {"error_code": "thread_unsupported_request"}
+        assert not gateway.engine.asked
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_errors_of_the_engine_have_anthropics_classes(stream: bool):
     async with gate(MemoryTransport(fails(Unavailable("queue is full", retry_after_ms=10)))) as gateway:

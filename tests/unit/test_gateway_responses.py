@@ -160,6 +160,13 @@ async def test_what_is_wrong_is_named(body: dict[str, Any], param: str):
     assert response.json()["error"]["param"] == param
 
 
+async def test_encrypted_reasoning_may_be_asked_for_and_other_additions_may_not():
+    async with gate() as gateway:
+        for include, status in (["reasoning.encrypted_content"], 200), (["message.output_text.logprobs"], 400):
+            body = {"model": "demo", "input": "hello", "include": include}
+            assert (await gateway.http.post("/v1/responses", json=body)).status_code == status
+
+
 async def test_one_that_was_cut_off_is_incomplete_and_one_that_fails_says_so():
     async with gate(MemoryTransport(says("one ", "two", finish="length"))) as gateway:
         response = await client(gateway.url).responses.create(model="demo", input="hello")

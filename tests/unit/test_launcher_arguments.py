@@ -27,6 +27,12 @@ def test_which_models_are_loaded(words: list[str], load: tuple[str, ...]) -> Non
     assert TritonArguments.parse(words).load == load
 
 
+@pytest.mark.parametrize(("words", "says"), [([], False), (["--log-verbose=1"], False), ([EXPLICIT], True)])
+def test_whether_somebody_chose_what_is_loaded(words: list[str], says: bool) -> None:
+    assert TritonArguments.parse(words).says_load is says
+    assert TritonArguments.parse([*words, "--load-model=*"]).says_load  # as its advice says: everything
+
+
 def test_what_is_not_about_loading_is_passed_on_in_its_order() -> None:
     words = ["--log-verbose", "1", EXPLICIT, "--load-model", "a", "--exit-timeout-secs=3"]
     assert TritonArguments.parse(words).others == ("--log-verbose", "1", "--exit-timeout-secs=3")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError
 from flashserve.model_location import choose_file, hub_patterns, locate, name_of
 
@@ -21,6 +23,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "data").mkdir()
     (folder / "data" / "a.gguf").write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(str(folder.parent))
+    monkeypatch.setitem(sys.modules, "typed_in", ModuleType("typed_in"))  # of no file, as __main__ may be
     return folder
 
 
@@ -44,7 +47,9 @@ def test_of_several_files_one_is_to_be_named(package: Path) -> None:
         ("package:brings_a_model/../../../etc/passwd", "has no file"),
         ("package:brings-a-model", "is no name of a Python package"),
         ("package:", "is no name of a Python package"),
+        ("package:brings_a_model//etc/passwd", "has no file"),
         ("package:this", "is not installed"),  # a module, and no package
+        ("package:typed_in", "is not installed"),
     ],
 )
 def test_what_a_package_does_not_bring_is_refused(package: Path, model: str, words: str) -> None:
@@ -53,10 +58,38 @@ def test_what_a_package_does_not_bring_is_refused(package: Path, model: str, wor
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("model", ["", "./x.gguf", "/x", "~/nothing-here", "a/b/c", "a b", "x/y:"])
+@pytest.mark.parametrize(
+    "model", ["", "./x.gguf", "/x", "~/nothing-here", "a/b/c", "a b", "x/y:", "x.gguf", "models/x.gguf"]
+)
 def test_what_is_not_there_is_refused(model: str) -> None:
     with pytest.raises(ConfigError, match=r"model folder or \.gguf file .* does not exist"):
         locate(model)
+
+
+def test_a_packages_files_may_be_links(package: Path, tmp_path: Path) -> None:
+    (package / "data" / "a.gguf").rename(tmp_path / "0123abcd")
+    (package / "data" / "a.gguf").symlink_to(tmp_path / "0123abcd")
+    for model in ("package:brings_a_model", "package:brings_a_model/data/a.gguf"):
+        assert locate(model) == package / "data" / "a.gguf"
+
+
+def test_a_linked_file_keeps_its_name(tmp_path: Path) -> None:
+    """As all files of the hub's cache are."""
+    (tmp_path / "0123abcd").write_bytes(b"GGUF")
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    (folder / "x.gguf").symlink_to("../0123abcd")
+    assert locate(str(folder / ".." / "snapshot" / "x.gguf")) == folder / "x.gguf"
+    assert EngineConfig.from_mapping({"model": "x.gguf"}, folder).model == str(folder / "x.gguf")
+    (tmp_path / "latest").symlink_to("snapshot")
+    assert locate(str(tmp_path / "latest")) == folder / "x.gguf"
+
+
+def test_what_lies_deep_in_a_folder_is_not_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match="is not a model folder"):
+        locate(str(tmp_path))
 
 
 @pytest.mark.parametrize("model", ["gpt2", "Qwen/Qwen3-0.6B", "unsloth/Qwen3-0.6B-GGUF:Q4_K_M", "a/b:c.gguf"])
@@ -104,6 +137,13 @@ def test_a_quantisation_means_one_file(tmp_path: Path, quantization: str, name: 
     assert any(fnmatch(name, pattern) for pattern in hub_patterns(quantization))
     with pytest.raises(ConfigError, match="holds no GGUF file for Q2_K"):
         choose_file(tmp_path, "Q2_K")
+
+
+def test_a_quantisation_may_be_a_folders_name(tmp_path: Path) -> None:
+    for name in ("Q4_K_M/model-00001-of-00002.gguf", "Q4_K_M/model-00002-of-00002.gguf", "Q8_0/model.gguf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"GGUF")
+    assert choose_file(tmp_path, "q4_k_m") == tmp_path / "Q4_K_M" / "model-00001-of-00002.gguf"
 
 
 def test_a_download_takes_no_other_quantisation() -> None:

@@ -19,7 +19,7 @@ from flashserve.launcher.ports import Endpoints
 from flashserve.launcher.process import ServerProcess
 from flashserve.launcher.restarts import DEFAULT_ANSWER_TIMEOUT_S, DEFAULT_MAX_RESTARTS
 from flashserve.launcher.signals import Signals
-from flashserve.launcher.triton_arguments import ALL, TritonArguments
+from flashserve.launcher.triton_arguments import TritonArguments
 
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
 
@@ -59,7 +59,7 @@ def serve(options: ServeOptions, console: Console | None = None) -> int:
     arguments = TritonArguments.parse(options.triton_arguments)
     vllm = loadable.vllm_server(install, options.serve_vllm_models)
     is_ours = options.backend_module == workspace.DEFAULT_BACKEND_MODULE
-    if options.model_repository is None and not named and arguments.load == ALL:
+    if options.model_repository is None and not named and not arguments.says_load:
         names, remark = repository.default_load(Path(repositories[0]))
         arguments = arguments.loading(names)
         if remark:
@@ -117,18 +117,18 @@ def _announce(console: Console, endpoints: Endpoints, names: Sequence[str], seco
     console.say(f"  metrics  http://{host}:{endpoints.metrics}/metrics")
     if endpoints.gateway is not None:
         console.say(f"  OpenAI   http://{host}:{endpoints.gateway}/v1, and a page at http://{host}:{endpoints.gateway}")
-    for line in _examples(names, f"{host}:{endpoints.http}", f"{host}:{endpoints.grpc}"):
+    for line in examples(names, f"{host}:{endpoints.http}", f"{host}:{endpoints.grpc}"):
         console.say(line)
     console.say("Ctrl-C ends it.")
 
 
-def _examples(names: Sequence[str], http: str, grpc: str) -> list[str]:
-    """What to try first."""
+def examples(names: Sequence[str], http: str, grpc: str) -> list[str]:
+    """Lines that say what to try first; http, grpc: ``host:port``, as this machine reaches them."""
     if not names:
         return []
     if repository.CHAT_MODEL in names:
         name, body = repository.CHAT_MODEL, {"chat_request": json.dumps({"messages": [QUESTION]})}
-        url = "" if grpc.endswith(":8001") else f" --url grpc://{grpc}"
+        url = "" if grpc == "localhost:8001" else f" --url grpc://{grpc}"
         chat = [f"  flashserve chat{url}    and ask: {QUESTION['content']}"]
     else:
         name = repository.DEMO_MODEL if repository.DEMO_MODEL in names else names[0]

@@ -24,6 +24,8 @@ class TritonArguments:
 
     load: tuple[str, ...] = ALL
     """Names of the models to load at the start; ALL: every one; empty: none."""
+    says_load: bool = False
+    """Whether the arguments say which; else ``load`` is what the launcher takes."""
     others: tuple[str, ...] = ()
     """Passed on as they are."""
 
@@ -60,4 +62,4 @@ class TritonArguments:
         if len(chosen) > 1 and ALL[0] in chosen:
             raise LauncherError(f"{LOAD_MODEL}=* goes with no other {LOAD_MODEL}", "* loads every model")
         # Explicit control without a name loads nothing in Triton, while the launcher alone loads everything.
-        return cls(chosen or (() if is_explicit else ALL), tuple(others))
+        return cls(chosen or (() if is_explicit else ALL), is_explicit or bool(chosen), tuple(others))

@@ -62,7 +62,7 @@ class Linear:
 
         if own_bias is not None:
             read_shards("bias", own_bias)
-        in_groups = not transposed and ranks.size == 1  # rows of whole tensors
+        in_groups = ranks.size == 1  # rows of whole tensors
         stored = [weights.grouped(f"{prefix}{name}.weight", (size, in_features)) for name, size in shards if in_groups]
         self.weight = load_packed(
             weights, (out_features, in_features), lambda out: read_shards("weight", out), stored, gated=self.gated

@@ -34,7 +34,8 @@ class WeightSource(Protocol):
         ...
 
     def grouped(self, name: str, shape: tuple[int, int]) -> GroupedRows | None:
-        """A matrix that is stored in groups, as it is stored; None where it is not."""
+        """A linear's matrix that is stored in groups, as it is stored; None where it is not. shape: (outputs, inputs),
+        also where ``read_into`` gives it the other way round."""
         ...
 
     def read_into(self, name: str, out: Tensor) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from flashserve.errors import ConfigError
 from flashserve.layers.parallel import Ranks
 from flashserve.layers.weight_format import WeightFormat
-from flashserve.models.file_weights import FileWeights, give_back, matches
+from flashserve.models.file_weights import FileWeights, give_back, map_file, matches, view_file
 from flashserve_kernels import Ops
 
 log = logging.getLogger(__name__)
@@ -202,13 +202,11 @@ class CheckpointWeights(FileWeights):
         if entry.begin % dtype.itemsize:
             raise ConfigError(f"tensor {name} is not aligned in {entry.file.name}; write the file anew")
         memory = self._map(entry.file)
-        return torch.frombuffer(memory, dtype=dtype, count=entry.num_elements, offset=entry.begin).view(shape)
+        return view_file(memory, dtype, entry.num_elements, entry.begin).view(shape)
 
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
-            with file.open("rb") as stream:
-                # A private mapping is never written to; a read-only one makes torch warn.
-                self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._maps[file] = map_file(file)
         return self._maps[file]
 
     def _give_back(self, name: str, part: Tensor) -> None:

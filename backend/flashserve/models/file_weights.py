@@ -5,7 +5,9 @@ from __future__ import annotations
 import fnmatch
 import math
 import mmap
+import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from flashserve.errors import ConfigError
 from flashserve.layers.parallel import Ranks
 from flashserve.layers.weight_format import WeightFormat
 from flashserve.models.progress import LoadingProgress
+from flashserve.paths import native
 from flashserve_kernels import Ops
 from flashserve_kernels.grouped import GroupedRows
 
@@ -83,6 +86,20 @@ class FileWeights:
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a tensor's name fits one of the patterns (fnmatch)."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def map_file(file: Path) -> mmap.mmap:
+    """A file's bytes, to be read only: one that could be written to counts as memory that it may need, and a file of
+    more than the machine has could not be opened. Raises OSError, and ValueError for an empty file."""
+    with native(file).open("rb") as stream:
+        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def view_file(memory: mmap.mmap, dtype: torch.dtype, count: int, begin: int) -> Tensor:
+    """``count`` numbers from byte ``begin`` of a mapped file. Never write to them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(memory, dtype=dtype, count=count, offset=begin)
 
 
 def give_back(memory: mmap.mmap, begin: int, num_bytes: int) -> None:

@@ -11,7 +11,16 @@ from flashserve_kernels.activation import Activation
 from flashserve_kernels.cpu import program
 from flashserve_kernels.cpu.elementwise import ACTIVATIONS
 from flashserve_kernels.cpu.program import DTYPES, Pool, Rows, emit, empty, rows_of
-from flashserve_kernels.grouped import SCALES, Grouped, GroupedFormat, GroupedRows, concatenate, is_exact
+from flashserve_kernels.grouped import (
+    SCALES,
+    Grouped,
+    GroupedFormat,
+    GroupedRows,
+    JoinedRows,
+    concatenate,
+    is_exact,
+    split_unlike,
+)
 
 _PANEL = 32  # gemm.h
 _PIECE_CODES = 4 << 20  # unpacked at a time while loading
@@ -31,6 +40,33 @@ class PackedGrouped:
     @property
     def num_bytes(self) -> int:
         return self.memory.numel()
+
+
+@dataclass(frozen=True)
+class PackedParts:
+    """Weights of equal inputs and unlike formats, one after the other; none is gated."""
+
+    parts: tuple[PackedGrouped, ...]
+
+    @property
+    def n(self) -> int:
+        return sum(part.n for part in self.parts)
+
+    @property
+    def k(self) -> int:
+        return self.parts[0].k
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.num_bytes for part in self.parts)
+
+
+def pack(pool: Pool, weight: GroupedRows, gated: bool = False) -> PackedGrouped | PackedParts:
+    """``pack_grouped``, but parts of unlike formats each in its own, where together they would be much wider."""
+    if gated or not isinstance(weight, JoinedRows):
+        return pack_grouped(pool, weight, gated)
+    parts = tuple(pack_grouped(pool, part) for part in split_unlike(weight))
+    return parts[0] if len(parts) == 1 else PackedParts(parts)
 
 
 def pack_grouped(pool: Pool, weight: GroupedRows, gated: bool = False) -> PackedGrouped:
@@ -93,52 +129,67 @@ def embedding(pool: Pool, table: PackedGrouped, ids: Tensor, dtype: torch.dtype,
 
 
 def linear(
-    pool: Pool, x: Tensor, packed: PackedGrouped, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+    pool: Pool,
+    x: Tensor,
+    packed: PackedGrouped | PackedParts,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``x @ weight.T + bias``. x: [T, k], rows may be strided; bias: [n]. Returns [T, n] of x's dtype, or float32."""
-    if packed.gated:
+    parts = packed.parts if isinstance(packed, PackedParts) else (packed,)
+    if any(part.gated for part in parts):
         raise ValueError("a gated weight is for linear_gated")
-    return _linear(pool, x, packed, bias, out_dtype or x.dtype, packed.n)
+    return _linear(pool, x, parts, bias, out_dtype or x.dtype, packed.n)
 
 
 def linear_gated(
-    pool: Pool, x: Tensor, packed: PackedGrouped, activation: Activation, bias: Tensor | None = None
+    pool: Pool, x: Tensor, packed: PackedGrouped | PackedParts, activation: Activation, bias: Tensor | None = None
 ) -> Tensor:
     """``activation(gate) * up`` of ``gate | up = x @ weight.T + bias``. x: [T, k]; bias: [n]. Returns [T, n / 2]."""
-    if not packed.gated:
+    if isinstance(packed, PackedParts) or not packed.gated:
         raise ValueError("linear_gated needs a weight that was packed as gated")
-    return _linear(pool, x, packed, bias, x.dtype, packed.n // 2, ACTIVATIONS[activation])
+    return _linear(pool, x, (packed,), bias, x.dtype, packed.n // 2, ACTIVATIONS[activation])
 
 
 def _linear(
     pool: Pool,
     x: Tensor,
-    packed: PackedGrouped,
+    parts: tuple[PackedGrouped, ...],
     bias: Tensor | None,
     out_dtype: torch.dtype,
     columns: int,
     activation: int = 0,
 ) -> Tensor:
-    if x.dtype not in DTYPES or x.dim() != 2 or x.shape[1] != packed.k or (packed.k > 1 and x.stride(1) != 1):
-        raise ValueError(f"x must be [T, {packed.k}] with contiguous rows, not {x.dtype} {tuple(x.shape)}")
-    if bias is not None and (bias.dtype != x.dtype or bias.shape != (packed.n,) or not bias.is_contiguous()):
-        raise ValueError(f"the bias must be {x.dtype} [{packed.n}], not {bias.dtype} {tuple(bias.shape)}")
+    k, n = parts[0].k, sum(part.n for part in parts)
+    if x.dtype not in DTYPES or x.dim() != 2 or x.shape[1] != k or (k > 1 and x.stride(1) != 1):
+        raise ValueError(f"x must be [T, {k}] with contiguous rows, not {x.dtype} {tuple(x.shape)}")
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != (n,) or not bias.is_contiguous()):
+        raise ValueError(f"the bias must be {x.dtype} [{n}], not {bias.dtype} {tuple(bias.shape)}")
     if out_dtype not in (x.dtype, torch.float32):
         raise ValueError(f"the result can be {x.dtype} or float32, not {out_dtype}")
-    rows, format = rows_of(x), packed.format
-    groups = -(-packed.k // format.group)
-    quantized = empty(rows, (groups * (format.group + 8),), torch.uint8)
-    emit(pool, program.QUANTIZE_GROUPS, x.dtype, rows, (x, quantized),
-         (packed.k, x.stride(0), quantized.stride(0), format.group))  # fmt: skip
+    rows = rows_of(x)
+    by_group = {group: _quantize(pool, x, rows, group) for group in sorted({part.format.group for part in parts})}
     out = empty(rows, (columns,), out_dtype)
-    emit(
-        pool, program.LINEAR_GROUPED, x.dtype, rows, (quantized, packed.memory, bias, out),
-        (
-            packed.k, packed.n, quantized.stride(0), out.stride(0), packed.gated, DTYPES[out_dtype], 0, activation,
-            *_numbers(format),
-        ),
-    )  # fmt: skip
+    first = 0
+    for part in parts:
+        quantized = by_group[part.format.group]
+        part_bias = None if bias is None else bias[first : first + part.n]
+        emit(
+            pool, program.LINEAR_GROUPED, x.dtype, rows, (quantized, part.memory, part_bias, out[:, first:]),
+            (
+                k, part.n, quantized.stride(0), out.stride(0), part.gated, DTYPES[out_dtype], 0, activation,
+                *_numbers(part.format),
+            ),
+        )  # fmt: skip
+        first += part.n
     return out
+
+
+def _quantize(pool: Pool, x: Tensor, rows: Rows, group: int) -> Tensor:
+    k = x.shape[1]
+    quantized = empty(rows, (-(-k // group) * (group + 8),), torch.uint8)
+    emit(pool, program.QUANTIZE_GROUPS, x.dtype, rows, (x, quantized), (k, x.stride(0), quantized.stride(0), group))
+    return quantized
 
 
 def _numbers(format: GroupedFormat) -> tuple[int, int, int, int]:

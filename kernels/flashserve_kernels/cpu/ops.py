@@ -10,7 +10,7 @@ from torch import Tensor
 from flashserve_kernels.activation import Activation
 from flashserve_kernels.attention import AttentionBatch
 from flashserve_kernels.cpu import attention, elementwise, grouped, kv_cache, linear, norm, sampling, tokens
-from flashserve_kernels.cpu.grouped import PackedGrouped
+from flashserve_kernels.cpu.grouped import PackedGrouped, PackedParts
 from flashserve_kernels.cpu.kv_cache import PackedKVLayer
 from flashserve_kernels.cpu.linear import PackedLinear
 from flashserve_kernels.cpu.program import Pool, Program
@@ -19,7 +19,7 @@ from flashserve_kernels.kv_cache import KVCacheSpec
 from flashserve_kernels.ops import Ops, SamplerColumns
 from flashserve_kernels.sampling import Stage
 
-Packed = PackedLinear | PackedGrouped
+Packed = PackedLinear | PackedGrouped | PackedParts
 
 
 class NativeOps(Ops):
@@ -43,26 +43,26 @@ class NativeOps(Ops):
     def pack_linear(self, weight: Tensor | GroupedRows, *, gated: bool = False, int8: bool = False) -> Packed:
         if isinstance(weight, Tensor):
             return linear.pack_linear(self._pool, weight, gated=gated, quantize=int8)
-        return grouped.pack_grouped(self._pool, weight, gated)
+        return grouped.pack(self._pool, weight, gated)
 
     def linear(self, x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
-        if isinstance(weight, PackedGrouped):
-            return grouped.linear(self._pool, x, weight, bias)
-        return linear.linear(self._pool, x, weight, bias)
+        if isinstance(weight, PackedLinear):
+            return linear.linear(self._pool, x, weight, bias)
+        return grouped.linear(self._pool, x, weight, bias)
 
     def linear_gated(self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None = None) -> Tensor:
-        if isinstance(weight, PackedGrouped):
-            return grouped.linear_gated(self._pool, x, weight, activation, bias)
-        return linear.linear_gated(self._pool, x, weight, activation, bias)
+        if isinstance(weight, PackedLinear):
+            return linear.linear_gated(self._pool, x, weight, activation, bias)
+        return grouped.linear_gated(self._pool, x, weight, activation, bias)
 
     def activate(self, x: Tensor, activation: Activation) -> Tensor:
         return elementwise.activate(self._pool, x, activation)
 
     def logits(self, hidden: Tensor, weight: Packed, softcap: float | None = None) -> Tensor:
-        if isinstance(weight, PackedGrouped):
-            logits = grouped.linear(self._pool, hidden, weight, out_dtype=torch.float32)
-        else:
+        if isinstance(weight, PackedLinear):
             logits = linear.linear(self._pool, hidden, weight, out_dtype=torch.float32)
+        else:
+            logits = grouped.linear(self._pool, hidden, weight, out_dtype=torch.float32)
         return logits if softcap is None else elementwise.soft_cap_(self._pool, logits, softcap)
 
     def packed_embedding(self, weight: PackedGrouped, ids: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:

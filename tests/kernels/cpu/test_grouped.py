@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashserve_kernels.activation import Activation, activate
-from flashserve_kernels.cpu.grouped import embedding, linear, linear_gated, pack_grouped
+from flashserve_kernels.cpu.grouped import PackedGrouped, embedding, linear, linear_gated, pack, pack_grouped
 from flashserve_kernels.cpu.program import Pool, Program
 from flashserve_kernels.grouped import (
     INT4,
@@ -154,6 +154,31 @@ def test_joined_weights_of_different_formats(pool: Pool) -> None:
     product(x, joined.rows(0, 120)).check(out)
     values = torch.cat([part.dequantize() for part in parts])
     assert torch.equal(joined.rows(0, 120).dequantize(), values)
+
+
+def test_parts_of_unlike_formats_stay_as_narrow_as_they_are(pool: Pool) -> None:
+    """Queries and keys in Q4_K, values in Q6_K, as half of the layers of Q4_K_M."""
+    narrow, wide = GroupedFormat(4, 32, "float24", None), GroupedFormat(8, 16, "float24", 128)
+    parts = [random_grouped(format, n, 70, n) for format, n in ((narrow, 40), (narrow, 33), (wide, 41))]
+    packed = pack(pool, JoinedRows(tuple(parts)))
+    apart = [pack_grouped(pool, part) for part in (JoinedRows(tuple(parts[:2])), parts[2])]
+    assert (packed.n, packed.k, packed.num_bytes) == (114, 70, sum(part.num_bytes for part in apart))
+    x, bias = random(33, 70), random(114, seed=2)
+    recorded = Program(pool, (33, 1, 1))
+    recorded.add_input(x, TOKENS)
+    with recorded.recording():
+        out = linear(pool, x, packed, bias)
+    recorded.run(33, 1, 1)
+    for found in (out, linear(pool, x, packed, bias)):
+        for part, first in zip(parts, (0, 40, 73), strict=True):
+            last = first + part.shape[0]
+            product(x, part, bias[first:last]).check(found[:, first:last])
+
+
+def test_parts_of_like_formats_are_one_weight(pool: Pool) -> None:
+    formats = GroupedFormat(8, 32, "float16", 128), GroupedFormat(8, 32, "float16", None)
+    parts = [random_grouped(format, 40, 70) for format in formats]
+    assert isinstance(pack(pool, JoinedRows(tuple(parts))), PackedGrouped)
 
 
 def test_full_weights_are_quantised_in_pieces(pool: Pool) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from flashserve.errors import ConfigError
 from flashserve.models.gguf.header import TensorInfo
-from flashserve.models.gguf.metadata import Metadata, unknown_keys
+from flashserve.models.gguf.metadata import Metadata
 
 log = logging.getLogger(__name__)
 
@@ -56,23 +56,8 @@ _GPT2 = {
     "ffn_up": "transformer.h.{}.mlp.c_fc",
     "ffn_down": "transformer.h.{}.mlp.c_proj",
 }
-_KNOWN = frozenset(
-    (
-        *("context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size"),
-        *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
-        *("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "attention.sliding_window"),
-        *("rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor"),
-        *("rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scaling.attn_factor"),
-        *(
-            "final_logit_softcapping",
-            "rope.scaling.yarn_beta_fast",
-            "rope.scaling.yarn_beta_slow",
-            "expert_count",
-            "expert_used_count",
-        ),
-    )
-)
-"""Keys under the architecture's name that have their effect here."""
+_WITHOUT_MEANING = ("vocab_size", "expert_used_count", "rope.scaling.finetuned")
+"""Keys under the architecture's name that nobody needs: the first is that of the embedding's rows."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +90,11 @@ def read_config(metadata: Metadata, tensors: Tensors) -> Config:
     name, architecture = find_architecture(metadata)
     if "token_embd.weight" not in tensors:
         raise ConfigError(f"{metadata.name} lacks the tensor token_embd.weight")
-    unknown = unknown_keys(metadata, f"{name}.", _KNOWN)
-    if unknown:
-        log.warning("%s holds %s.%s, not known and without effect", metadata.name, name, f", {name}.".join(unknown))
     config = architecture.read_config(metadata, name, tensors)
+    known = [f"{name}.{key}" for key in _WITHOUT_MEANING]
+    unknown = [key for key in metadata.unread(f"{name}.") if key not in known]
+    if unknown:
+        log.warning("%s holds %s, not known and without effect", metadata.name, ", ".join(unknown))
     return {
         "architectures": [architecture.model],
         "vocab_size": tensors["token_embd.weight"].num_rows,
@@ -181,6 +167,10 @@ def _rope(metadata: Metadata, name: str, tensors: Tensors) -> Config:
     parameters: Config = {"rope_type": "default", "rope_theta": metadata.number(f"{name}.rope.freq_base", 10000.0)}
     kind = metadata.text(f"{prefix}type", "linear" if f"{name}.rope.scale_linear" in metadata else "none")
     if ROPE_FACTORS in tensors:
+        if kind != "none":
+            raise ConfigError(
+                f"{metadata.name}: {prefix}type {kind!r} beside the tensor {ROPE_FACTORS} is not supported"
+            )
         return {**parameters, "rope_type": "factors"}  # the numbers are a tensor, so whoever opens the file adds them
     if kind == "none":
         return parameters
@@ -199,7 +189,10 @@ def _rope(metadata: Metadata, name: str, tensors: Tensors) -> Config:
 
 def _llama(metadata: Metadata, name: str, tensors: Tensors) -> Config:
     biases = {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_gate.bias" in tensors}
-    return {**_decoder(metadata, name, tensors), **biases}
+    windows: Config = {}
+    if window := metadata.integer(f"{name}.attention.sliding_window", 0, minimum=0):
+        windows = {"architectures": [ARCHITECTURES["mistral"].model], "sliding_window": window}
+    return {**_decoder(metadata, name, tensors), **biases, **windows}
 
 
 def _mistral(metadata: Metadata, name: str, tensors: Tensors) -> Config:

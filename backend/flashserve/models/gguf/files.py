@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 _SAMPLE_BYTES = 1024
 _SAMPLING_KEYS = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 """Of ``general.sampling.``, and generation_config.json's names of them."""
+_LEAST_TOP_P = 1e-6
+"""What a top_p of 0 is in llama.cpp: one token is always left. Requests' own must be above 0."""
 
 
 class GgufFiles:
@@ -61,6 +63,8 @@ class GgufFiles:
             for ours, tensor in [_model_tensor(info, header, architecture, self.config)]
         }
         if ROPE_FACTORS in stored:
+            if self.config.get("rope_parameters", {}).get("rope_type") != "factors":
+                raise ConfigError(f"{file.name}: the tensor {ROPE_FACTORS} is not supported in such a model")
             self.config["rope_parameters"]["factors"] = _rope_factors(*stored[ROPE_FACTORS], self.config["head_dim"])
 
     def _stored(self) -> dict[str, tuple[TensorInfo, GgufHeader]]:
@@ -93,10 +97,13 @@ class GgufFiles:
             return read_model_card(folder, find_tokenizer_file(folder))
         prefix = "general.sampling."
         known = {ours: prefix + key for key, ours in _SAMPLING_KEYS.items() if prefix + key in self._metadata}
+        generation_config = {ours: self._metadata.number(key, may_be_zero=True) for ours, key in known.items()}
+        if generation_config.get("top_p") == 0:
+            generation_config["top_p"] = _LEAST_TOP_P
         return ModelCard(
             tokenizer_file=portable(tokenizer_file(self._metadata)),
             tokenizer_config=tokenizer_config(self._metadata, self._tokens),
-            generation_config={ours: self._metadata.number(key) for ours, key in known.items()},
+            generation_config=generation_config,
         )
 
     def end_token_ids(self, vocab_size: int) -> tuple[int, ...]:

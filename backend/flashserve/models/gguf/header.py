@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from flashserve.errors import ConfigError
+from flashserve.models.file_weights import map_file
 from flashserve.models.gguf.block_types import BlockType, find_block_type
-from flashserve.paths import native
 
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
@@ -26,6 +26,8 @@ MAX_COUNT = 1 << 21
 MAX_VALUES = 1 << 16
 """Of metadata values, and of tensors."""
 MAX_DIMENSIONS = 4
+MAX_FILES = 99_999
+"""Of a split model: its files' names have five digits."""
 
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
@@ -121,6 +123,8 @@ def read_headers(file: Path) -> list[GgufHeader]:
     count = _split_value(header, "split.count", 1)
     if count <= 1:
         return [header]
+    if count > MAX_FILES:
+        raise ConfigError(f"{file.name}: split.count is {count}, more than {MAX_FILES}")
     number = _split_value(header, "split.no", 0)
     ending = f"-{number + 1:05d}-of-{count:05d}.gguf"
     if not file.name.endswith(ending):
@@ -152,9 +156,7 @@ def _split_value(header: GgufHeader, key: str, default: int) -> int:
 
 def _map(file: Path) -> mmap.mmap:
     try:
-        with native(file).open("rb") as stream:
-            # A private mapping is never written to; torch warns of a read-only one.
-            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        return map_file(file)
     except (OSError, ValueError) as error:  # ValueError: an empty file
         raise ConfigError(f"cannot read {file.name}: {error}") from error
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection
 from typing import Any, TypeVar
 
 from flashserve.errors import ConfigError
-from flashserve.models.gguf.header import GgufArray, GgufHeader
+from flashserve.models.gguf.header import MAX_VALUES, GgufArray, GgufHeader
 
 T = TypeVar("T")
 
@@ -18,6 +17,7 @@ class Metadata:
 
     def __init__(self, header: GgufHeader) -> None:
         self._header = header
+        self._read: set[str] = set()
         self.name = header.file.name
 
     def __contains__(self, key: str) -> bool:
@@ -26,6 +26,10 @@ class Metadata:
     def keys(self, prefix: str) -> list[str]:
         """Those that begin so."""
         return [key for key in self._header.values if key.startswith(prefix)]
+
+    def unread(self, prefix: str) -> list[str]:
+        """Keys that begin so and for which no getter was called, sorted."""
+        return sorted(key for key in self.keys(prefix) if key not in self._read)
 
     def text(self, key: str, default: str | None = None) -> str:
         return self._get(key, default, str, "a string")
@@ -44,13 +48,14 @@ class Metadata:
             raise self.error(key, f"must be an integer of at least {minimum}", value)
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
-        """A positive one."""
+    def number(self, key: str, default: float | None = None, *, may_be_zero: bool = False) -> float:
+        """A positive one, or 0 where it may be that."""
         value = self._header.values.get(key, default)
+        self._read.add(key)
         if value is None:
             raise ConfigError(f"{self.name} lacks {key}")
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-            raise self.error(key, "must be a positive number", value)
+        if type(value) not in (int, float) or not math.isfinite(value) or value < 0 or not (value or may_be_zero):
+            raise self.error(key, f"must be a positive number{' or 0' if may_be_zero else ''}", value)
         return float(value)
 
     def count(self, key: str) -> int:
@@ -84,6 +89,7 @@ class Metadata:
 
     def _get(self, key: str, default: T | None, kind: type[T], words: str) -> T:
         value = self._header.values.get(key, default)
+        self._read.add(key)
         if value is None:
             raise ConfigError(f"{self.name} lacks {key}")
         if not isinstance(value, kind):
@@ -92,8 +98,11 @@ class Metadata:
 
     def _scalar(self, key: str) -> Any:
         value = self._header.values.get(key)
+        self._read.add(key)
         if not isinstance(value, GgufArray):
             return value
+        if value.count > MAX_VALUES:  # of tensors, and there are more of them than layers
+            raise self.error(key, "must be one value, or one for each layer", value)
         values = set(self._header.array(key))
         if len(values) != 1:
             raise self.error(key, "must be the same for all layers", sorted(values))
@@ -102,8 +111,3 @@ class Metadata:
     def _array(self, key: str) -> list[Any]:
         self.count(key)
         return self._header.array(key)
-
-
-def unknown_keys(metadata: Metadata, prefix: str, known: Collection[str]) -> list[str]:
-    """Keys that begin so and are not known, without the prefix."""
-    return sorted(key.removeprefix(prefix) for key in metadata.keys(prefix) if key.removeprefix(prefix) not in known)

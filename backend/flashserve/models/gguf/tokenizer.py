@@ -33,6 +33,9 @@ END_NAMES = frozenset(
 """Tokens that end a turn or a text wherever they are in a vocabulary. Most files name one end of several: Gemma's
 say <eos> and their answers end with <end_of_turn>."""
 _SPACE = "▁"
+_MAX_LENGTH = 1024
+"""Characters of a token that is cut in two at every place. SentencePiece makes none of more than 16 by default; one of
+100,000 would take two seconds, and twice as long four times that."""
 _FORMAT = b"1"
 """Of what is made here; another number makes every tokenizer anew."""
 
@@ -131,7 +134,7 @@ def _sentencepiece(
     unknown = metadata.integer("tokenizer.ggml.unknown_token_id", 0, minimum=0)
     model = models.BPE(
         vocab,
-        _merges_by_score(tokens, vocab, types, scores),
+        _merges_by_score(metadata.name, tokens, vocab, types, scores),
         unk_token=tokens[unknown] if unknown < len(tokens) else None,
         fuse_unk=True,
         byte_fallback=all(f"<0x{byte:02X}>" in vocab for byte in range(256)),
@@ -146,12 +149,15 @@ def _sentencepiece(
 
 
 def _merges_by_score(
-    tokens: list[str], vocab: dict[str, int], types: list[int], scores: list[float]
+    name: str, tokens: list[str], vocab: dict[str, int], types: list[int], scores: list[float]
 ) -> list[tuple[str, str]]:
-    """SentencePiece joins the pair whose token has the best score; so every way to cut a token in two is a merge."""
+    """SentencePiece joins the pair whose token has the best score; so every way to cut a token in two is a merge.
+    name: the file's. Raises ConfigError."""
     order = sorted((i for i, kind in enumerate(types) if kind == NORMAL), key=lambda i: -scores[i])
     merges = []
     for token in (tokens[index] for index in order):
+        if len(token) > _MAX_LENGTH:
+            raise ConfigError(f"{name}: {TOKENS} holds a token of {len(token)} characters, more than {_MAX_LENGTH}")
         cuts = ((token[:at], token[at:]) for at in range(1, len(token)))
         merges += [(left, right) for left, right in cuts if left in vocab and right in vocab]
     return merges

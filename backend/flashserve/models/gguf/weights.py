@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashserve.errors import ConfigError
 from flashserve.layers.weight_format import WeightFormat
-from flashserve.models.file_weights import FileWeights, give_back
+from flashserve.models.file_weights import FileWeights, give_back, view_file
 from flashserve.models.gguf.dequantize import PLAIN, dequantize
 from flashserve.models.gguf.groups import GROUPED_TYPES, GgufRows
 from flashserve.models.gguf.header import TensorInfo
@@ -44,8 +44,7 @@ class ModelTensor:
         """Rows [first, last) as they lie in the file, inside its memory map: [rows, bytes of a row] uint8."""
         size = self.info.row_bytes
         begin = self.info.begin + first * size
-        view = torch.frombuffer(self.memory, dtype=torch.uint8, count=(last - first) * size, offset=begin)
-        return view.view(last - first, size)
+        return view_file(self.memory, torch.uint8, (last - first) * size, begin).view(last - first, size)
 
     def read(self, first: int, last: int) -> Tensor:
         """Rows [first, last) as numbers, in the file's order: [rows, numbers of a row]."""
@@ -101,9 +100,10 @@ class GgufWeights(FileWeights):
         return dequantize(tensor.blocks(0, tensor.info.num_rows), tensor.info.type_number).view(shape)
 
     def grouped(self, name: str, shape: tuple[int, int]) -> GgufRows | None:
-        tensor = self._find(name, shape)
+        stored = self._tensors.get(name)
+        tensor = self._find(name, shape[::-1] if stored is not None and stored.transposed else shape)
         type = GROUPED_TYPES.get(tensor.info.type_number)
-        if type is None or tensor.transposed or tensor.plus_one:
+        if type is None or tensor.plus_one:
             return None
         order = None
         if tensor.head_rows is not None:  # which row of the file each of ours is
