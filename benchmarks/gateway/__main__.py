@@ -37,7 +37,7 @@ async def read_stream(port: int, body: dict[str, object]) -> tuple[int, float]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
     started = time.perf_counter()
     writer.write(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(content) + content
     )
     count, first_s, rest = 0, 0.0, b""

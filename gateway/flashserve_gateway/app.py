@@ -12,14 +12,14 @@ from starlette.exceptions import HTTPException
 from flashserve_client import AsyncClient
 
 from .engine_metrics import EngineMetrics
-from .errors import ApiError
+from .errors import ApiError, body_for
 from .gateway import Gateway
+from .incoming import Bodies
 from .keys import Keyring
-from .messages import anthropic_error
 from .metrics import Metrics
 from .middleware import Surround
 from .pool import Pool
-from .routes import chat, completions, messages, models, operations, page, responses, torchweave
+from .routes import chat, completions, messages, models, operations, page, reference, responses, torchweave
 from .settings import Settings
 from .version import VERSION
 
@@ -43,6 +43,7 @@ def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
         Keyring.load(settings.keys_file),
         Metrics(pool.in_flight),
         EngineMetrics(settings.triton_metrics),
+        Bodies(settings.limits.bodies_bytes),
     )
 
     @contextlib.asynccontextmanager
@@ -54,11 +55,14 @@ def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
             await gateway.engine_metrics.aclose()
             await gateway.pool.aclose()
 
-    app = FastAPI(title="flashserve", version=VERSION, description=_DESCRIPTION, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(
+        title="flashserve", version=VERSION, description=_DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     for module in (chat, completions, responses, messages, torchweave, models, operations, page):
         app.include_router(module.routes(gateway))
+    app.include_router(reference.routes(app))
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -67,14 +71,13 @@ def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["x-request-id"],
         )
-    app.add_middleware(Surround, metrics=gateway.metrics)
+    app.add_middleware(Surround, metrics=gateway.metrics, is_private=settings.is_private)
     return app
 
 
 async def _answer_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    body = anthropic_error(error) if request.url.path.startswith(messages.PATH) else error.body
-    return Response(body, error.status, error.headers)
+    return Response(body_for(request.url.path, error), error.status, error.headers)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:
@@ -82,4 +85,4 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     words = f"{request.method} {request.url.path[:200]}: {error.detail}"
     answer = ApiError(error.status_code, words)
-    return Response(answer.body, answer.status, {**(error.headers or {}), **answer.headers})
+    return Response(body_for(request.url.path, answer), answer.status, {**(error.headers or {}), **answer.headers})

@@ -43,9 +43,9 @@ def read_chat(call: Call) -> ChatRequest:
     parameters.check_names(body, parameters.CHAT)
     refuse_missing(body)
     stream = parameters.read(body, "stream", bool, False)
-    limit = parameters.read_count(body, "max_completion_tokens") or parameters.read_count(body, "max_tokens")
+    limits = [parameters.read_count(body, name) for name in ("max_completion_tokens", "max_tokens")]
     params = parameters.engine_params(body)
-    params["max_tokens"] = limit or parameters.INT32_MAX
+    params["max_tokens"] = limits[0] or limits[1] or parameters.INT32_MAX
     params.update({name: body[name] for name in _TEMPLATE_FIELDS if body.get(name) is not None})
     tools = _tools(body)
     params.update(tool_params(tools, params))
@@ -121,13 +121,14 @@ async def stream_chat(call: Call, chat: ChatRequest) -> AsyncGenerator[bytes, No
         for index in range(len(asks))
     ]
     answers = [Answer() for _ in asks]
-    streams = [_stream_choice(call, chat, *parts) for parts in zip(asks, writers, answers, strict=True)]
     # The roles go with the first token, in one write; all of them, since clients number choices as they meet them.
     before = b"".join(chunks.role() for chunks in writers)
-    async with contextlib.aclosing(merged(streams)) as events:
-        async for event in events:
-            yield before + event
-            before = b""
+    async with call.admitted(chat.ask.model, asks):
+        streams = [_stream_choice(call, chat, *parts) for parts in zip(asks, writers, answers, strict=True)]
+        async with contextlib.aclosing(merged(streams)) as events:
+            async for event in events:
+                yield before + event
+                before = b""
     end = b""
     if chat.usage_wanted:
         results = [answer.result for answer in answers if answer.result is not None]
@@ -184,8 +185,10 @@ class _DeltaWriter:
 
 async def complete_chat(call: Call, chat: ChatRequest) -> ChatCompletion:
     """A whole answer. Raises ApiError."""
-    readers = [await make_reader(call, chat) for _ in range(chat.samples)]
-    results = await gathered([call.whole(ask) for ask in chat.ask.samples(chat.samples)])
+    asks = chat.ask.samples(chat.samples)
+    async with call.admitted(chat.ask.model, asks):
+        readers = [await make_reader(call, chat) for _ in asks]
+        results = await gathered([call.whole(ask) for ask in asks])
     choices = []
     for index, (result, reader) in enumerate(zip(results, readers, strict=True)):
         message = read_message([*reader.feed(result.text), *reader.end()], chat.parallel_calls)

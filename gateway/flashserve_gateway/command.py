@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .settings import DEFAULT_PORT, DEFAULT_TRITON, Limits, Settings
+from .settings import DEFAULT_PORT, DEFAULT_TRITON, LOOPBACK, Limits, Settings
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _NEEDED = ("fastapi", "uvicorn", "uvloop", "httptools", "openai", "orjson", "prometheus_client")
 
 EXAMPLES = """\
@@ -63,6 +62,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--first-token-timeout", type=_seconds, default=limits.first_token_timeout_s, metavar="S",
         help="give a stream up whose first token does not come (default: %(default)g)",
     )  # fmt: skip
+    parser.add_argument("--check", action="store_true", help="check the options and the keys file, and end")
     parser.add_argument("--end-with", type=int, metavar="PID", help=argparse.SUPPRESS)  # the launcher's process
     parser.set_defaults(run=run_gateway)
 
@@ -72,7 +72,7 @@ def run_gateway(arguments: argparse.Namespace) -> int:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         return _fail(f"the gateway needs {', '.join(missing)}", "pip install 'flashserve[gateway]'")
-    from .keys import KeysFileError, new_key
+    from .keys import Keyring, KeysFileError, new_key
     from .server import CannotListen, serve
 
     if arguments.new_key:
@@ -90,9 +90,12 @@ def run_gateway(arguments: argparse.Namespace) -> int:
     )
     logging.basicConfig(format="gateway: %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    if settings.keys_file is None and settings.host not in _LOOPBACK:
+    if settings.keys_file is None and settings.host not in LOOPBACK:
         logging.warning("it listens on %s and asks for no key: everybody who reaches it may use it", settings.host)
     try:
+        if arguments.check:
+            Keyring.load(settings.keys_file)
+            return 0
         serve(settings, arguments.end_with)
     except KeysFileError as error:
         return _fail(str(error), "flashserve gateway --new-key NAME prints an entry")

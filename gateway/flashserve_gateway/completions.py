@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from openai.types import Completion
 
-from flashserve_client import FlashserveError, GenerateResult
+from flashserve_client import GenerateResult
 
 from . import parameters
 from .abilities import refuse_missing
 from .chat import finish_reason
-from .errors import invalid, of_engine
+from .errors import invalid
 from .gateway import Call, usage_of
 from .merging import gathered, merged
 from .pool import Answer, Ask
@@ -84,10 +84,8 @@ async def _echo(call: Call, request: CompletionRequest, index: int) -> str:
         return ""
     if isinstance(ask.prompt, str):
         return ask.prompt
-    try:
-        return await call.gateway.pool.detokenize(ask.model, [int(token) for token in ask.prompt])  # type: ignore[arg-type]
-    except FlashserveError as error:
-        raise of_engine(error, ask.model, ask.request_id) from None
+    ids = [int(token) for token in ask.prompt]  # type: ignore[arg-type]
+    return await call.tokenized(call.gateway.pool.detokenize(ask.model, ids), ask.model)
 
 
 async def complete(call: Call, request: CompletionRequest) -> Completion:
@@ -96,7 +94,8 @@ async def complete(call: Call, request: CompletionRequest) -> Completion:
     async def one(index: int) -> tuple[str, GenerateResult]:
         return await _echo(call, request, index), await call.whole(request.asks[index])
 
-    answers = await gathered([one(index) for index in range(len(request.asks))])
+    async with call.admitted(request.asks[0].model, request.asks):
+        answers = await gathered([one(index) for index in range(len(request.asks))])
     choices = [
         {
             "index": index,
@@ -122,10 +121,11 @@ async def stream_completion(call: Call, request: CompletionRequest) -> AsyncGene
     """The events of a streamed answer: pieces of all prompts as they come. Raises ApiError."""
     chunks = CompletionChunks(_answer_id(call), request.asks[0].model, call.created, request.usage_wanted)
     answers = [Answer() for _ in request.asks]
-    streams = [_stream_one(call, request, chunks, index, answer) for index, answer in enumerate(answers)]
-    async with contextlib.aclosing(merged(streams)) as events:
-        async for event in events:
-            yield event
+    async with call.admitted(request.asks[0].model, request.asks):
+        streams = [_stream_one(call, request, chunks, index, answer) for index, answer in enumerate(answers)]
+        async with contextlib.aclosing(merged(streams)) as events:
+            async for event in events:
+                yield event
     if request.usage_wanted:
         results = [answer.result for answer in answers if answer.result is not None]
         yield chunks.usage(usage_of(results, request.samples))
@@ -135,14 +135,14 @@ async def stream_completion(call: Call, request: CompletionRequest) -> AsyncGene
 async def _stream_one(
     call: Call, request: CompletionRequest, chunks: CompletionChunks, index: int, answer: Answer
 ) -> AsyncGenerator[bytes, None]:
-    if before := await _echo(call, request, index):
-        yield chunks.text(index, before)
+    before = await _echo(call, request, index)
     async with contextlib.aclosing(call.pieces(request.asks[index], answer)) as pieces:
         async for delta in pieces:
+            text, before = before + delta.text, ""  # with the first piece: what is refused has its own status
             if delta.finish_reason is not None:
-                yield chunks.text(index, delta.text, finish_reason(delta.finish_reason, False))
-            elif delta.text:
-                yield chunks.text(index, delta.text)
+                yield chunks.text(index, text, finish_reason(delta.finish_reason, False))
+            elif text:
+                yield chunks.text(index, text)
 
 
 def _answer_id(call: Call) -> str:

@@ -35,6 +35,8 @@ _TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+_ANTHROPIC_TYPES = {413: "request_too_large", 500: "api_error"}
+ANTHROPIC_PATH = "/v1/messages"
 # The openai client gives up at once when it is told to wait for more than two minutes.
 _MAX_RETRY_AFTER_S = 120.0
 _RETRY_UNREACHABLE_S = 1.0
@@ -100,6 +102,19 @@ def error_object(error: ApiError) -> Mapping[str, Any]:
     return {"message": error.message, "type": kind, "param": error.param, "code": error.code}
 
 
+def body_for(path: str, error: ApiError) -> bytes:
+    """An error in the shape of the API that the path belongs to."""
+    is_anthropic = path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
+    return anthropic_error(error) if is_anthropic else error.body
+
+
+def anthropic_error(error: ApiError) -> bytes:
+    """Anthropic's shape of an error."""
+    kind = _ANTHROPIC_TYPES.get(error.status) or error_object(error)["type"]
+    details = {} if error.code is None else {"details": {"error_code": error.code}}
+    return orjson.dumps({"type": "error", "error": {"type": kind, "message": error.message, **details}})
+
+
 def invalid(param: str | None, message: str, code: str | None = None) -> ApiError:
     """A 400 for one field of the request."""
     return ApiError(400, message, param=param, code=code)
@@ -138,6 +153,14 @@ def of_engine(error: FlashserveError, model: str, request_id: str) -> ApiError:
 def model_not_found(model: str) -> ApiError:
     """As OpenAI words it."""
     return ApiError(404, f"the model {model[:100]!r} does not exist", param="model", code="model_not_found")
+
+
+def model_unavailable(model: str) -> ApiError:
+    """For one that is expected back: clients come again after a 503, and never after a 404."""
+    return ApiError(
+        503, f"the model {model[:100]!r} is not available now", param="model", code="model_unavailable",
+        retry_after_s=_RETRY_UNREACHABLE_S,
+    )  # fmt: skip
 
 
 def _of_invalid(error: InvalidRequest) -> ApiError:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 
@@ -14,13 +15,21 @@ from flashserve_client import Delta, FlashserveError, GenerateResult
 
 from .engine_metrics import EngineMetrics
 from .errors import ApiError, internal_error, of_engine
-from .incoming import read_object
-from .keys import Caller, Keyring
+from .incoming import Bodies, read_object
+from .keys import Admission, Caller, Keyring
 from .metrics import Metrics
+from .parameters import INT32_MAX
+from .patience import Patience
 from .pool import Answer, Ask, Pool
 from .settings import Settings
 
 log = logging.getLogger("flashserve_gateway")
+
+T = TypeVar("T")
+
+_CHARACTERS_PER_TOKEN = 4  # of English; what the engine counts is charged in its place when an answer ends
+_RESERVED_WITHOUT_LIMIT = 1024
+"""Of an answer that may fill the context: that much would leave no room for a second one."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,7 @@ class Gateway:
     keyring: Keyring
     metrics: Metrics
     engine_metrics: EngineMetrics
+    bodies: Bodies
 
     def caller(self, request: Request) -> Caller:
         """Who asks. Raises ApiError."""
@@ -40,7 +50,7 @@ class Gateway:
     async def begin(self, request: Request) -> Call:
         """Reads a request with a JSON body. Raises ApiError and ClientGone."""
         caller = self.caller(request)
-        body = await read_object(request, self.settings.limits)
+        body = await read_object(request, self.settings.limits, self.bodies)
         if request.headers.get("x-stainless-retry-count", "0") != "0":
             self.metrics.retries.inc()
         return Call(self, request, caller, body)
@@ -56,34 +66,73 @@ class Call:
     body: dict[str, Any]
     created: int = field(default_factory=lambda: int(time.time()))
     started: float = field(default_factory=time.perf_counter)
+    _admission: Admission = field(init=False)
 
     @property
     def request_id(self) -> str:
         """As the client sees it in x-request-id, and the engine in its log."""
         return str(self.request.state.request_id)
 
+    @contextlib.asynccontextmanager
+    async def admitted(self, model: str, asks: Sequence[Ask] = ()) -> AsyncIterator[None]:
+        """Holds the places of a request that becomes these asks (none: only its tokenizer is asked), before anything
+        is asked of a server. Raises ApiError, also for a model that cannot be asked."""
+        tokens = sum(map(_reserve, asks)) if self.caller.is_metered else 0
+        with self.caller.admit(model, max(1, len(asks)), tokens) as self._admission:
+            await self.gateway.pool.require(model)
+            yield
+
     async def pieces(self, ask: Ask, answer: Answer) -> AsyncGenerator[Delta, None]:
-        """An answer's pieces, counted and charged. Raises ApiError; closing it ends the request in the engine."""
-        metrics = self.gateway.metrics
-        with self.caller.admit(ask.model):
-            await self.gateway.pool.require(ask.model)
-            deltas = self.gateway.pool.answer(ask, answer)
-            has_begun, generated = False, 0
-            try:
-                async for delta in deltas:
-                    if ask.stream and not has_begun:
-                        has_begun = True
-                        metrics.first_token.labels(ask.model).observe(time.perf_counter() - self.started)
-                    generated += delta.completion_tokens
-                    yield delta
-            except FlashserveError as error:
-                raise of_engine(error, ask.model, ask.request_id) from None
-            finally:
-                await deltas.aclose()
-                read = answer.result.prompt_tokens if answer.result is not None else 0
-                if read or generated:
-                    metrics.count_tokens(ask.model, read, generated)
-                    self.caller.charge(read + generated)
+        """An answer's pieces, counted and charged, of a request that was admitted. Raises ApiError; closing it ends
+        the request in the engine."""
+        metrics, limits = self.gateway.metrics, self.gateway.settings.limits
+        patience = Patience(limits.first_token_timeout_s if ask.stream else limits.whole_timeout_s)
+        deltas = self.gateway.pool.answer(ask, answer)
+        has_begun, generated = False, 0
+        try:
+            while True:
+                with patience:
+                    if (delta := await anext(deltas, None)) is None:
+                        return
+                if ask.stream and not has_begun:
+                    has_begun = True
+                    patience.change(limits.stall_timeout_s)
+                    metrics.first_token.labels(ask.model).observe(time.perf_counter() - self.started)
+                generated += delta.completion_tokens
+                self._admission.use(delta.completion_tokens)
+                yield delta
+        except FlashserveError as error:
+            answer.error = error
+            raise of_engine(error, ask.model, ask.request_id) from None
+        finally:
+            patience.end()
+            await deltas.aclose()
+            self._settle(ask, answer, generated)
+
+    def _settle(self, ask: Ask, answer: Answer, generated: int) -> None:
+        """Counts what was read, and charges it. Leaving early is not free: an answer that was cut off costs what was
+        probably read, or, if nothing is known of it, what was reserved. One that the engine refused costs nothing."""
+        read = answer.result.prompt_tokens if answer.result is not None else 0
+        if read or generated:
+            self.gateway.metrics.count_tokens(ask.model, read, generated)
+        if answer.result is not None:
+            self._admission.use(read)
+        elif answer.began or answer.error is None:
+            if ask.stream:
+                self._admission.use(_prompt_tokens(ask))
+            else:
+                self._admission.use_up()
+
+    async def tokenized(self, work: Awaitable[T], model: str) -> T:
+        """What a tokenizer answers. Raises ApiError."""
+        patience = Patience(self.gateway.settings.limits.first_token_timeout_s)
+        try:
+            with patience:
+                return await work
+        except FlashserveError as error:
+            raise of_engine(error, model, self.request_id) from None
+        finally:
+            patience.end()
 
     async def whole(self, ask: Ask) -> GenerateResult:
         """An answer at once. Raises ApiError."""
@@ -99,6 +148,21 @@ class Call:
             return error
         log.error("request %s failed", self.request_id, exc_info=error)
         return internal_error(self.request_id)
+
+
+def _prompt_tokens(ask: Ask) -> int:
+    """About how many; the engine counts them, but only at the end."""
+    if isinstance(ask.prompt, str):
+        return 1 + len(ask.prompt) // _CHARACTERS_PER_TOKEN
+    if all(isinstance(item, int) for item in ask.prompt):
+        return len(ask.prompt)
+    return 1 + len(str(ask.prompt)) // _CHARACTERS_PER_TOKEN
+
+
+def _reserve(ask: Ask) -> int:
+    """The tokens that a request will probably use."""
+    limit = ask.params.get("max_tokens", INT32_MAX)
+    return _prompt_tokens(ask) + (limit if limit != INT32_MAX else _RESERVED_WITHOUT_LIMIT)
 
 
 def usage_of(results: Sequence[GenerateResult], samples: int = 1) -> dict[str, Any]:

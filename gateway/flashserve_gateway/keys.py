@@ -23,7 +23,7 @@ from typing import Any
 
 import orjson
 
-from .errors import ApiError, model_not_found
+from .errors import ApiError, invalid, model_not_found
 
 _MAX_KEY_LENGTH = 512
 _IN_FLIGHT_RETRY_S = 1.0
@@ -63,6 +63,11 @@ class Caller:
         """Whether the model exists for this key."""
         return self.key.models is None or model in self.key.models
 
+    @property
+    def is_metered(self) -> bool:
+        """Whether its tokens are limited."""
+        return self.key.tokens_per_minute is not None
+
     def priority(self, asked: int | None) -> int | None:
         """That of a request; None leaves it to the engine."""
         if self.key is _NOBODY:
@@ -70,31 +75,46 @@ class Caller:
         return max(self.key.priority, asked if asked is not None else self.key.priority)
 
     @contextlib.contextmanager
-    def admit(self, model: str) -> Iterator[None]:
-        """Holds a place for one request. Raises ApiError if the key may not, or not now."""
+    def admit(self, model: str, places: int = 1, tokens: int = 0) -> Iterator[Admission]:
+        """Lets one HTTP request in, until the block ends. Raises ApiError if the key may not, or not now.
+
+        Args:
+            places: how many requests to engines it becomes, all of which count as in flight.
+            tokens: what it will probably use of the minute. What it has not used is given back at the end.
+        """
         if not self.may_see(model):
             raise model_not_found(model)
-        limit = self.key.requests_in_flight
-        if limit is not None and self._in_flight >= limit:
+        self._check_places(places)
+        per_minute = self.key.tokens_per_minute
+        if per_minute is not None and (wait_s := self._wait_s(per_minute)) > 0:
             raise ApiError(
-                429, f"this key may have {limit} requests in flight", code="rate_limit_exceeded",
-                retry_after_s=_IN_FLIGHT_RETRY_S,
-            )  # fmt: skip
-        if self.key.tokens_per_minute is not None and (wait_s := self._wait_s(self.key.tokens_per_minute)) > 0:
-            raise ApiError(
-                429, f"this key may use {self.key.tokens_per_minute} tokens per minute", code="rate_limit_exceeded",
+                429, f"this key may use {per_minute} tokens per minute", code="rate_limit_exceeded",
                 retry_after_s=wait_s,
             )  # fmt: skip
-        self._in_flight += 1
+        reserved = 0 if per_minute is None else min(tokens, per_minute)
+        admission = Admission(self, reserved)
+        self._in_flight += places
+        self._tokens -= reserved
         try:
-            yield
+            yield admission
         finally:
-            self._in_flight -= 1
+            self._in_flight -= places
+            self._tokens += max(0, reserved - admission.used)
 
     def charge(self, tokens: int) -> None:
-        """Takes tokens that were used, also more than are left: how many an answer has is known at its end only, and
-        the next request waits the longer."""
+        """Takes tokens that were used, also more than are left: the next request waits the longer."""
         self._tokens -= tokens
+
+    def _check_places(self, places: int) -> None:
+        limit = self.key.requests_in_flight
+        if limit is None or self._in_flight + places <= limit:
+            return
+        if places > limit:  # which waiting would not change
+            raise invalid("n", f"n, prompt: this becomes {places} requests; this key may have {limit} in flight")
+        raise ApiError(
+            429, f"this key may have {limit} requests in flight", code="rate_limit_exceeded",
+            retry_after_s=_IN_FLIGHT_RETRY_S,
+        )  # fmt: skip
 
     def _wait_s(self, per_minute: int) -> float:
         """Seconds until a token is there; 0 if there is one."""
@@ -103,6 +123,25 @@ class Caller:
         self._tokens = min(self._tokens + (now - self._filled) * rate, per_minute)
         self._filled = now
         return max(0.0, (1 - self._tokens) / rate)
+
+
+class Admission:
+    """A request that was let in. What it reserved of its key's tokens is settled when it ends, however it does."""
+
+    def __init__(self, caller: Caller, reserved: int) -> None:
+        self._caller = caller
+        self._reserved = reserved
+        self.used = 0
+
+    def use(self, tokens: int) -> None:
+        """Tokens that were read or written; those beyond the reservation are taken at once."""
+        before = max(self.used, self._reserved)
+        self.used += tokens
+        self._caller.charge(max(0, self.used - before))
+
+    def use_up(self) -> None:
+        """All that is reserved and not used yet."""
+        self.use(max(0, self._reserved - self.used))
 
 
 class Keyring:
@@ -116,6 +155,11 @@ class Keyring:
     def load(cls, path: Path | None) -> Keyring:
         """Reads a keys file; None: no keys are asked for. Raises KeysFileError."""
         return cls(None if path is None else read_keys(path))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether everybody is served."""
+        return self._callers is None
 
     def caller(self, headers: Mapping[str, str]) -> Caller:
         """Who asks, by `Authorization: Bearer KEY` or `x-api-key`. Raises ApiError."""

@@ -9,12 +9,13 @@ from typing import Any
 
 import orjson
 
-from flashserve_client import FlashserveError, GenerateResult
+from flashserve_client import GenerateResult
 
 from . import parameters
 from .chat import ChatRequest, make_reader, new_call_id, read_message, template_of, tool_params
-from .errors import ApiError, error_object, invalid, of_engine
+from .errors import invalid
 from .gateway import Call
+from .incoming import is_nested_deeply
 from .output.events import CallArguments, CallStart, Event, Reasoning, Text
 from .pool import Answer, Ask
 
@@ -55,7 +56,11 @@ def _read(call: Call, max_tokens: int) -> ChatRequest:
     if stop := parameters.read(body, "stop_sequences", list, []):
         params["stop"] = stop
     if thinking := parameters.read(body, "thinking", dict, {}):
-        params["chat_template_kwargs"] = {"enable_thinking": thinking.get("type") != "disabled"}
+        # `budget_tokens`, which goes with "enabled", is a bound that the service itself does not keep strictly.
+        if thinking.get("type") not in ("enabled", "adaptive", "disabled"):
+            raise invalid("thinking", "thinking.type must be enabled, adaptive or disabled")
+        parameters.read_count(thinking, "budget_tokens")
+        params["chat_template_kwargs"] = {"enable_thinking": thinking["type"] != "disabled"}
     choice = parameters.read(body, "tool_choice", dict, {})
     if choice.get("type", "auto") not in ("auto", "none"):
         raise invalid("tool_choice", "tool_choice: this engine does not support a tool that must be called")
@@ -155,19 +160,17 @@ def _assistant(blocks: list[dict[str, Any]], where: str) -> list[dict[str, Any]]
 
 
 async def count_tokens(call: Call, chat: ChatRequest) -> int:
-    """The prompt's tokens. Raises ApiError."""
+    """The prompt's tokens, of a request that was admitted. Raises ApiError."""
     template = {**template_of(chat.ask), **({"tools": chat.ask.params["tools"]} if chat.tools else {})}
-    await call.gateway.pool.require(chat.ask.model)
-    try:
-        return len(await call.gateway.pool.tokenize(chat.ask.model, chat.ask.prompt, template))
-    except FlashserveError as error:
-        raise of_engine(error, chat.ask.model, call.request_id) from None
+    model = chat.ask.model
+    return len(await call.tokenized(call.gateway.pool.tokenize(model, chat.ask.prompt, template), model))
 
 
 async def complete_messages(call: Call, chat: ChatRequest) -> dict[str, Any]:
     """A whole answer. Raises ApiError."""
-    reader = await make_reader(call, chat)
-    result = await call.whole(chat.ask)
+    async with call.admitted(chat.ask.model, [chat.ask]):
+        reader = await make_reader(call, chat)
+        result = await call.whole(chat.ask)
     message = read_message([*reader.feed(result.text), *reader.end()], chat.parallel_calls)
     content: list[dict[str, Any]] = []
     if message.reasoning:
@@ -186,21 +189,23 @@ async def complete_messages(call: Call, chat: ChatRequest) -> dict[str, Any]:
 
 async def stream_messages(call: Call, chat: ChatRequest) -> AsyncGenerator[bytes, None]:
     """The events of a streamed answer. Raises ApiError."""
-    # Clients show how full the context is from the first event, which is sent before the engine counts.
-    start = event("message_start", message=_head(call, chat, await count_tokens(call, chat)))
-    reader, writer, answer = await make_reader(call, chat), _BlockWriter(chat.parallel_calls), Answer()
-    async with contextlib.aclosing(call.pieces(chat.ask, answer)) as pieces:
-        async for delta in pieces:
-            events = reader.feed(delta.text)
-            if delta.finish_reason is not None:
-                events += reader.end()
-            if written := start + writer.write(events):
-                yield written
-            start = b""
+    writer, answer = _BlockWriter(chat.parallel_calls), Answer()
+    async with call.admitted(chat.ask.model, [chat.ask]):
+        # Clients show how full the context is from the first event, which is sent before the engine counts.
+        start = event("message_start", message=_head(call, chat, await count_tokens(call, chat)))
+        reader = await make_reader(call, chat)
+        async with contextlib.aclosing(call.pieces(chat.ask, answer)) as pieces:
+            async for delta in pieces:
+                events = reader.feed(delta.text)
+                if delta.finish_reason is not None:
+                    events += reader.end()
+                if written := start + writer.write(events):
+                    yield written
+                start = b""
     assert answer.result is not None  # or `pieces` had raised
     reason = _stop_reason(answer.result.finish_reason, writer.has_called)
     end = event("message_delta", delta={"stop_reason": reason, "stop_sequence": None}, usage=_usage(answer.result))
-    yield writer.close() + end + event("message_stop")
+    yield writer.end() + end + event("message_stop")
 
 
 class _BlockWriter:
@@ -218,6 +223,11 @@ class _BlockWriter:
 
     def write(self, events: Iterable[Event]) -> bytes:
         return b"".join(map(self._write, events))
+
+    def end(self) -> bytes:
+        """Ends the last block. An empty answer has one, too."""
+        before = self._begin(Text, {"type": "text", "text": ""}) if self._index < 0 else b""
+        return before + self.close()
 
     def close(self) -> bytes:
         """Ends the block that is open."""
@@ -258,13 +268,6 @@ def event(kind: str, **fields: Any) -> bytes:
     return b"event: " + kind.encode() + b"\ndata: " + orjson.dumps({"type": kind, **fields}) + b"\n\n"
 
 
-def anthropic_error(error: ApiError) -> bytes:
-    """Anthropic's shape of an error."""
-    kind = "api_error" if error.status == 500 else error_object(error)["type"]
-    details = {} if error.code is None else {"details": {"error_code": error.code}}
-    return orjson.dumps({"type": "error", "error": {"type": kind, "message": error.message, **details}})
-
-
 def _head(call: Call, chat: ChatRequest, input_tokens: int) -> dict[str, Any]:
     return {
         "id": f"msg_{call.request_id}",
@@ -295,7 +298,7 @@ def _call_id() -> str:
 
 def _parsed(arguments: str) -> Any:
     """Arguments as an object; those that were cut off are none."""
-    with contextlib.suppress(ValueError):
-        if isinstance(value := json.loads(arguments), dict):
+    with contextlib.suppress(orjson.JSONDecodeError):
+        if isinstance(value := orjson.loads(arguments), dict) and not is_nested_deeply(value):
             return value
     return {}

@@ -6,27 +6,33 @@ Pure ASGI: under one of starlette's BaseHTTPMiddlewares an endpoint that waits d
 from __future__ import annotations
 
 import logging
+import re
 import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flashserve_client.request import new_request_id
 
-from .errors import ApiError, internal_error
+from .errors import ApiError, body_for, internal_error
 from .incoming import ClientGone
 from .metrics import Metrics
+from .settings import LOOPBACK
 
 log = logging.getLogger("flashserve_gateway")
 
 _CLIENT_GONE = 499
+_OWN_NAMES = (*LOOPBACK, "[::1]")
+_PORT = re.compile(r":\d+$")
 
 
 class Surround:
     """The outermost layer of the application."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, is_private: bool) -> None:
+        """``is_private``: only this machine is served, and asked for no key."""
         self._app = app
         self._metrics = metrics
+        self._is_private = is_private
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -44,17 +50,17 @@ class Surround:
             await send(message)
 
         try:
-            refusal = _refuse_encoded(scope)
+            refusal = _refuse_encoded(scope) or (_refuse_foreign(scope) if self._is_private else None)
             if refusal is None:
                 await self._app(scope, receive, send_named)
             else:
-                await send_error(refusal, send_named)
+                await _send_error(refusal, scope, send_named)
         except ClientGone:
             status = _CLIENT_GONE
         except Exception:
             log.exception("request %s failed", request_id)
             if not status:
-                await send_error(internal_error(request_id), send_named)
+                await _send_error(internal_error(request_id), scope, send_named)
         finally:
             # The route's pattern, not the path: a label has as many values as there are endpoints.
             endpoint = getattr(scope.get("route"), "path", "other")
@@ -70,9 +76,19 @@ def _refuse_encoded(scope: Scope) -> ApiError | None:
     return None
 
 
-async def send_error(error: ApiError, send: Send) -> None:
+def _refuse_foreign(scope: Scope) -> ApiError | None:
+    """A page of another site can have its own name resolve to this machine, and is then of the same origin as we: only
+    the name tells it from a page of ours."""
+    for name, value in scope["headers"]:
+        if name == b"host" and _PORT.sub("", value.decode("latin-1").lower()) not in _OWN_NAMES:
+            words = "this gateway asks for no key and serves its own machine, as localhost; for others: --keys FILE"
+            return ApiError(403, words, code="foreign_host", close=True)
+    return None
+
+
+async def _send_error(error: ApiError, scope: Scope, send: Send) -> None:
     """The answer that tells of an error."""
-    body = error.body
+    body = body_for(scope["path"], error)
     headers = [(name.encode(), value.encode("latin-1")) for name, value in error.headers.items()]
     headers.append((b"content-length", str(len(body)).encode()))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
+import math
 import random
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -23,18 +25,19 @@ from flashserve_client import (
 )
 from flashserve_client.request import Prompt
 
-from .errors import model_not_found
+from .errors import model_not_found, model_unavailable
 
 log = logging.getLogger("flashserve_gateway")
 
-_READY = "READY"
+_READY, _LOADING = "READY", "LOADING"
 _NOT_ASKED = "not asked yet"
 _INDEX_TIMEOUT_S = 5.0
+_RENDER_TIMEOUT_S = 5.0
+_LOOK_AGAIN_S = 0.5  # requests for models that nobody has must not be a question to every server each
 _PROBE_TIMEOUT_S = 5.0
 _PROBE_MESSAGES = [{"role": "user", "content": "hello"}]
 _ENDING_LIFETIME_S = 60.0
 _KNOWN_ENDINGS = 1024
-_TEMPLATE_KEY_LENGTH = 1024
 _PROBE_LIFETIME_S = 2.0  # a probe is a request to the engine: a load balancer's every second must not be one each
 
 
@@ -70,6 +73,7 @@ class Server:
 
     client: AsyncClient
     models: dict[str, ModelInfo] = field(default_factory=dict)
+    """What it said when it last answered: of a model's versions the one of most use."""
     in_flight: int = 0
     error: str = _NOT_ASKED
     """Why it cannot be used; empty if it can."""
@@ -77,9 +81,9 @@ class Server:
 
 @dataclass(frozen=True)
 class Readiness:
-    """Whether some model answers; `detail` says what does not, by model."""
+    """Which models answer; `detail` says of each what it said, or why there is none."""
 
-    ready: bool
+    answering: int
     detail: dict[str, str]
 
 
@@ -91,7 +95,10 @@ class Pool:
         self._refresh_s = refresh_s
         self._task: asyncio.Task[None] | None = None
         self._since: dict[str, int] = {}
+        self._refreshing: asyncio.Task[None] | None = None
+        self._refreshed = -math.inf
         self._readiness: tuple[float, Readiness] | None = None
+        self._probing = asyncio.Lock()
         self._endings: dict[tuple[str, str, str], tuple[float, bool]] = {}
 
     async def start(self) -> None:
@@ -101,10 +108,11 @@ class Pool:
 
     async def aclose(self) -> None:
         """Ends what runs and closes the connections."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        for task in (self._task, self._refreshing):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
         await asyncio.gather(*(server.client.aclose() for server in self.servers))
 
     @property
@@ -123,18 +131,24 @@ class Pool:
         return sum(server.in_flight for server in self.servers)
 
     async def require(self, model: str) -> None:
-        """Raises ApiError for a model that no server has, looking again before that."""
-        if not self._candidates(model):
-            await self.refresh()
-        if not self._candidates(model) and self.is_live:
-            raise model_not_found(model)
+        """Raises ApiError for a model that cannot be asked, having looked again: 503 for one that is being loaded or
+        whose server does not answer, 404 for one that no server has."""
+        if self._candidates(model):
+            return
+        await self.refresh(min(_LOOK_AGAIN_S, self._refresh_s))
+        if self._candidates(model):
+            return
+        if any(_may_come(server, model) for server in self.servers):
+            raise model_unavailable(model)
+        raise model_not_found(model)
 
     async def readiness(self) -> Readiness:
         """Asks each model's engine for one token: Triton calls a model ready whose engine is dead."""
-        now = time.monotonic()
-        if self._readiness is None or now - self._readiness[0] > _PROBE_LIFETIME_S:
-            self._readiness = (now, await self._probe())
-        return self._readiness[1]
+        async with self._probing:  # whoever comes meanwhile gets the same answer
+            if self._readiness is None or time.monotonic() - self._readiness[0] > _PROBE_LIFETIME_S:
+                found = await self._probe()
+                self._readiness = (time.monotonic(), found)
+            return self._readiness[1]
 
     async def answer(self, ask: Ask, into: Answer) -> AsyncGenerator[Delta, None]:
         """The pieces of an answer; the whole is in `into.result` at the end. Raises FlashserveError.
@@ -168,7 +182,8 @@ class Pool:
 
     async def prompt_ends_with(self, tag: str, model: str, template: Mapping[str, Any]) -> bool:
         """Whether the model's chat template, with these fields, ends a prompt with a tag. Asked once a minute."""
-        key = (tag, model, json.dumps(template, sort_keys=True, default=str)[:_TEMPLATE_KEY_LENGTH])
+        fields = hashlib.sha256(json.dumps(template, sort_keys=True, default=str).encode()).hexdigest()
+        key = (tag, model, fields)
         known = self._endings.get(key)
         if known is not None and time.monotonic() - known[0] < _ENDING_LIFETIME_S:
             return known[1]
@@ -176,21 +191,27 @@ class Pool:
         if not candidates:
             return False
         try:
-            prompt = await candidates[0].client.render(_PROBE_MESSAGES, model=model, **template)
-        except FlashserveError:  # no template, or fields that it refuses: the request itself will be told
-            return False
+            rendering = candidates[0].client.render(_PROBE_MESSAGES, model=model, **template)
+            prompt = await asyncio.wait_for(rendering, _RENDER_TIMEOUT_S)
+        except (FlashserveError, asyncio.TimeoutError):
+            return False  # no template, or fields that it refuses: the request itself will be told
         if len(self._endings) >= _KNOWN_ENDINGS:
             self._endings.clear()
         self._endings[key] = (time.monotonic(), prompt.rstrip().endswith(tag))
         return self._endings[key][1]
 
-    async def refresh(self) -> None:
-        """Asks every server for its models now."""
+    async def refresh(self, unless_within_s: float = 0.0) -> None:
+        """Asks every server for its models, unless that was done within the last seconds; who comes while it is done
+        waits for the same answers, so that older ones never replace newer."""
+        if self._refreshing is None or self._refreshing.done():
+            if time.monotonic() - self._refreshed < unless_within_s:
+                return
+            self._refreshing = asyncio.create_task(self._ask_all())
+        await asyncio.shield(self._refreshing)
+
+    async def _ask_all(self) -> None:
         await asyncio.gather(*(self._ask(server) for server in self.servers))
-        now = int(time.time())
-        for server in self.servers:
-            for name in server.models:
-                self._since.setdefault(name, now)
+        self._refreshed = time.monotonic()
 
     def _any_client(self, model: str) -> AsyncClient:
         candidates = self._candidates(model)
@@ -212,15 +233,18 @@ class Pool:
     async def _ask(self, server: Server) -> None:
         try:
             models = await asyncio.wait_for(server.client.models(), _INDEX_TIMEOUT_S)
-        except (FlashserveError, asyncio.TimeoutError) as error:
-            reason = str(error) or f"no answer within {_INDEX_TIMEOUT_S:g} s"
-            if server.error in ("", _NOT_ASKED):  # once, not every second
-                log.warning("%s: %s", server.client.url, reason)
-            server.error = reason
+        except Exception as error:  # of whatever kind: the next round asks again
+            is_new = server.error in ("", _NOT_ASKED)  # told once, not every second
+            is_expected = isinstance(error, (FlashserveError, asyncio.TimeoutError))
+            server.error = str(error) or f"no answer within {_INDEX_TIMEOUT_S:g} s"
+            if is_new:
+                log.warning("%s: %s", server.client.url, server.error, exc_info=None if is_expected else error)
             return
         if server.error:
             log.info("%s: answers", server.client.url)
-        server.models = {info.name: info for info in models}
+        for info in models:
+            self._since.setdefault(info.name, int(time.time()))
+        server.models = {info.name: info for info in sorted(models, key=_use)}
         server.error = ""
 
     async def _keep_fresh(self) -> None:
@@ -230,16 +254,34 @@ class Pool:
 
     async def _probe(self) -> Readiness:
         models = list(self.models)
-        if not models:
-            return Readiness(False, {"models": "none is ready" if self.is_live else "no server can be reached"})
-        checks = [self._any_client(name).health(model=name, timeout_s=_PROBE_TIMEOUT_S) for name in models]
-        found = await asyncio.gather(*checks)
+        if not self.is_live or not models:
+            return Readiness(0, {"models": "none is ready" if self.is_live else "no server can be reached"})
+        found = dict(zip(models, await asyncio.gather(*map(self._probe_model, models)), strict=True))
+        answering = sum(is_ready for is_ready, _ in found.values())
+        return Readiness(answering, {name: detail for name, (_, detail) in found.items()})
+
+    async def _probe_model(self, model: str) -> tuple[bool, str]:
+        """Whether its engine answers, and what is to be said of it."""
+        candidates = self._candidates(model)
+        if candidates:
+            health = await candidates[0].client.health(model=model, timeout_s=_PROBE_TIMEOUT_S)
+            if health.server_live:
+                return health.engine_ready, health.detail
         # Why a server cannot be reached holds its address, which is the log's and not everybody's.
-        detail = {
-            name: health.detail if health.server_live else "its server cannot be reached"
-            for name, health in zip(models, found, strict=True)
-        }
-        return Readiness(any(health.engine_ready for health in found), detail)
+        return False, "its server cannot be reached"
+
+
+def _use(info: ModelInfo) -> int:
+    """Of a model's versions the last in this order counts."""
+    return {_READY: 2, _LOADING: 1}.get(info.state, 0)
+
+
+def _may_come(server: Server, model: str) -> bool:
+    """Whether a server that does not serve a model now may do so soon."""
+    info = server.models.get(model)
+    if server.error:
+        return info is not None or not server.models  # one that was never seen may have any
+    return info is not None and info.state == _LOADING
 
 
 @dataclass
@@ -249,6 +291,8 @@ class Answer:
     began: bool = False
     result: GenerateResult | None = None
     """The whole, once the last piece has come."""
+    error: FlashserveError | None = None
+    """Why there will be none."""
 
 
 async def _pieces(client: AsyncClient, ask: Ask, into: Answer) -> AsyncGenerator[Delta, None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -50,42 +50,52 @@ _MOST_BYTES = 64 << 20
 class Kept:
     """An answer that a later request may go on from."""
 
-    owner: str
-    """The name of the key that asked."""
     messages: list[dict[str, Any]]
     response: Fields
-    size: int
-    until: float
 
 
 class ResponseStore:
-    """Answers of the last hour, in this process; the oldest go first when they take too much."""
+    """Answers of the last hour, in this process, as JSON: objects take up to 25 times as much.
+
+    When they take too much together, the key with the most loses its oldest.
+    """
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[str, Kept] = OrderedDict()
-        self._size = 0
+        self._kept: dict[str, OrderedDict[str, tuple[float, bytes]]] = {}  # by owner and id: until when, and what
+        self._sizes: Counter[str] = Counter()
 
     def keep(self, owner: str, messages: list[dict[str, Any]], response: Fields) -> None:
-        """Remembers an answer with the messages that led to it."""
-        size = len(orjson.dumps(messages)) + len(orjson.dumps(response))
-        self._kept[response["id"]] = Kept(owner, messages, response, size, time.monotonic() + _LIFETIME_S)
-        self._size += size
-        while self._size > _MOST_BYTES or next(iter(self._kept.values())).until < time.monotonic():
-            self._size -= self._kept.popitem(last=False)[1].size
-            if not self._kept:
-                break
+        """Remembers an answer of the key ``owner`` with the messages that led to it."""
+        now = time.monotonic()
+        body = orjson.dumps({"messages": messages, "response": response})
+        self._kept.setdefault(owner, OrderedDict())[response["id"]] = (now + _LIFETIME_S, body)
+        self._sizes[owner] += len(body)
+        for name in list(self._kept):
+            while name in self._kept and next(iter(self._kept[name].values()))[0] < now:
+                self._drop_oldest(name)
+        while self._sizes.total() > _MOST_BYTES:
+            self._drop_oldest(max(self._sizes, key=self._sizes.__getitem__))
 
     def find(self, owner: str, response_id: str) -> Kept:
         """Raises ApiError for one that is not there, or not the owner's."""
-        kept = self._kept.get(response_id)
-        if kept is None or kept.owner != owner or kept.until < time.monotonic():
+        known = self._kept.get(owner)
+        until, body = (0.0, b"") if known is None else known.get(response_id, (0.0, b""))
+        if until < time.monotonic():
             raise ApiError(404, f"no response {response_id[:100]!r}", param="previous_response_id", code="not_found")
-        return kept
+        return Kept(**orjson.loads(body))
 
     def forget(self, owner: str, response_id: str) -> None:
         """Raises ApiError for one that is not there, or not the owner's."""
-        self._size -= self.find(owner, response_id).size
-        del self._kept[response_id]
+        self.find(owner, response_id)
+        self._drop(owner, response_id)
+
+    def _drop_oldest(self, owner: str) -> None:
+        self._drop(owner, next(iter(self._kept[owner])))
+
+    def _drop(self, owner: str, response_id: str) -> None:
+        self._sizes[owner] -= len(self._kept[owner].pop(response_id)[1])
+        if not self._kept[owner]:
+            del self._kept[owner], self._sizes[owner]
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,8 @@ def read_response_request(call: Call, store: ResponseStore) -> ResponseRequest:
     if previous := parameters.read(body, "previous_response_id", str, ""):
         messages = [*store.find(call.caller.key.name, previous).messages, *messages]
     instructions = parameters.read(body, "instructions", str, "")
+    stream = parameters.read(body, "stream", bool, False)
+    parameters.read_usage_wanted(body, stream)  # checks the options; the usage is always told
     tools = [] if body.get("tool_choice") == "none" else _tools(parameters.read(body, "tools", list, []))
     params: dict[str, Any] = {name: body[name] for name in SAMPLING if body.get(name) is not None}
     params["max_tokens"] = parameters.read_count(body, "max_output_tokens") or parameters.INT32_MAX
@@ -120,7 +132,7 @@ def read_response_request(call: Call, store: ResponseStore) -> ResponseRequest:
         params=params,
         request_id=call.request_id,
         priority=call.caller.priority(None),
-        stream=parameters.read(body, "stream", bool, False),
+        stream=stream,
     )
     names = tuple(tool["function"]["name"] for tool in tools)
     chat = ChatRequest(ask, False, names, parameters.read(body, "parallel_tool_calls", bool, True))
@@ -187,26 +199,29 @@ def _tools(tools: list[Any]) -> list[dict[str, Any]]:
 
 async def complete_response(call: Call, request: ResponseRequest, store: ResponseStore) -> Fields:
     """A whole answer. Raises ApiError."""
-    reader, writer = await make_reader(call, request.chat), ItemWriter(call.request_id, request.chat.parallel_calls)
-    result = await call.whole(request.chat.ask)
+    writer = ItemWriter(call.request_id, request.chat.parallel_calls)
+    async with call.admitted(request.chat.ask.model, [request.chat.ask]):
+        reader = await make_reader(call, request.chat)
+        result = await call.whole(request.chat.ask)
     writer.write([*reader.feed(result.text), *reader.end()])
     return _finish(call, request, writer, result, store)[1]
 
 
 async def stream_response(call: Call, request: ResponseRequest, store: ResponseStore) -> AsyncGenerator[bytes, None]:
     """The events of a streamed answer. Raises ApiError."""
-    reader, writer = await make_reader(call, request.chat), ItemWriter(call.request_id, request.chat.parallel_calls)
-    numbered, answer = _Numbered(), Answer()
+    writer, numbered, answer = ItemWriter(call.request_id, request.chat.parallel_calls), _Numbered(), Answer()
     begun = _response(call, request, "in_progress", [])
     start = [{"type": f"response.{name}", "response": begun} for name in ("created", "in_progress")]
-    async with contextlib.aclosing(call.pieces(request.chat.ask, answer)) as pieces:
-        async for delta in pieces:
-            events = reader.feed(delta.text)
-            if delta.finish_reason is not None:
-                events += reader.end()
-            if written := numbered.encode([*start, *writer.write(events)]):
-                yield written
-            start = []
+    async with call.admitted(request.chat.ask.model, [request.chat.ask]):
+        reader = await make_reader(call, request.chat)
+        async with contextlib.aclosing(call.pieces(request.chat.ask, answer)) as pieces:
+            async for delta in pieces:
+                events = reader.feed(delta.text)
+                if delta.finish_reason is not None:
+                    events += reader.end()
+                if written := numbered.encode([*start, *writer.write(events)]):
+                    yield written
+                start = []
     assert answer.result is not None  # or `pieces` had raised
     closing, response = _finish(call, request, writer, answer.result, store)
     yield numbered.encode([*closing, {"type": f"response.{response['status']}", "response": response}])

@@ -19,6 +19,7 @@ log = logging.getLogger("flashserve_gateway")
 # Streams may end within that time after SIGTERM. The launcher's promise for everything is ten seconds.
 GRACE_S = 5
 _KEEP_ALIVE_S = 75  # above what load balancers use, so that they close a connection and not we
+_BACKLOG = 2048
 _PR_SET_PDEATHSIG = 1
 
 
@@ -60,6 +61,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(_BACKLOG)  # of two that bind it at the same time, one fails here
     except OSError as error:
         raise CannotListen(f"port {port} of {host} cannot be listened on: {error.strerror}") from None
     return listener

@@ -7,23 +7,31 @@ from pathlib import Path
 
 DEFAULT_PORT = 9000
 DEFAULT_TRITON = "localhost:8001"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
 class Limits:
     """What one request may take. Sizes in bytes, times in seconds."""
 
-    body_bytes: int = 16 << 20
-    """A context of 128k tokens is half a megabyte; with its JSON escapes, less than two."""
+    body_bytes: int = 4 << 20
+    """A context of 128k tokens is half a megabyte; with its JSON escapes, less than two. Read, JSON takes up to 25
+    times as much."""
+    bodies_bytes: int = 64 << 20
+    """Of all requests whose bodies are being received."""
     body_timeout_s: float = 30.0
     """From the headers' end to the body's."""
     header_bytes: int = 32 << 10
     header_timeout_s: float = 10.0
     """From the connection, or the request's first byte, to the headers' end."""
     first_token_timeout_s: float = 300.0
-    """An answer that has not begun by then is cancelled. Clients give up after 600."""
+    """A streamed answer that has not begun by then is cancelled. Clients give up after 600."""
+    stall_timeout_s: float = 300.0
+    """A streamed answer is cancelled when its next token does not come within this."""
+    whole_timeout_s: float = 600.0
+    """An answer that is sent at once is cancelled when it is not complete by then."""
     slow_reader_timeout_s: float = 60.0
-    """A client that does not read a stream for so long loses it: its tokens would wait in tritonserver."""
+    """A client that does not read for so long loses its connection: its tokens would wait in tritonserver."""
     prompts: int = 64
     """Of one request to /v1/completions."""
     samples: int = 16
@@ -47,3 +55,8 @@ class Settings:
     refresh_s: float = 1.0
     """How often the servers are asked for their models."""
     limits: Limits = field(default_factory=Limits)
+
+    @property
+    def is_private(self) -> bool:
+        """Whether it serves whoever is on this machine, and nobody else."""
+        return self.keys_file is None and self.host in LOOPBACK

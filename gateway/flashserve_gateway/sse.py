@@ -20,7 +20,6 @@ from .errors import ApiError
 from .settings import Settings
 
 DONE = b"data: [DONE]\n\n"
-_SHORTEST_WAIT_S = 0.01
 _KEEP_ALIVE = b": keep-alive\n\n"
 _HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -63,15 +62,12 @@ class EventStream(Response):
         self._on_error = on_error
         self._sent_headers = headers
         self._keep_alive_s = settings.keep_alive_s
-        self._first_timeout_s = settings.limits.first_token_timeout_s
-        self._slow_reader_timeout_s = settings.limits.slow_reader_timeout_s
         self._error_body = error_body
         self._error_event = error_event
         self._keep_alive = keep_alive
         self._lock = asyncio.Lock()
-        self._has_begun = self._has_event = self._is_over = False
+        self._has_begun = self._is_over = False
         self._last = time.monotonic()
-        self._sending_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writer = asyncio.create_task(self._write(send))
@@ -89,7 +85,6 @@ class EventStream(Response):
         try:
             async with contextlib.aclosing(self._events) as events:
                 async for event in events:
-                    self._has_event = True
                     await self._send(send, event)
         except asyncio.CancelledError:
             raise
@@ -114,36 +109,20 @@ class EventStream(Response):
         async with self._lock:
             if self._is_over:
                 return
-            self._sending_since = time.monotonic()
             if not self._has_begun:
                 self._has_begun = True
                 await send(_start(200, {**_HEADERS, **self._sent_headers}))
             await send({"type": "http.response.body", "body": event, "more_body": True})
             self._last = time.monotonic()
-            self._sending_since = None
 
     async def _keep_open(self, send: Send) -> None:
-        """Comments while nothing comes. Ends when the first event took too long, or a client does not read."""
-        started = time.monotonic()
+        """Comments while nothing comes, and the client reads."""
         while True:
-            now = time.monotonic()
-            if not self._has_event and now - started >= self._first_timeout_s:
-                await self._fail(send, first_token_timeout(self._first_timeout_s))
-                return
-            if self._sending_since is not None:  # the socket is full; its lock is held
-                if now - self._sending_since >= self._slow_reader_timeout_s:
-                    return
-            elif now - self._last >= self._keep_alive_s:
-                await self._send(send, self._keep_alive)
             wait_s = self._keep_alive_s - (time.monotonic() - self._last)
-            if not self._has_event:
-                wait_s = min(wait_s, started + self._first_timeout_s - now)
-            await asyncio.sleep(max(wait_s, _SHORTEST_WAIT_S))
-
-
-def first_token_timeout(limit_s: float) -> ApiError:
-    """For a request whose answer did not begin."""
-    return ApiError(503, f"no token came within {limit_s:g} s", code="timeout", retry_after_s=5.0)
+            if wait_s > 0 or self._lock.locked():  # locked: what was sent before is not read yet
+                await asyncio.sleep(wait_s if wait_s > 0 else self._keep_alive_s)
+            else:
+                await self._send(send, self._keep_alive)
 
 
 def _start(status: int, headers: Mapping[str, str]) -> dict[str, Any]:

@@ -180,7 +180,8 @@ def test_a_client_that_leaves_frees_its_blocks(server: Server, model: str, strea
     """Of `narrow` three ask and one runs: those that wait leave, too."""
     host, port = server.gateway.removeprefix("http://").split(":")
     body = f'{{"model": "{model}", "prompt": [1, 2], "max_tokens": 4000, "stream": {stream}}}'
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+    head = "\r\n".join([*lines, f"Content-Length: {len(body)}"])
     connections = [socket.create_connection((host, int(port))) for _ in range(3)]
     for connection in connections:
         connection.sendall(f"{head}\r\n\r\n{body}".encode())

@@ -9,6 +9,7 @@ import anthropic
 import pytest
 
 from flashserve_client import InvalidRequest, Unavailable
+from flashserve_gateway.settings import Limits, Settings
 from gateway_peers import CHAT, MemoryTransport, endless, fails, gate, piece, says
 
 MESSAGE: dict[str, Any] = {"model": "demo", "max_tokens": 20, "messages": [{"role": "user", "content": "hello"}]}
@@ -125,6 +126,38 @@ async def test_errors_of_the_engine_have_anthropics_classes(stream: bool):
         gateway.engine.script = fails(InvalidRequest("temperature must be less"))
         with pytest.raises(anthropic.BadRequestError):
             await client(gateway.url).messages.create(**MESSAGE, stream=stream)
+
+
+async def test_everything_under_messages_has_anthropics_shape():
+    async with gate(settings=Settings(limits=Limits(body_bytes=1000))) as gateway:
+        large = {**MESSAGE, "system": "x" * 2000}
+        for response, status, kind in (
+            (await gateway.http.get("/v1/messages"), 405, "invalid_request_error"),
+            (await gateway.http.post("/v1/messages/nothing", json={}), 404, "not_found_error"),
+            (await gateway.http.post("/v1/messages", json=large), 413, "request_too_large"),
+            (await gateway.http.post("/v1/messages", content=b"{}", headers={"content-encoding": "gzip"}), 415,
+             "invalid_request_error"),
+            (await gateway.http.get("/v1/messages", headers={"host": "evil.example"}), 403, "permission_error"),
+        ):  # fmt: skip
+            assert response.status_code == status
+            assert response.json()["type"] == "error" and response.json()["error"]["type"] == kind
+        assert "type" not in (await gateway.http.get("/v1/messagesx")).json()
+
+
+async def test_an_empty_answer_has_a_block_in_both_forms():
+    async with gate(MemoryTransport(says(""))) as gateway:
+        whole = await client(gateway.url).messages.create(**MESSAGE)
+        async with client(gateway.url).messages.stream(**MESSAGE) as stream:
+            streamed = await stream.get_final_message()
+        for message in (whole, streamed):
+            assert [(block.type, block.text) for block in message.content] == [("text", "")]
+
+
+async def test_a_tools_arguments_that_nobody_could_send_back_are_none():
+    deep = '<tool_call>{"name": "weather", "arguments": {"a": ' + "[" * 2000 + "]" * 2000 + "}}</tool_call>"
+    async with gate(MemoryTransport(says(deep))) as gateway:
+        whole = await client(gateway.url).messages.create(**MESSAGE, tools=[TOOL])
+        assert whole.content[0].input == {}
 
 
 # --- TorchWeave --------------------------------------------------------------------------------------------------

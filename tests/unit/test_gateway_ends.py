@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import time
+import types
 
 import httpx
+import psutil
 import pytest
 
 from flashserve_gateway.settings import Limits, Settings
 from gateway_peers import CHAT, Gate, MemoryTransport, endless, gate, piece, says, silent
 
 
-async def connect(gateway: Gate) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def connect(gateway: Gate, limit: int = 1 << 16) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     address = httpx.URL(gateway.url)
-    return await asyncio.open_connection(address.host, address.port)
+    return await asyncio.open_connection(address.host, address.port, limit=limit)
 
 
 def request(body: bytes, *headers: str, path: str = "/v1/chat/completions") -> bytes:
-    lines = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {len(body)}"]
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+    lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join([*lines, *headers, "", ""]).encode() + body
 
 
@@ -104,18 +109,70 @@ async def test_one_that_waited_longer_than_a_comment_is_told_in_an_event():
         assert await gateway.ended() == "cancelled"
 
 
-async def test_a_client_that_does_not_read_loses_its_stream():
-    async def flood(asked):
-        while True:
-            yield piece("x" * 65536)
-            await asyncio.sleep(0)
+async def flood(asked):
+    while True:
+        yield piece("x" * 65536)
+        await asyncio.sleep(0)
 
+
+def connections(gateway: Gate) -> int:
+    """The sockets that are open on the gateway's side."""
+    port = httpx.URL(gateway.url).port
+    return sum(
+        item.laddr.port == port and item.pid == os.getpid() and item.status != psutil.CONN_LISTEN
+        for item in psutil.net_connections("tcp")
+        if item.laddr
+    )
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_does_not_read_loses_its_connection(stream: bool, caplog: pytest.LogCaptureFixture):
     settings = Settings(keep_alive_s=0.05, limits=Limits(slow_reader_timeout_s=0.2))
+    engine = MemoryTransport(flood if stream else says("x" * 20_000_000))
+    async with gate(engine, settings) as gateway:
+        _, writer = await connect(gateway, limit=1024)
+        writer.write(request(STREAMED if stream else WHOLE))
+        assert await gateway.ended(within_s=5) == ("cancelled" if stream else "whole")
+        while connections(gateway):
+            await asyncio.sleep(0.02)
+        writer.close()
+    assert "without completing" not in caplog.text
+
+
+async def test_a_client_that_reads_slowly_keeps_its_stream():
+    async def much(asked):
+        for _ in range(200):
+            yield piece("x" * 65536)
+        yield piece("!", "stop")
+
+    settings = Settings(limits=Limits(slow_reader_timeout_s=0.2))
+    async with gate(MemoryTransport(much), settings) as gateway:
+        reader, writer = await connect(gateway, limit=65536)
+        writer.write(request(STREAMED, "Connection: close"))
+        received = b""
+        while data := await reader.read(200_000):
+            received = (received + data)[-100:]
+            await asyncio.sleep(0.005)
+        assert b"[DONE]" in received
+        writer.close()
+
+
+async def test_waiting_for_a_client_to_read_takes_no_processor_time(monkeypatch: pytest.MonkeyPatch):
+    slept: list[float] = []
+
+    async def counted(seconds: float) -> None:
+        slept.append(seconds)
+        await asyncio.sleep(seconds)
+
+    own = types.SimpleNamespace(**{**vars(asyncio), "sleep": counted})
+    monkeypatch.setattr("flashserve_gateway.sse.asyncio", own)
+    settings = Settings(keep_alive_s=0.1, limits=Limits(slow_reader_timeout_s=1.0))
     async with gate(MemoryTransport(flood), settings) as gateway:
-        _, writer = await connect(gateway)
+        _, writer = await connect(gateway, limit=1024)
         writer.write(request(STREAMED))
         assert await gateway.ended(within_s=5) == "cancelled"
         writer.close()
+    assert slept and sum(seconds < 0.02 for seconds in slept) < 10
 
 
 # --- what no client should send ----------------------------------------------------------------------------------
@@ -151,7 +208,7 @@ async def test_a_body_that_is_too_large_whether_it_says_so_or_not():
     async with gate(settings=Settings(limits=Limits(body_bytes=1000))) as gateway:
         assert (await post(gateway, b" " * 1001)).status_code == 413
         reader, writer = await connect(gateway)
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         writer.write(head.encode() + b"Transfer-Encoding: chunked\r\n\r\n" + b"400\r\n" + b" " * 1024 + b"\r\n")
         assert b" 413 " in await reader.readline()
         writer.close()
@@ -191,6 +248,39 @@ async def test_a_flood_of_headers(head: bytes):
         assert (await gateway.http.get("/live")).status_code == 200
 
 
+async def test_trailers_are_bounded_like_headers_and_dropped():
+    async with gate() as gateway:
+        reader, writer = await connect(gateway)
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        writer.write(head + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n")
+        with contextlib.suppress(ConnectionError):
+            for number in range(2000):
+                writer.write(b"X-%d: %s\r\n" % (number, b"a" * 500))
+                await writer.drain()
+        assert b" 431 " in await reader.readline()
+        writer.close()
+        reader, writer = await connect(gateway)
+        chunk = b"%x\r\n%s\r\n0\r\n" % (len(WHOLE), WHOLE)
+        writer.write(head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk + b"Connection: close\r\n\r\n")
+        assert b" 200 " in await reader.readline()
+        writer.close()
+
+
+async def test_names_that_were_made_to_point_here_are_refused():
+    """A page of evil.example whose name resolves to 127.0.0.1 is of the same origin as the gateway."""
+    async with gate() as gateway:
+        port = httpx.URL(gateway.url).port
+        for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example", "", "[::2]", "127.0.0.1.nip.io"):
+            response = await gateway.http.get("/v1/models", headers={"host": host})
+            assert response.status_code == 403, host
+        assert (await post(gateway, WHOLE, host="evil.example")).status_code == 403
+        assert not gateway.engine.asked
+        for host in ("localhost", f"LOCALHOST:{port}", "127.0.0.1", "[::1]", f"[::1]:{port}"):
+            assert (await gateway.http.get("/v1/models", headers={"host": host})).status_code == 200, host
+    async with gate(settings=Settings(host="0.0.0.0")) as gateway:  # meant for others
+        assert (await gateway.http.get("/v1/models", headers={"host": "gpu-1"})).status_code == 200
+
+
 async def test_headers_of_moderate_size_pass_with_a_large_body():
     async with gate() as gateway:
         body = json.dumps({**CHAT, "user": "u" * 3_000_000}).encode()
@@ -207,7 +297,7 @@ async def test_a_head_that_does_not_end():
         # A connection that has answered a request may idle for longer.
         reader, writer = await connect(gateway)
         for _ in range(2):
-            writer.write(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+            writer.write(b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert b" 200 " in await reader.readline()
             await reader.readuntil(b"}")
             await asyncio.sleep(0.2)

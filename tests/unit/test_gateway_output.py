@@ -42,6 +42,17 @@ CASES: dict[str, tuple[str, str, list[tuple[str, str]]]] = {
     "hermes, no arguments": ('<tool_call>{"name": "f"}</tool_call>', "", [("f", "{}")]),
     "hermes, null": ('<tool_call>{"name": "f", "arguments": null}</tool_call>', "", [("f", "{}")]),
     "hermes, a string": ('<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [("f", '{"a": 1}')]),
+    "hermes, behind a bracket": (
+        '[<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>',
+        "[",
+        [("f", '{"a": 1}')],
+    ),
+    "hermes, behind a bracket and a word": (
+        '[a<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>]',
+        "[a]",
+        [("f", '{"a": 1}')],
+    ),
+    "mistral, behind a bracket": ('[a[TOOL_CALLS]f{"a": 1}', "[a", [("f", '{"a": 1}')]),
     "hermes, nested": (f'<tool_call>{{"name": "f", "arguments": {NESTED}}}</tool_call>', "", [("f", NESTED)]),
     "hermes, no end tag": ('<tool_call>{"name": "f", "arguments": {"a": 1}}', "", [("f", '{"a": 1}')]),
     "hermes, other keys": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import AsyncIterator
 from typing import Any
@@ -54,6 +55,14 @@ async def test_the_page_and_its_files_come_from_here_and_so_does_all_that_they_n
             assert (await gateway.http.get(f"/static/{name}")).status_code == 200
         for name in ("none", "..%2fapp.py", "%2e%2e/app.py"):
             assert (await gateway.http.get(f"/static/{name}")).status_code == 404
+
+
+async def test_the_endpoints_are_described_on_a_page_that_loads_nothing():
+    async with gate() as gateway:
+        page = await gateway.http.get("/docs")
+        assert "POST /v1/chat/completions" in page.text and "max_tokens (optional)" in page.text
+        assert not re.search(r"<script|<link|<img|src=|https?://", page.text)
+        assert page.headers["content-security-policy"].startswith("default-src 'none'")
 
 
 async def test_figures_are_summed_over_engines_and_asked_for_once_a_second():

@@ -13,6 +13,7 @@ from openai.types.responses.response_create_params import ResponseCreateParamsBa
 
 from flashserve_client import InternalError
 from flashserve_gateway import responses
+from flashserve_gateway.errors import ApiError
 from flashserve_gateway.keys import new_key
 from flashserve_gateway.responses import ResponseStore
 from flashserve_gateway.settings import Settings
@@ -109,15 +110,37 @@ async def test_a_response_belongs_to_its_key(tmp_path: Path):
             await bob.create(model="demo", input="x", previous_response_id=made.id)
 
 
-def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(responses, "_MOST_BYTES", 1000)
+def test_what_is_remembered_is_bounded_and_the_key_with_the_most_loses(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(responses, "_MOST_BYTES", 1500)
     store = ResponseStore()
+    store.keep("alice", [{"role": "user", "content": "x"}], {"id": "resp_alice"})
     for number in range(50):
-        store.keep("", [{"role": "user", "content": "x" * 100}], {"id": f"resp_{number}"})
-    assert len(store._kept) < 10
-    assert store.find("", "resp_49").response["id"] == "resp_49"
-    store.keep("", [{"role": "user", "content": "x" * 2000}], {"id": "huge"})  # more than all of it
-    assert not store._kept and store._size == 0
+        store.keep("bob", [{"role": "user", "content": "x" * 100}], {"id": f"resp_{number}"})
+    assert store.find("alice", "resp_alice").response["id"] == "resp_alice"
+    assert store.find("bob", "resp_49").messages[0]["content"] == "x" * 100
+    with pytest.raises(ApiError):
+        store.find("bob", "resp_30")
+    store.keep("bob", [{"role": "user", "content": "x" * 2000}], {"id": "huge"})  # more than all of it
+    with pytest.raises(ApiError):
+        store.find("bob", "huge")
+    assert store.find("alice", "resp_alice")
+
+
+def test_what_is_remembered_is_no_object_of_the_request():
+    """Empty lists, say, take 25 times their JSON: what counts as 64 MiB must not be more than a gigabyte."""
+    store, messages = ResponseStore(), [{"role": "user", "content": "x"}]
+    store.keep("alice", messages, {"id": "resp"})
+    messages[0]["content"] = "changed"
+    assert store.find("alice", "resp").messages == [{"role": "user", "content": "x"}]
+
+
+async def test_the_options_of_a_stream_are_checked():
+    async with gate() as gateway:
+        for body in ({"stream_options": {"include_obfuscation": False}},
+                     {"stream": True, "stream_options": {"x": 1}}, {"stream": True, "stream_options": 5}):  # fmt: skip
+            response = await gateway.http.post("/v1/responses", json={"model": "demo", "input": "a", **body})
+            assert response.status_code == 400
+            assert response.json()["error"]["param"].startswith("stream_options")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from flashserve.launcher.ports import Endpoints
 # What it imports beside what serving needs; looked for, not imported.
 NEEDED = ("flashserve_gateway", "fastapi", "uvicorn", "uvloop", "httptools", "openai", "orjson", "prometheus_client")
 BACKOFF_S = (0.5, 2.0, 5.0, 15.0, 60.0)
+START_S = 10.0  # one that ends sooner has served nobody
 STABLE_AFTER_S = 60.0  # one that ran for so long has overcome what was wrong
 END_TIMEOUT_S = 1.0  # beyond the time that tritonserver took to end; its own grace is five seconds
 
@@ -30,11 +31,7 @@ class GatewayChild:
     """Keeps one gateway alive, from a thread that reads what it says."""
 
     def __init__(self, endpoints: Endpoints, keys: str | None, console: Console) -> None:
-        """``keys``: the file of API keys. Raises LauncherError if there is none."""
-        if keys is not None and not os.path.isfile(keys):
-            raise LauncherError(
-                f"--gateway-keys {keys}: no such file", "flashserve gateway --new-key NAME prints an entry for it"
-            )
+        """``keys``: the file of API keys. Raises LauncherError if it cannot be used."""
         self._command = [
             *(sys.executable, "-m", "flashserve_gateway", "--end-with", str(os.getpid())),
             *("--triton", f"{endpoints.local_host}:{endpoints.grpc}"),
@@ -42,6 +39,8 @@ class GatewayChild:
             *("--host", endpoints.host, "--port", str(endpoints.gateway)),
             *(["--keys", keys] if keys is not None else []),
         ]
+        if keys is not None:
+            self._check()
         self._console = console
         self._ending = threading.Event()
         self._lock = threading.Lock()
@@ -51,7 +50,7 @@ class GatewayChild:
 
     def start(self) -> None:
         """Start it, unless that was done."""
-        if not self._thread.is_alive() and not self._ending.is_set():
+        if self._thread.ident is None and not self._ending.is_set():
             self._thread.start()
 
     def ask_to_end(self) -> None:
@@ -71,23 +70,48 @@ class GatewayChild:
                 self._process.kill()
         self._thread.join(END_TIMEOUT_S)
 
+    def _check(self) -> None:
+        """Lets the gateway itself look at its options and keys: now, not when models of minutes are loaded."""
+        found = subprocess.run([*self._command, "--check"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if found.returncode:
+            words = found.stderr.strip().removeprefix("flashserve gateway: error: ").partition("\n  → ")
+            raise LauncherError(f"--gateway-keys: {words[0]}", words[2])
+
     def _keep_alive(self) -> None:
-        failures = 0
+        failures = futile = 0
         while not self._ending.is_set():
             started = time.monotonic()
-            with self._lock:
-                if self._ending.is_set():
-                    return
-                self._process = process = self._popen()
-            assert process.stdout is not None
-            for line in process.stdout:
-                self._console.show_log(line.rstrip("\n"))
-            code = process.wait()
+            reason = self._run()
             if self._ending.is_set():
                 return
-            failures = 1 if time.monotonic() - started > STABLE_AFTER_S else failures + 1
-            self._console.fail(f"the gateway ended by itself with code {code}: it is started anew")
+            ran_s = time.monotonic() - started
+            failures = 1 if ran_s > STABLE_AFTER_S else failures + 1
+            futile = 0 if ran_s > START_S else futile + 1
+            gives_up = futile >= len(BACKOFF_S)
+            words, advice = f"the gateway {reason}: it is started anew", ""
+            if gives_up:
+                words = f"the gateway {reason}, {futile} times in a row: it is given up"
+                advice = "its lines above say why; then start flashserve serve anew"
+            with contextlib.suppress(OSError):
+                self._console.fail(words, advice)
+            if gives_up:
+                return
             self._ending.wait(BACKOFF_S[min(failures, len(BACKOFF_S)) - 1])
+
+    def _run(self) -> str:
+        """One life of a gateway; returns how it ended."""
+        with self._lock:
+            if self._ending.is_set():
+                return ""
+            try:
+                self._process = process = self._popen()
+            except OSError as error:
+                return f"cannot be started: {error}"
+        assert process.stdout is not None
+        for line in process.stdout:
+            with contextlib.suppress(OSError):  # of the launcher's own output; the gateway's must still be read
+                self._console.show_log(line.rstrip("\n"))
+        return f"ended by itself with code {process.wait()}"
 
     def _popen(self) -> subprocess.Popen[str]:
         return subprocess.Popen(

@@ -173,7 +173,7 @@ class ToolReader(Scanner):
                 self._commit()
                 return
             self._put_back(character)
-            name = yield from self._name("(")
+            name = yield from self._name("(<[")  # the last two begin marks, which are looked for in what is no call
             opening = yield from self._next()
             if opening != "(" or name not in self._names:
                 self._put_back(opening)

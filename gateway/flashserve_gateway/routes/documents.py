@@ -21,6 +21,7 @@ _ERROR = {
 _STATUSES = {
     400: "the request is wrong; param names the field",
     401: "no key, or one that is not known",
+    403: "this key may not, or, without keys: the Host is not this machine",
     404: "no such model",
     408: "the body, or the answer, took too long",
     413: "the body is too large",

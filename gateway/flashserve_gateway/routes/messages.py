@@ -7,10 +7,11 @@ from typing import Any
 import orjson
 from fastapi import APIRouter, Request, Response
 
-from ..gateway import Gateway
+from ..chat import ChatRequest
+from ..errors import ANTHROPIC_PATH, anthropic_error
+from ..gateway import Call, Gateway
 from ..incoming import unless_gone
 from ..messages import (
-    anthropic_error,
     complete_messages,
     count_tokens,
     event,
@@ -21,7 +22,6 @@ from ..messages import (
 from ..sse import EventStream
 from . import documents
 
-PATH = "/v1/messages"
 _MESSAGES = {"model": {"type": "string"}, "messages": {"type": "array", "minItems": 1, "items": {"type": "object"}}}
 _EXAMPLE = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}
 _BODY = documents.body(
@@ -35,7 +35,7 @@ _COUNT_BODY = documents.body(_MESSAGES, {"system": {"type": "string"}}, _EXAMPLE
 def routes(gateway: Gateway) -> APIRouter:
     router = APIRouter(tags=["Anthropic"])
 
-    @router.post(PATH, openapi_extra=_BODY, responses=documents.responses())
+    @router.post(ANTHROPIC_PATH, openapi_extra=_BODY, responses=documents.responses())
     async def create_message(request: Request) -> Response:
         call = await gateway.begin(request)
         chat = read_messages(call)
@@ -52,9 +52,14 @@ def routes(gateway: Gateway) -> APIRouter:
         answer = await unless_gone(request, complete_messages(call, chat))
         return Response(orjson.dumps(answer), media_type="application/json")
 
-    @router.post(f"{PATH}/count_tokens", openapi_extra=_COUNT_BODY, responses=documents.responses())
+    @router.post(f"{ANTHROPIC_PATH}/count_tokens", openapi_extra=_COUNT_BODY, responses=documents.responses())
     async def count(request: Request) -> dict[str, Any]:
         call = await gateway.begin(request)
-        return {"input_tokens": await unless_gone(request, count_tokens(call, read_count_request(call)))}
+        return {"input_tokens": await unless_gone(request, _count(call, read_count_request(call)))}
 
     return router
+
+
+async def _count(call: Call, chat: ChatRequest) -> int:
+    async with call.admitted(chat.ask.model):
+        return await count_tokens(call, chat)

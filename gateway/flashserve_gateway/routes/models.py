@@ -6,10 +6,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from flashserve_client import FlashserveError
-
 from .. import parameters
-from ..errors import invalid, model_not_found, of_engine
+from ..errors import invalid, model_not_found
 from ..gateway import Call, Gateway
 from ..incoming import unless_gone
 from . import documents
@@ -34,13 +32,12 @@ def routes(gateway: Gateway) -> APIRouter:
         rows = [_row(name, since) for name, since in gateway.pool.models.items() if caller.may_see(name)]
         return {"object": "list", "data": rows}
 
-    @router.get("/v1/models/{name:path}", responses=documents.responses(401, 404))
+    @router.get("/v1/models/{name:path}", responses=documents.responses(401, 404, 503))
     async def one_model(request: Request, name: str) -> dict[str, Any]:
-        caller = gateway.caller(request)
-        since = gateway.pool.models.get(name)
-        if since is None or not caller.may_see(name):
+        if not gateway.caller(request).may_see(name):
             raise model_not_found(name)
-        return _row(name, since)
+        await gateway.pool.require(name)
+        return _row(name, gateway.pool.models[name])
 
     @router.post("/tokenize", openapi_extra=_TOKENIZE, responses=documents.responses())
     async def tokenize(request: Request) -> dict[str, Any]:
@@ -68,24 +65,12 @@ def _row(name: str, since: int) -> dict[str, Any]:
 
 
 async def _tokenize(call: Call, prompt: Any) -> list[int]:
-    model = await _visible_model(call)
-    try:
-        return await call.gateway.pool.tokenize(model, prompt)
-    except FlashserveError as error:
-        raise of_engine(error, model, call.request_id) from None
+    model = parameters.read_model(call.body)
+    async with call.admitted(model):
+        return await call.tokenized(call.gateway.pool.tokenize(model, prompt), model)
 
 
 async def _detokenize(call: Call, tokens: list[Any]) -> str:
-    model = await _visible_model(call)
-    try:
-        return await call.gateway.pool.detokenize(model, tokens)
-    except FlashserveError as error:
-        raise of_engine(error, model, call.request_id) from None
-
-
-async def _visible_model(call: Call) -> str:
     model = parameters.read_model(call.body)
-    if not call.caller.may_see(model):
-        raise model_not_found(model)
-    await call.gateway.pool.require(model)
-    return model
+    async with call.admitted(model):
+        return await call.tokenized(call.gateway.pool.detokenize(model, tokens), model)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, HTTPException
+from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import FileResponse
 
 from ..gateway import Gateway
+from . import documents
 
 _STATIC = Path(__file__).parents[1] / "static"
 _FILES = {path.name: path for path in _STATIC.iterdir()}
@@ -35,10 +36,13 @@ def routes(gateway: Gateway) -> APIRouter:
             raise HTTPException(404)
         return FileResponse(_FILES[name], headers=_HEADERS)
 
-    @router.get("/operations", tags=["operation"])
-    async def operations() -> dict[str, Any]:
+    @router.get("/operations", tags=["operation"], responses=documents.responses(401))
+    async def operations(request: Request) -> dict[str, Any]:
         """The figures of the page's second view."""
-        models = await gateway.engine_metrics.models()
+        caller = gateway.caller(request)
+        models = {
+            name: figures for name, figures in (await gateway.engine_metrics.models()).items() if caller.may_see(name)
+        }
         return {"models": models, "note": "" if gateway.settings.triton_metrics else _NO_METRICS}
 
     return router

@@ -51,7 +51,7 @@ def routes(gateway: Gateway) -> APIRouter:
         ask = _read(call, stream=False)
 
         async def one() -> GenerateResult:
-            async with alone:
+            async with call.admitted(ask.model, [ask]), alone:
                 return await call.whole(ask)
 
         result = await unless_gone(request, one())
@@ -88,7 +88,7 @@ def _read(call: Call, stream: bool) -> Ask:
 
 async def _events(call: Call, ask: Ask) -> AsyncGenerator[bytes, None]:
     answer, has_begun = Answer(), False
-    async with contextlib.aclosing(call.pieces(ask, answer)) as pieces:
+    async with call.admitted(ask.model, [ask]), contextlib.aclosing(call.pieces(ask, answer)) as pieces:
         async for delta in pieces:
             if not has_begun:
                 has_begun = True
