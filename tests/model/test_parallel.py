@@ -13,6 +13,7 @@ from flashserve.errors import ConfigError
 from flashserve.layers.embedding import load_embedding_and_head
 from flashserve.layers.linear import GatedLinear, Linear
 from flashserve.layers.parallel import Ranks
+from flashserve.layers.weight_format import WEIGHT_FORMATS
 from flashserve.models.checkpoint import Checkpoint, CheckpointWeights
 from flashserve.models.model_input import ModelInput
 from flashserve.models.registry import find_architecture
@@ -119,7 +120,7 @@ def test_a_whole_model(family, tmp_path, random_prompts):
 
     def run(ranks: Ranks) -> torch.Tensor:
         config, model_class = read_config(tmp_path)
-        weights = CheckpointWeights(checkpoint, torch.float32, CPU, Ops(CPU), ranks=ranks)
+        weights = CheckpointWeights(checkpoint, torch.float32, CPU, Ops(CPU), WEIGHT_FORMATS[None], ranks)
         model = model_class(config, weights, 64)
         weights.finish(model_class.ignored_weights(config))
         return logits_of(model, model_class.read_shape(config), prompt, ranks)
