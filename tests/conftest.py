@@ -6,12 +6,19 @@ which mostly wait, share the other. The tests of the shared server are one group
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
 ORDER = ("server", "chaos", "kernels", "gpu", "model", "cases", "unit")
+
+
+def pytest_configure() -> None:
+    # In the background of a script processes ignore Ctrl-C, and so would the servers that tests send it to.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _uses_shared_server(item: pytest.Item) -> bool:

@@ -38,7 +38,6 @@ TEST_VARIABLE = "FLASHSERVE_TEST"
 END_WITH_PARENT = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background of a script were started to ignore it
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 READY_TIMEOUT_S = 60.0
