@@ -1,6 +1,6 @@
 """How the tests are spread over worker processes, and what the end of their log says.
 
-`make test` runs three workers (WORKERS=2: two), and each file in one of them: tests of real servers mostly wait, so that
+`make test` runs three workers (WORKERS=2: two), and each file in one of them: tests of real servers mostly wait, so
 two cores have time for a third. The tests of the shared server are one group, and so in one worker.
 """
 
