@@ -182,11 +182,11 @@ def test_a_client_that_leaves_frees_its_blocks(server: Server, model: str, strea
     body = f'{{"model": "{model}", "prompt": [1, 2], "max_tokens": 4000, "stream": {stream}}}'
     lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
     head = "\r\n".join([*lines, f"Content-Length: {len(body)}"])
-    connections = [socket.create_connection((host, int(port))) for _ in range(3)]
-    for connection in connections:
-        connection.sendall(f"{head}\r\n\r\n{body}".encode())
     names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
-    assert wait_until(lambda: sum(server.metric(name, model=model) for name in names) == 3, 5)
+    connections = [socket.create_connection((host, int(port))) for _ in range(3)]
+    for count, connection in enumerate(connections, 1):  # one by one: three at once may find the queue of two full
+        connection.sendall(f"{head}\r\n\r\n{body}".encode())
+        assert wait_until(lambda: sum(server.metric(name, model=model) for name in names) == count, 5)  # noqa: B023
     for connection in connections:
         connection.close()
     wait_idle(server, model)
