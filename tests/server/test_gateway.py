@@ -160,7 +160,9 @@ def test_a_full_queue_says_when_to_come_again(server: Server, client: openai.Ope
         streams = [
             threading.Thread(target=http.post, args=("/v1/completions",), kwargs={"json": body}) for _ in range(3)
         ]
-        for stream in streams:
+        streams[0].start()
+        assert wait_until(lambda: server.metric("vllm:num_requests_running", model="narrow") == 1, 5)
+        for stream in streams[1:]:
             stream.start()
         assert wait_until(lambda: server.metric("vllm:num_requests_waiting", model="narrow") == 2, 5)
         with pytest.raises(openai.InternalServerError) as raised:
