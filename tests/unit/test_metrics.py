@@ -204,7 +204,8 @@ def test_costly_counters_come_once_in_their_period(exported, export_thread, monk
         return len(flushes) >= 4
 
     eventually(hurry_until_four)
-    assert all(later - sooner >= 0.2 for sooner, later in itertools.pairwise(flushes))
+    # Both ends of a period are read a moment after the thread read its own clock; without a period it were 0.1 s.
+    assert all(later - sooner > 0.15 for sooner, later in itertools.pairwise(flushes))
 
 
 def test_hours_of_costly_counters_delay_later_ones_by_seconds_only():
