@@ -3,7 +3,7 @@
 A keys file is a JSON list; each entry holds the SHA-256 of a key, never the key (`new_key` makes both):
 
     [{"name": "alice", "sha256": "9f86…", "requests_in_flight": 8, "tokens_per_minute": 60000,
-      "models": ["demo"], "priority": 0}]
+      "models": ["smollm2"], "priority": 0}]
 
 All but name and sha256 may be left out: no limit, every model, priority 0. Keys have 256 random bits, so that a plain
 hash protects them as well as a slow one would.

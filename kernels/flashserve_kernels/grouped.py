@@ -164,13 +164,6 @@ def split_unlike(weight: JoinedRows) -> tuple[GroupedRows, ...]:
     return tuple(JoinedRows(tuple(run)) for _, run in groupby(weight.parts, key=lambda part: part.format))
 
 
-def dequantize_into(weight: GroupedRows, out: Tensor, piece: int = 1024) -> None:
-    """Write the values to ``out`` [outputs, inputs] of any dtype and strides, some rows at a time."""
-    for first in range(0, weight.shape[0], piece):
-        last = min(first + piece, weight.shape[0])
-        out[first:last].copy_(weight.rows(first, last).dequantize())
-
-
 # --- full weights into groups ------------------------------------------------------------------------------------
 
 INT4 = GroupedFormat(bits=4, group=32, scales="float16", zero=None)

@@ -11,8 +11,6 @@ from flashserve_kernels.grouped import (
     INT4,
     INT8,
     GroupedFormat,
-    QuantizedRows,
-    dequantize_into,
     is_exact,
     join_formats,
     quantize,
@@ -59,13 +57,6 @@ def test_weights_beyond_float16_are_refused(bad):
     weight[1, 40] = bad
     with pytest.raises(ValueError, match="cannot be quantised"):
         quantize(weight)
-
-
-def test_dequantised_in_pieces_into_strided_memory():
-    weight = QuantizedRows(torch.randn(70, 40, generator=torch.Generator().manual_seed(0)), INT4)
-    out = torch.zeros(40, 70, dtype=torch.bfloat16).t()
-    dequantize_into(weight, out, piece=32)
-    assert torch.equal(out, weight.rows(0, 70).dequantize().bfloat16())
 
 
 @pytest.mark.parametrize(

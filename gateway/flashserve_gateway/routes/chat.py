@@ -13,7 +13,7 @@ from . import documents
 _BODY = documents.body(
     {"model": {"type": "string"}, "messages": {"type": "array", "minItems": 1, "items": {"type": "object"}}},
     {**documents.SAMPLING, "tools": {"type": "array", "items": {"type": "object"}}},
-    {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32},
+    {"model": "smollm2", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32},
 )
 
 

@@ -15,7 +15,7 @@ _PROMPT = {"anyOf": [{"type": "string"}, _IDS]}
 _BODY = documents.body(
     {"model": {"type": "string"}, "prompt": {"anyOf": [*_PROMPT["anyOf"], {"type": "array", "items": _PROMPT}]}},
     {**documents.SAMPLING, "echo": {"type": "boolean"}},
-    {"model": "demo", "prompt": "def fibonacci(n):", "max_tokens": 32},
+    {"model": "smollm2", "prompt": "def fibonacci(n):", "max_tokens": 32},
 )
 
 

@@ -23,7 +23,7 @@ from ..sse import EventStream
 from . import documents
 
 _MESSAGES = {"model": {"type": "string"}, "messages": {"type": "array", "minItems": 1, "items": {"type": "object"}}}
-_EXAMPLE = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}
+_EXAMPLE = {"model": "smollm2", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}
 _BODY = documents.body(
     {**_MESSAGES, "max_tokens": {"type": "integer", "minimum": 1}},
     {"stream": {"type": "boolean"}, "system": {"type": "string"}},

@@ -16,10 +16,10 @@ _MODEL = {"model": {"type": "string"}}
 _TOKENIZE = documents.body(
     _MODEL,
     {"prompt": {"type": "string"}, "messages": {"type": "array", "items": {"type": "object"}}},
-    {"model": "demo", "prompt": "def f(x):"},
+    {"model": "smollm2", "prompt": "def f(x):"},
 )
 _DETOKENIZE = documents.body(
-    {**_MODEL, "tokens": {"type": "array", "items": {"type": "integer"}}}, {}, {"model": "demo", "tokens": [1, 2]}
+    {**_MODEL, "tokens": {"type": "array", "items": {"type": "integer"}}}, {}, {"model": "smollm2", "tokens": [1, 2]}
 )
 
 

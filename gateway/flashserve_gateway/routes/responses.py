@@ -16,7 +16,7 @@ from . import documents
 _BODY = documents.body(
     {"model": {"type": "string"}, "input": {"anyOf": [{"type": "string"}, {"type": "array"}]}},
     {"instructions": {"type": "string"}, "stream": {"type": "boolean"}, "store": {"type": "boolean"}},
-    {"model": "demo", "input": "Hello", "max_output_tokens": 32},
+    {"model": "smollm2", "input": "Hello", "max_output_tokens": 32},
 )
 
 
