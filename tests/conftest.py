@@ -1,8 +1,8 @@
 """How the tests are spread over worker processes, and what the end of their log says.
 
-`make test` runs two workers (WORKERS=3: three, a tenth faster where the cores are fast), and each file in one of them:
-one computes while those of real servers, which mostly wait, share the other. The tests of the shared server are one
-group, and so in one worker.
+`make test` and `make test-slow` run two workers (WORKERS=3: three, a tenth faster where the cores are fast), and each
+file in one of them: one computes while those of real servers, which mostly wait, share the other. The tests of the
+shared server are one group, and so in one worker.
 """
 
 from __future__ import annotations

@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 
 RUN = Path(__file__).with_name("run.py")
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
-@pytest.mark.server
 def test_half_a_minute_of_chaos_leaves_every_answer_right_and_nothing_behind() -> None:
     run("--minutes", "0.4", "--seed", "3", "--bound", "15")
 
 
-@pytest.mark.server
 def test_streams_end_with_their_server_and_it_comes_back_from_death() -> None:
     run("--ends", "1")
 

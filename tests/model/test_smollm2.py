@@ -42,7 +42,6 @@ def test_it_answers(file):
     assert (answer.text, answer.finish_reason) == ("The capital of France is Paris.", "stop")
 
 
-@pytest.mark.slow
 def test_greedy_tokens_are_those_of_transformers(file):
     pytest.importorskip("gguf", reason="transformers needs it to read the file: `make install`")
     from transformers import AutoModelForCausalLM

@@ -101,6 +101,7 @@ def server_has_no_model_process(server: Server) -> None:
     assert not [line for line in words if "python_backend_stub" in line or "flashserve.engine" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_ten_times_nothing_piles_up(server: Server, client: AsyncClient) -> None:
     ways = (unload_right_after_a_stream, unload_with_requests_in_flight, load_again_at_once)
