@@ -188,6 +188,15 @@ async def test_what_the_engine_lacks_is_refused_by_name(field: str, value: objec
     assert not gateway.engine.asked
 
 
+async def test_penalties_biases_and_bans_go_to_the_engine_as_they_are():
+    wishes = {"presence_penalty": 0.5, "frequency_penalty": -1, "repetition_penalty": 1.1, "logit_bias": {"5": 3},
+              "bad_words": ["no"], "dry_multiplier": 0.8, "xtc_probability": 0.5}  # fmt: skip
+    async with gate() as gateway:
+        assert (await gateway.chat(**wishes)).status_code == 200
+        sampling = gateway.engine.asked[0].sampling
+    assert {name: sampling.get(name) for name in wishes} == wishes
+
+
 async def test_what_means_nothing_special_is_taken():
     neutral = {"n": 1, "logprobs": False, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {},
                "response_format": {"type": "text"}, "tool_choice": "none", "user": "me", "store": False,
