@@ -260,7 +260,7 @@ WRONG_VALUES: dict[str, list[Any]] = {
     "id": ["x" * 257, "a\nb", "\x1b[2J", [], True],
     "n": [129, 0, "0", True],
     "presence_penalty": [2.1, -3, "nan", True, []],
-    "frequency_penalty": [-2.01, 1e400, "x"],
+    "frequency_penalty": [-2.01, 10**400, "x"],
     "repetition_penalty": [0, -1, 1001, "inf", False],
     "logit_bias": [{"5": 101}, {"512": 1}, {"-1": 1}, {"x": 1}, {"5": None}, [5], 5, {"5": [1]}],
     "bad_words": [[""], [5], ["   "], ["x" * 257], ["x"] * 300, ["\ud800"], 5],
