@@ -125,7 +125,7 @@ def test_greedy_neighbours_are_untouched_whatever_comes_and_goes(start, greedy_r
     """Requests that want everything are cancelled at all times; their slots go to greedy ones and back."""
     prompts = random_prompts(LENGTHS)
     expected = greedy_reference(folder, prompts, NUM_TOKENS)
-    engine = start(num_gpu_blocks_override=24)
+    engine = start(num_gpu_blocks_override=14)
     everything = {**PENALTIES, **DRY, **XTC, "bad_word_ids": ((9,), (10, 11)), "logit_bias": {3: 5.0}}
     for index, prompt in enumerate(prompts):
         engine.add(100 + index, prompt, temperature=1.0, seed=index, **everything)
@@ -137,6 +137,7 @@ def test_greedy_neighbours_are_untouched_whatever_comes_and_goes(start, greedy_r
     engine.finish()
     assert [engine.tokens[index] for index in range(len(prompts))] == expected
     stats = engine.core.scheduler.stats()
+    assert stats.preemptions > 0
     assert (stats.running, stats.waiting, stats.free_blocks) == (0, 0, stats.total_blocks)
     engine.core.scheduler.check_integrity()
     assert set(engine.runner._processor._wishes) <= set(range(6))

@@ -100,8 +100,8 @@ class World:
                 self.release(request_id)
         live = [o for r, o in engine.oracles.items() if r not in engine.ended]
         # Each step brings the oldest of the best priority on; that bounds the steps, however much is recomputed. What
-        # drafts does not run ahead.
-        bound = (1 + (engine.runner.drafts and engine.runner.run_ahead)) * sum(len(o.tokens) + 3 for o in live) + 10
+        # drafts or looks back does not run ahead.
+        bound = (1 + engine.runner.run_ahead) * sum(len(o.tokens) + 3 for o in live) + 10
         while engine.scheduler.has_requests:
             check(bound > 0, "livelock", engine.scheduler.stats())
             self.step()
