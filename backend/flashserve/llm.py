@@ -29,6 +29,7 @@ from flashserve.text.completion import Completion
 from flashserve.text.generation_defaults import read_generation_defaults
 from flashserve.text.prompt import check_prompt, stop_at_special_tokens
 from flashserve.text.tokenizer import Tokenizer
+from flashserve.text.words import with_word_ids
 
 Prompt = str | Sequence[int]
 Params = SamplingParams | Mapping[str, Any] | None
@@ -94,6 +95,7 @@ class LLM:
 
     def _request(self, prompt: Prompt, given: Params) -> GenerateRequest:
         params = stop_at_special_tokens(parse_sampling_params(_as_mapping(given), self._defaults), self.tokenizer)
+        params = with_word_ids(params, self.tokenizer, self.limits)
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         token_ids = check_prompt("prompt", token_ids, params, self.limits)
         return GenerateRequest(next(self._ids), token_ids, params, arrival=time.monotonic())

@@ -45,6 +45,33 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     """Keep this many tokens at the prompt's end."""
     n: int = 1
     """Samples of one prompt, the next one with the next seed."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    """What is added to the logits of single tokens."""
+    bad_words: tuple[str, ...] = ()
+    dry_multiplier: float = 0.0
+    """0 is off; this and the next three are of the sampler DRY, which penalises tokens that would repeat a sequence."""
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    xtc_probability: float = 0.0
+    """0 is off; this and the next one are of the sampler XTC, which excludes all but the least likely good choice."""
+    xtc_threshold: float = 0.1
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
+    """``bad_words`` as tokens: filled in by ``text.words``, as the next one."""
+    dry_breaker_ids: tuple[int, ...] = ()
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether the logits of tokens change that the prompt or the text already holds."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def needs_known_tokens(self) -> bool:
+        """Whether the next token cannot be chosen before the host knows all tokens until there."""
+        return self.dry_multiplier > 0 or any(len(ids) > 1 for ids in self.bad_word_ids)
 
 
 # --- stub to engine ---------------------------------------------------------------------------------------

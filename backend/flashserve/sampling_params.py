@@ -17,7 +17,7 @@ from flashserve.coercion import bool_of, integer_of, is_unicode, list_of, number
 from flashserve.errors import InvalidArgument
 from flashserve.protocol import GREEDY_BELOW, SamplingParams
 
-Kind = Literal["int", "float", "bool", "str", "str_list", "int_list"]
+Kind = Literal["int", "float", "bool", "str", "str_list", "int_list", "token_map"]
 
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
@@ -26,6 +26,8 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 256
 MAX_NAME_LENGTH = 256
+MAX_BIASES = 1024
+MAX_PENALTY = 1000  # flat already, and any logit times it is finite
 MAX_SAMPLES = 128  # a fraction of the requests that run at once
 
 
@@ -44,6 +46,8 @@ class Parameter:
     max_items: int | None = None
     max_length: int | None = None
     """Of a string, in characters."""
+    may_be_empty: bool = False
+    """Of strings: the text "[]" is the list of none, not an entry."""
     of_request: bool = False
     """Belongs to RequestOptions instead of SamplingParams."""
 
@@ -61,6 +65,8 @@ class Parameter:
             return "true or false"
         if self.kind == "str":
             return f"a string of at most {self.max_length} printable characters"
+        if self.kind == "token_map":
+            return f"an object of at most {self.max_items} token ids, each with a number{numbers}"
         if self.kind == "str_list":
             return f"a string or a list of at most {self.max_items} strings, each of 1 to {self.max_length} characters"
         most = f"at most {self.max_items} " if self.max_items else ""
@@ -92,6 +98,18 @@ TABLE: tuple[Parameter, ...] = (
     Parameter("skip_special_tokens", "bool"),
     Parameter("truncate_prompt_tokens", "int", 1, INT32_MAX),
     Parameter("n", "int", 1, MAX_SAMPLES),
+    Parameter("presence_penalty", "float", -2, 2),
+    Parameter("frequency_penalty", "float", -2, 2),
+    Parameter("repetition_penalty", "float", 0, MAX_PENALTY, above_low=True),
+    Parameter("logit_bias", "token_map", -100, 100, max_items=MAX_BIASES),
+    Parameter("bad_words", "str_list", max_items=256, max_length=256, may_be_empty=True),
+    # DRY and XTC: the names are those of text-generation-webui and llama.cpp.
+    Parameter("dry_multiplier", "float", 0, 100),
+    Parameter("dry_base", "float", 1, 4),  # 4^50, of the longest repetition that counts, is a float32
+    Parameter("dry_allowed_length", "int", 1, 50),
+    Parameter("dry_sequence_breakers", "str_list", max_items=MAX_STOP_STRINGS, max_length=64, may_be_empty=True),
+    Parameter("xtc_probability", "float", 0, 1),
+    Parameter("xtc_threshold", "float", 0, 1),
     Parameter("prompt_token_ids", "int_list", 0, INT32_MAX, of_request=True),
     Parameter("priority", "int", -INT32_MAX - 1, INT32_MAX, of_request=True),
     Parameter("timeout_ms", "int", 1, INT32_MAX, of_request=True),
@@ -110,17 +128,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1,),
     "early_stopping": (False, True),  # of a beam search
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "logprobs": (False,),
     "top_logprobs": (0,),
     "prompt_logprobs": (False,),
     "flat_logprobs": (False,),
     "logprob_token_ids": (),
-    "logit_bias": ({},),
     "allowed_token_ids": (),
-    "bad_words": ([],),
     "logits_processors": ([],),
     "structured_outputs": (),
     "guided_decoding": (),
@@ -308,9 +321,10 @@ def _str(parameter: Parameter, value: Any) -> str:
 
 
 def _str_list(parameter: Parameter, value: Any) -> tuple[str, ...]:
-    """A string is one entry, unless it spells a JSON list of strings; "[" and "[]" are entries."""
+    """A string is one entry, unless it spells a JSON list of strings; "[" is an entry, and for most "[]" is, too."""
     if isinstance(value, str):
-        value = list_of(value, str) or [value]
+        spelled = list_of(value, str)
+        value = spelled if spelled or (spelled is not None and parameter.may_be_empty) else [value]
     if not isinstance(value, (list, tuple)):
         raise _refuse(parameter, value)
     assert parameter.max_items is not None and parameter.max_length is not None
@@ -340,6 +354,24 @@ def _int_list(parameter: Parameter, given: Any) -> list[int] | tuple[int, ...]:
     return list(value) if parameter.of_request else tuple(value)
 
 
+def _token_map(parameter: Parameter, given: Any) -> dict[int, float]:
+    """JSON has strings as keys only."""
+    value = plain(given)
+    assert parameter.max_items is not None
+    if not isinstance(value, dict) or len(value) > parameter.max_items:
+        raise _refuse(parameter, value)
+    found: dict[int, float] = {}
+    for key, number in value.items():
+        token_id, bias = integer_of(key), number_of(number)
+        if token_id is None or not 0 <= token_id <= INT32_MAX or token_id in found or bias is None:
+            raise InvalidArgument(
+                f"{parameter.name} must be {parameter.range()}; one entry is {shorten(key)}: {shorten(number)}"
+            )
+        _check_range(parameter, bias, {key: number})
+        found[token_id] = float(bias)
+    return found
+
+
 COERCIONS: dict[Kind, Callable[[Parameter, Any], Any]] = {
     "int": _int,
     "float": _float,
@@ -347,4 +379,5 @@ COERCIONS: dict[Kind, Callable[[Parameter, Any], Any]] = {
     "str": _str,
     "str_list": _str_list,
     "int_list": _int_list,
+    "token_map": _token_map,
 }

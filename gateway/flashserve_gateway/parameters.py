@@ -18,7 +18,9 @@ T = TypeVar("T")
 # Sampling parameters of OpenAI's API, and those of vLLM's that clients send as extra_body.
 ENGINE = frozenset(
     {"temperature", "top_p", "seed", "stop", "top_k", "min_p", "min_tokens", "stop_token_ids",
-     "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "truncate_prompt_tokens", "cache_salt"}
+     "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "truncate_prompt_tokens", "cache_salt",
+     "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "bad_words", "dry_multiplier",
+     "dry_base", "dry_allowed_length", "dry_sequence_breakers", "xtc_probability", "xtc_threshold"}
 )  # fmt: skip
 # Of OpenAI's service, and without a meaning for an engine of one's own; every client sends some of them.
 IGNORED = frozenset(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashserve_kernels import attention, embedding, kv_cache, linear, norm, rotary, sampling
+from flashserve_kernels import attention, embedding, kv_cache, linear, norm, penalties, rotary, sampling
 from flashserve_kernels.activation import Activation, activate, activate_and_mul, soft_cap_
 from flashserve_kernels.attention import AttentionBatch
 from flashserve_kernels.grouped import GroupedRows
@@ -185,6 +185,46 @@ class Ops:
     def mask_tokens_(self, logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
         """Rule out single tokens: ``logits[rows[i], tokens[i]] = -inf``. rows, tokens: int64, of one length."""
         sampling.mask_tokens_(logits, rows, tokens)
+
+    def add_bias_(self, logits: Tensor, rows: Tensor, tokens: Tensor, values: Tensor) -> None:
+        """``logits[rows[i], tokens[i]] += values[i]``; -inf rules a token out. rows, tokens: int64, values: float32, of
+        one length; a pair may occur several times."""
+        penalties.add_bias_(logits, rows, tokens, values)
+
+    def apply_penalties_(
+        self,
+        logits: Tensor,
+        slots: Tensor,
+        counts: Tensor,
+        in_prompt: Tensor,
+        repetition: Tensor,
+        presence: Tensor,
+        frequency: Tensor,
+    ) -> None:
+        """Penalise what the prompt and the output of a row's slot hold (``penalties.apply_penalties_``).
+
+        logits: [N, V]; slots: [N] int64, -1: no penalties; counts: [slots, V] int32; in_prompt: [slots, V] bool;
+        repetition, presence, frequency: [N] float32.
+        """
+        penalties.apply_penalties_(logits, slots, counts, in_prompt, repetition, presence, frequency)
+
+    def count_tokens_(self, counts: Tensor, slots: Tensor, tokens: Tensor) -> None:
+        """``counts[slots[r], tokens[r]] += 1``; slots: [R] int64, -1: not counted; tokens: [R] int64."""
+        penalties.count_tokens_(counts, slots, tokens)
+
+    def exclude_top_choices_(
+        self,
+        logits: Tensor,
+        rows: Tensor,
+        temperature: Tensor,
+        probability: Tensor,
+        threshold: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+    ) -> None:
+        """XTC (``penalties.exclude_top_choices_``). rows: [M] int64, all different; seeds, positions: [M] int64; the
+        others: [M] float32."""
+        penalties.exclude_top_choices_(logits, rows, temperature, probability, threshold, seeds, positions)
 
     _sample_rows = staticmethod(sampling.sample_rows)
     """What :meth:`sample` calls, with a keyword for each parameter."""

@@ -18,14 +18,15 @@ from flashserve_kernels.noise import gumbel_noise
 class Stage(IntFlag):
     """What may be done to a row of logits, in the order in which all ops do it. It is vLLM's:
 
-    1. what changes the logits of greedy rows, too: tokens are ruled out (``Ops.mask_tokens_``; later also lists of
-       allowed and of bad words), then biases are added, then penalties for repetition, frequency and presence;
+    1. what changes the logits of greedy rows, too: tokens are ruled out (bad words; ``Ops.mask_tokens_``), then biases
+       are added, then penalties for repetition, frequency and presence, then for repeated sequences (DRY);
     2. a row of temperature 0 takes the most probable token of these logits, and is done;
-    3. RANDOM: the others divide by their temperature;
+    3. RANDOM: the others divide by their temperature; with XTC their top choices are excluded;
     4. MIN_P, TOP_K, TOP_P: the tail of the distribution is cut off;
     5. RANDOM: a token is drawn from what is left.
 
-    A step says which stages any of its rows needs, and ops do no other. Log-probabilities, when there are any, are
+    A step says which stages any of its rows needs, and ops do no other. What 1 says, and XTC, is no stage but ops of
+    their own before the sampling (:mod:`flashserve_kernels.penalties`). Log-probabilities, when there are any, are
     those before the first stage.
     """
 

@@ -125,6 +125,21 @@ def test_a_stop_string_ends_one_sample_and_not_its_siblings(llm):
     assert free_blocks(llm) == llm.stats().total_blocks
 
 
+def test_penalties_biases_and_bans_by_name_or_as_sampling_params(llm):
+    plain = llm.generate("a b", GREEDY)[0]
+    token, another = plain.token_ids[0], 60
+    banned = llm.generate("a b", {**GREEDY, "logit_bias": {token: -100}, "presence_penalty": 2})[0]
+    assert token not in banned.token_ids
+    favourite = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logit_bias={another: 100.0})
+    assert llm.generate("a b", favourite)[0].token_ids == [another] * 4
+    word = llm.tokenizer.decode([another])
+    avoided = {"temperature": 0, "max_tokens": 9, "ignore_eos": True, "logit_bias": {another: 50}}
+    assert word not in llm.generate("a b", {**avoided, "bad_words": [word]})[0].text
+    assert word * 3 not in llm.generate("a b", {**avoided, "bad_words": [word * 3]})[0].text
+    with pytest.raises(InvalidArgument, match="logit_bias: token id 512 is not in the model's range"):
+        llm.generate("a b", {"logit_bias": {512: 1}})
+
+
 def test_more_samples_than_fit_are_refused(llm):
     with pytest.raises(InvalidArgument, match=r"n=5 samples .* do not fit: at most 4 do"):
         llm.generate("a", {**SAMPLED, "n": 5})

@@ -124,9 +124,16 @@ class FakeRunner:
             check(set(admission.end_token_ids) == oracle.ends, "wrong end tokens", admission)
             check(admission.params == oracle.message.params, "wrong params", admission)
             check(admission.seed == (admission.params.seed or 0) + admission.index, "wrong seed", admission)
+            self._check_known_tokens(admission, oracle)
             self.slots[admission.slot] = Slot(admission, oracle)
         names = [slot.name for slot in self.slots.values()]
         check(len(set(names)) == len(names), "a sequence has two slots", names)
+
+    def _check_known_tokens(self, admission: Admission, oracle: Oracle) -> None:
+        """Of what looks back prompt and output, of all others nothing."""
+        params, sampled = admission.params, self.sampled[name_of(admission.request_id, admission.index)]
+        known = oracle.tokens[: oracle.num_prompt + sampled] if params.penalizes or params.needs_known_tokens else []
+        check(admission.known_token_ids == known, "wrong known tokens", admission, known)
 
     def _check_shape(self, plan: SchedulerOutput) -> None:
         check(bool(plan.rows), "a step without rows", plan.step)
@@ -195,6 +202,9 @@ class FakeRunner:
         # A decode row brings no token: the runner reads its own last sample.
         tokens = row.token_ids[: row.num_tokens - drafts] or [slot.last_sample]
         check(tokens == slot.oracle.tokens[row.start : end - drafts], "wrong tokens", row, slot.last_sample)
+        check(
+            not slot.admission.params.needs_known_tokens or bool(row.token_ids), "needs to be told its last token", row
+        )
 
     def _check_fork(self, row: ScheduledRow, slot: Slot) -> None:
         """It begins where its parent's prompt ends, in this very step, with the full blocks of the prompt."""
@@ -235,10 +245,10 @@ class FakeRunner:
 
     def _check_decodes_go_on(self, plan: SchedulerOutput) -> None:
         """Every sequence that decodes has a row in every step, unless the sample in flight reaches its limit, or it
-        drafts on samples that are in flight."""
+        looks back or drafts on samples that are in flight."""
         chosen = {row.slot for row in plan.rows}
-        awaited = self.run_ahead and self.drafts
         for index, slot in self.slots.items():
             at_limit = slot.end == slot.oracle.limit - 1
             left_out = slot.last_sample is not None and index not in chosen and not at_limit
+            awaited = self.run_ahead and (self.drafts or slot.admission.params.needs_known_tokens)
             check(not left_out or awaited, "a decode was left out", slot)

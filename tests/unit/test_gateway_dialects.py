@@ -175,7 +175,7 @@ async def test_generate_streams_the_first_tokens_time_the_text_and_its_end():
         assert (done, last) == ('event: done\ndata: {"tokens":2}', "")
         assert gateway.engine.asked[0].sampling["max_tokens"] == 5
         for wrong in ({}, {"prompt": ""}, {"prompt": "a", "max_new_tokens": 0}, {"prompt": "a", "max_tokens": 5},
-                      {"prompt": "a", "repetition_penalty": 1.2}):  # fmt: skip
+                      {"prompt": "a", "repetition_penalty": 1.2, "best_of": 2}):  # fmt: skip
             assert (await gateway.http.post("/v1/generate", json=wrong)).status_code == 400
         assert (await gateway.http.get("/model")).json() == {"model_id": "demo", "loaded_models": ["demo"]}
 

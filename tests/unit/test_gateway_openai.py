@@ -173,8 +173,7 @@ def test_every_field_of_openais_api_has_its_place(params: type, own: frozenset[s
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("logprobs", True), ("logprobs", 0), ("top_logprobs", 0), ("presence_penalty", 0.5),
-        ("frequency_penalty", -1), ("repetition_penalty", 1.1), ("logit_bias", {"5": 3}),
+        ("logprobs", True), ("logprobs", 0), ("top_logprobs", 0),
         ("response_format", {"type": "json_object"}), ("tool_choice", "required"),
         ("tool_choice", {"type": "function", "function": {"name": "f"}}), ("audio", {"voice": "x"}),
         ("modalities", ["text", "audio"]), ("functions", [{"name": "f"}]), ("reasoning_effort", "high"),
@@ -187,6 +186,15 @@ async def test_what_the_engine_lacks_is_refused_by_name(field: str, value: objec
     assert response.json()["error"]["param"] == field
     assert response.json()["error"]["code"] == "unsupported_parameter"
     assert not gateway.engine.asked
+
+
+async def test_penalties_biases_and_bans_go_to_the_engine_as_they_are():
+    wishes = {"presence_penalty": 0.5, "frequency_penalty": -1, "repetition_penalty": 1.1, "logit_bias": {"5": 3},
+              "bad_words": ["no"], "dry_multiplier": 0.8, "xtc_probability": 0.5}  # fmt: skip
+    async with gate() as gateway:
+        assert (await gateway.chat(**wishes)).status_code == 200
+        sampling = gateway.engine.asked[0].sampling
+    assert {name: sampling.get(name) for name in wishes} == wishes
 
 
 async def test_what_means_nothing_special_is_taken():

@@ -67,9 +67,14 @@ def test_model_json_comes_before_the_file_and_also_without_it():
     assert read_generation_defaults({}, overrides).parameters == {"temperature": 0.1, "max_tokens": 5}
 
 
-@pytest.mark.parametrize("override", [{"repetition_penalty": 1.2}, {"temprature": 0.5}, {"eos_token_id": 5}])
+@pytest.mark.parametrize("override", [{"length_penalty": 1.2}, {"temprature": 0.5}, {"eos_token_id": 5}])
 def test_an_override_that_is_not_honoured_is_refused(override):
     """Unlike what the model's own file says, which somebody else wrote."""
     with pytest.raises(ConfigError, match=f"override_generation_config: {next(iter(override))}="):
         read_generation_defaults({}, override)
-    assert read_generation_defaults({}, {"repetition_penalty": 1.0, "temprature": None}).parameters == {}
+    assert read_generation_defaults({}, {"temprature": None}).parameters == {}
+
+
+def test_repetition_penalty_is_a_default_as_in_vllm():
+    assert read_generation_defaults({"repetition_penalty": 1.1}).parameters == {"repetition_penalty": 1.1}
+    assert read_generation_defaults({}, {"repetition_penalty": 1.2}).parameters == {"repetition_penalty": 1.2}

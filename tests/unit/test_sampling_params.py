@@ -80,6 +80,13 @@ def test_a_number_as_id_is_its_text():
         ({"seed": ""}, "seed", None),
         ({"stop": ""}, "stop", ()),
         ({"max_tokens": ""}, "max_tokens", None),
+        ({"presence_penalty": "-2"}, "presence_penalty", -2.0),
+        ({"repetition_penalty": 1}, "repetition_penalty", 1.0),
+        ({"logit_bias": {"5": -100, 6: "0.5"}}, "logit_bias", {5: -100.0, 6: 0.5}),
+        ({"logit_bias": '{"5": 1}'}, "logit_bias", {5: 1.0}),
+        ({"bad_words": '["a", "b"]'}, "bad_words", ("a", "b")),
+        ({"bad_words": "a"}, "bad_words", ("a",)),
+        ({"dry_sequence_breakers": "[]"}, "dry_sequence_breakers", ()),
     ],
 )
 def test_values_are_coerced_to_the_parameters_type(given, field, value):
@@ -151,6 +158,32 @@ def test_values_are_coerced_to_the_parameters_type(given, field, value):
         ({5: 5}, "unknown parameter '5'"),
         ({"n": 0}, r"n must be an integer in \[1, 128\], not 0"),
         ({"n": "129"}, r"n must be an integer in \[1, 128\], not '129'"),
+        ({"presence_penalty": 2.1}, r"presence_penalty must be a number in \[-2, 2\], not 2.1"),
+        ({"presence_penalty": False}, r"presence_penalty must be a number in \[-2, 2\], not False"),
+        ({"frequency_penalty": "-2.5"}, r"frequency_penalty must be a number in \[-2, 2\], not '-2.5'"),
+        ({"repetition_penalty": 0}, r"repetition_penalty must be a number in \(0, 1000\], not 0"),
+        ({"repetition_penalty": -1}, r"repetition_penalty must be a number in \(0, 1000\], not -1"),
+        (
+            {"logit_bias": {"5": 101}},
+            r"logit_bias must be an object of at most 1024 token ids.* \[-100, 100\], not .'5'",
+        ),
+        ({"logit_bias": {"5": float("nan")}}, r"logit_bias must be .*\[-100, 100\]"),
+        ({"logit_bias": {"-5": 1}}, r"logit_bias must be .*\[-100, 100\]; one entry is '-5': 1"),
+        ({"logit_bias": {"x": 1}}, r"logit_bias must be .*\[-100, 100\]; one entry is 'x': 1"),
+        ({"logit_bias": {"5": "x"}}, r"logit_bias must be .*; one entry is '5': 'x'"),
+        ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias must be .*; one entry is '05': 2"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias must be .*, not a dict of 1025 entries"),
+        ({"logit_bias": [5]}, "logit_bias must be an object"),
+        ({"logit_bias": "5"}, "logit_bias must be an object"),
+        ({"bad_words": [""]}, "bad_words must be .*; one entry is ''"),
+        ({"bad_words": ["x"] * 257}, "bad_words must be .* at most 256 strings"),
+        ({"bad_words": [5]}, "bad_words must be .*; one entry is 5"),
+        ({"dry_multiplier": -0.1}, r"dry_multiplier must be a number in \[0, 100\], not -0.1"),
+        ({"dry_base": 0.9}, r"dry_base must be a number in \[1, 4\], not 0.9"),
+        ({"dry_allowed_length": 0}, r"dry_allowed_length must be an integer in \[1, 50\], not 0"),
+        ({"dry_sequence_breakers": ["x" * 65]}, "dry_sequence_breakers must be .* each of 1 to 64 characters"),
+        ({"xtc_probability": 1.1}, r"xtc_probability must be a number in \[0, 1\], not 1.1"),
+        ({"xtc_threshold": "-1"}, r"xtc_threshold must be a number in \[0, 1\], not '-1'"),
     ],
 )
 def test_refusals_name_the_field_its_range_and_the_value(given, words):
@@ -166,13 +199,7 @@ def test_refusals_name_the_field_its_range_and_the_value(given, words):
         ({"logprobs": 0}, "logprobs=0 is not supported; only false is"),  # 0 asks for the chosen token's
         ({"logprobs": 5}, "logprobs=5"),
         ({"prompt_logprobs": 1}, "prompt_logprobs=1"),
-        ({"presence_penalty": 0.5}, "presence_penalty=0.5 is not supported; only 0 is"),
-        ({"frequency_penalty": 1}, "frequency_penalty=1"),
-        ({"repetition_penalty": 0}, "repetition_penalty=0 is not supported; only 1 is"),
-        ({"presence_penalty": False}, "presence_penalty=False"),
-        ({"logit_bias": {"5": 1}}, "logit_bias="),
         ({"allowed_token_ids": []}, r"allowed_token_ids=\[\] is not supported$"),
-        ({"bad_words": ["x"]}, "bad_words="),
         ({"structured_outputs": {"json": {}}}, "structured_outputs="),
         ({"guided_regex": "null"}, "guided_regex='null'"),
         ({"guided_json": {}}, "guided_json="),
@@ -246,3 +273,5 @@ def test_any_values_give_parameters_in_range_or_an_invalid_argument(values):
     assert all(stop.encode() for stop in sampling.stop)
     assert all(type(i) is int for i in (*sampling.stop_token_ids, *(options.prompt_token_ids or ()), options.priority))
     assert options.timeout_s is None or options.timeout_s > 0
+    assert all(type(token) is int and -100 <= bias <= 100 for token, bias in sampling.logit_bias.items())
+    assert 0 < sampling.repetition_penalty <= 1000 and 1 <= sampling.dry_base <= 4

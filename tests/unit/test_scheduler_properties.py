@@ -100,8 +100,8 @@ class World:
                 self.release(request_id)
         live = [o for r, o in engine.oracles.items() if r not in engine.ended]
         # Each step brings the oldest of the best priority on; that bounds the steps, however much is recomputed. What
-        # drafts does not run ahead.
-        bound = (1 + (engine.runner.drafts and engine.runner.run_ahead)) * sum(len(o.tokens) + 3 for o in live) + 10
+        # drafts or looks back does not run ahead.
+        bound = (1 + engine.runner.run_ahead) * sum(len(o.tokens) + 3 for o in live) + 10
         while engine.scheduler.has_requests:
             check(bound > 0, "livelock", engine.scheduler.stats())
             self.step()
@@ -170,6 +170,8 @@ class Life(RuleBasedStateMachine):
         stops=st.lists(st.integers(2, 96), max_size=12),
         n=st.sampled_from([1, 1, 2, 3]),
         holds=st.sampled_from([(), (), (), ("a grammar",), ("a grammar", "an image")]),
+        presence_penalty=st.sampled_from([0.0, 0.0, 1.0]),
+        dry_multiplier=st.sampled_from([0.0, 0.0, 1.0]),
     )
     def add(self, max_tokens: int | None, min_tokens: int, wait: int | None, stops: list[int], **more: object) -> None:
         self.world.add(
@@ -233,7 +235,7 @@ TestLife = Life.TestCase
 
 def crowded_life(seed: int, steps: int, run_ahead: bool, caching: bool, drafts: bool) -> World:
     """Some hundred requests on few blocks; the rates change, so that queues fill and drain again."""
-    rng = random.Random(seed)
+    rng, wishes = random.Random(seed), random.Random(-seed)
     seqs = rng.choice([2, 4, 8, 16])
     world = World(
         num_blocks=rng.choice([12, 20, 40]),
@@ -267,6 +269,8 @@ def crowded_life(seed: int, steps: int, run_ahead: bool, caching: bool, drafts: 
                 stop_token_ids=tuple(rng.sample(range(2, 97), rng.choice([0, 5]))),
                 n=rng.choice([1, 1, 1, 2, 4]),
                 holds=rng.choice([(), (), (), ("a grammar",)]),
+                presence_penalty=wishes.choice([0, 0, 1]),
+                dry_multiplier=wishes.choice([0, 0, 1]),
             )
         if world.engine.oracles and rng.random() < 0.03:
             world.abort(rng.randrange(world.engine.num_requests))

@@ -134,12 +134,6 @@ def test_generation_defaults_are_the_samplings_and_no_more(tmp_path):
     }
 
 
-def test_defaults_that_are_not_supported_are_logged(tmp_path, caplog):
-    (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.1}')
-    assert read_generation_defaults(read_model_card(tmp_path).generation_config) == GenerationDefaults()
-    assert "repetition_penalty=1.1" in caplog.text
-
-
 def test_the_stub_process_imports_neither_torch_nor_transformers():
     code = (
         "import sys, flashserve.frontend.request_parser, flashserve.text.output\n"

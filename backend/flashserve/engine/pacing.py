@@ -31,7 +31,7 @@ class PrefillPacing:
 
     def observe(self, plan: SchedulerOutput, seconds: float) -> None:
         """Take note of a finished step."""
-        decodes = sum(row.is_decode for row in plan.rows)
+        decodes = sum(row.num_tokens == 1 for row in plan.rows)  # or a prompt's last token, which takes as long
         prompt_tokens = plan.num_tokens - decodes
         if not prompt_tokens:
             self._decode_s = _smoothed(self._decode_s, seconds)

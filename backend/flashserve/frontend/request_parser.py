@@ -31,6 +31,7 @@ from flashserve.text.generation_defaults import GenerationDefaults, read_generat
 from flashserve.text.prompt import check_prompt, check_vocabulary, stop_at_special_tokens
 from flashserve.text.strict_json import parse_object
 from flashserve.text.tokenizer import Tokenizer
+from flashserve.text.words import with_word_ids
 
 FLAGS = tuple(spec.name for spec in INPUTS if spec.dtype == "BOOL")
 PROMPTS = ("text_input", "chat_request", "tokenize_request", "embedding_request")
@@ -177,8 +178,12 @@ def parse(request: RawRequest, context: ParserContext, internal_id: int) -> Pars
     message = GenerateRequest(
         request_id=internal_id,
         prompt_token_ids=token_ids,
-        params=stop_at_special_tokens(
-            _with_max_tokens(parameters.sampling, source, len(token_ids), context), context.tokenizer
+        params=with_word_ids(
+            stop_at_special_tokens(
+                _with_max_tokens(parameters.sampling, source, len(token_ids), context), context.tokenizer
+            ),
+            context.tokenizer,
+            context.limits,
         ),
         arrival=arrival,
         priority=options.priority,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from flashserve.runner.device import Device
 from flashserve.runner.device_queue import DeviceQueue, Download
 from flashserve.runner.input_builder import Arrangement, InputBuilder
 from flashserve.runner.kv_cache import kv_cache_spec
+from flashserve.runner.logits_processor import LogitsProcessor
 from flashserve.runner.slots import SlotTable
 from flashserve.runner.staging import StepSizes
 from flashserve.runner.step_model import StepModel
@@ -48,6 +50,7 @@ class ModelRunner:
         self.run_ahead = queue.run_ahead
         self._slots = SlotTable.for_engine(resolved, device.torch_device, late=queue.run_ahead)
         self._builder = InputBuilder(self._slots, resolved.block_size)
+        self._processor = LogitsProcessor(resolved.max_num_seqs, resolved.model.vocab_size, ops, device.torch_device)
         spec = kv_cache_spec(resolved.config, resolved.model)
         self.step_model = StepModel.build(model, ops, spec, resolved.num_blocks, self._slots)
         device.synchronize()  # the queue's streams are older than the cache, whose zeros may still be on their way
@@ -61,6 +64,7 @@ class ModelRunner:
         """Start the step; on a CPU it is done on return."""
         if self._closed:
             raise RuntimeError("the runner is closed")
+        self._processor.follow(plan)
         step = self._builder.arrange(plan)
         queue, sampler = self._steps.queue, self._slots.sampler
         stages = sampler.stages(step.sample_slots)
@@ -79,7 +83,11 @@ class ModelRunner:
         early = self._slots.early_ends(step.sample_slots, step.sample_positions)
         if early is not None:
             queue.run(lambda: self._ops.mask_tokens_(logits, *map(queue.to_device, early)))
-        return StepHandle(len(plan.rows), step.plan_rows, queue.download(self._steps.sample(stages)))
+        counted = self._processor.apply(queue, logits, step)
+        tokens = self._steps.sample(stages)
+        if counted is not None:
+            self._processor.count(queue, counted, tokens)
+        return StepHandle(len(plan.rows), step.plan_rows, queue.download(tokens))
 
     def wait(self, handle: StepHandle) -> StepResult:
         """The samples, on the host."""
@@ -147,8 +155,9 @@ class ModelRunner:
                 if length <= max_blocks * resolved.block_size:
                     # Its keys and values go to block 0, over each other.
                     row = ScheduledRow(0, 0, 0, length, [0] * length, [], 1)
-                    steps.logits(builder.arrange(SchedulerOutput(0, [], [row], length, [])))
+                    logits = steps.logits(builder.arrange(SchedulerOutput(0, [], [row], length, [])))
                     steps.sample(model.every_stage)
+                    self._steps.queue.run(partial(self._processor.compile, logits))
             self._device.synchronize()
 
 

@@ -33,21 +33,23 @@ class Column:
     """What reads it; a request needs the stage if its value is not neutral."""
 
 
-def _temperature(admission: Admission) -> float:
+def temperature_of(admission: Admission) -> float:
+    """0 is greedy."""
     temperature = admission.params.temperature
     return temperature if temperature >= GREEDY_BELOW else 0.0
 
 
-def _seed(admission: Admission) -> np.int64:
+def seed_of(admission: Admission) -> np.int64:
+    """The seed in force, as the noise takes it."""
     return np.uint64(admission.seed & 0xFFFF_FFFF_FFFF_FFFF).astype(np.int64)
 
 
 COLUMNS = (
-    Column("temperature", torch.float32, 0.0, _temperature, Stage.RANDOM),
+    Column("temperature", torch.float32, 0.0, temperature_of, Stage.RANDOM),
     Column("min_p", torch.float32, 0.0, lambda admission: admission.params.min_p, Stage.MIN_P),
     Column("top_k", torch.int64, 0, lambda admission: max(0, admission.params.top_k), Stage.TOP_K),
     Column("top_p", torch.float32, 1.0, lambda admission: admission.params.top_p, Stage.TOP_P),
-    Column("seed", torch.int64, 0, _seed, Stage.RANDOM),
+    Column("seed", torch.int64, 0, seed_of, Stage.RANDOM),
 )
 _NOT_GREEDY = Stage.RANDOM | Stage.MIN_P | Stage.TOP_K | Stage.TOP_P
 """Stages that a greedy row never comes to."""
@@ -78,7 +80,7 @@ class SamplerState:
     def admit(self, admission: Admission) -> None:
         """Start a slot afresh."""
         slot, stages = admission.slot, Stage(0)
-        greedy = _temperature(admission) == 0
+        greedy = temperature_of(admission) == 0
         for column in COLUMNS:
             unread = greedy and column.stage in _NOT_GREEDY
             self._host[column.name][slot] = column.neutral if unread else column.of(admission)

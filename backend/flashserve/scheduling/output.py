@@ -27,6 +27,8 @@ class Admission(msgspec.Struct, frozen=True, array_like=True):
     """Tokens that would end the sequence; the sampler masks them for the first ``params.min_tokens`` samples."""
     index: int = 0
     """Which of the request's sequences."""
+    known_token_ids: list[int] = []
+    """Prompt and what was generated, of a sequence that is penalised or needs its known tokens; else empty."""
 
 
 class ScheduledRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -41,7 +43,8 @@ class ScheduledRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
     start: int
     num_tokens: int
     token_ids: list[int]
-    """The tokens to compute; empty for a decode row: the runner reads its own last sample of the slot."""
+    """The tokens to compute; empty for a decode row: the runner reads its own last sample of the slot. A sequence that
+    needs its known tokens gets them all, and so no row before its last sample is known."""
     new_block_ids: list[int]
     """Appended to the slot's block table (the whole table with the first row after an admission)."""
     num_logits: int

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from flashserve.protocol import GenerateRequest, RequestTimings
 from flashserve.scheduling.block_manager import BlockHash
+from flashserve.scheduling.output import Admission
 from flashserve.scheduling.sequence import Sequence, Terms
 
 Hold = str
@@ -61,6 +62,7 @@ class Request:
             max_total_tokens=max_total_tokens(message, max_model_len),
             end_token_ids=frozenset(ends),
             hash_root=root,
+            needs_known_tokens=params.needs_known_tokens,
         )
         first = Sequence(terms, 0, list(message.prompt_token_ids))
         forks = [Sequence(terms, index, []) for index in range(1, params.n)]
@@ -79,6 +81,12 @@ class Request:
     def num_pending(self) -> int:
         """Rows in flight."""
         return sum(sequence.num_pending for sequence in self.sequences)
+
+    def admissions(self) -> list[Admission]:
+        """What the runner is told when the sequences take their slots. One that has not forked off yet knows what the
+        first one knows: its prompt."""
+        first = self.sequences[0].token_ids
+        return [sequence.admission(sequence.token_ids or first) for sequence in self.live]
 
     def timings(self) -> RequestTimings:
         return RequestTimings(

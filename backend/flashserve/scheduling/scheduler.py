@@ -175,12 +175,16 @@ class Scheduler:
             drafts_left = self.config.max_num_batched_tokens - len(decoding)
         num_drafts = 0
         for slot, sequence in decoding.items():
-            if sequence.num_pending and (self._drafter is not None or sequence.awaits_last_sample):
-                continue  # what it would draft on is in flight, or the last sample is
+            looks_back = sequence.terms.needs_known_tokens
+            if sequence.num_pending and (looks_back or self._drafter is not None or sequence.awaits_last_sample):
+                continue  # what it looks back on or would draft on is in flight, or the last sample is
             start = sequence.num_computed_tokens
             new_blocks = self._running.grow(sequence) if start == sequence.writable_end else NO_IDS
             token_ids, count = NO_IDS, 1
-            if drafts_left and (drafts := self._draft(sequence, drafts_left)):
+            if looks_back:
+                token_ids = sequence.token_ids[-1:]
+                self._running.register(sequence, start, start + 1)
+            elif drafts_left and (drafts := self._draft(sequence, drafts_left)):
                 token_ids = [sequence.token_ids[-1], *drafts]
                 count = len(token_ids)
                 num_drafts += len(drafts)
@@ -230,7 +234,7 @@ class Scheduler:
             sequence.passed_over += 1  # until it gets a row
         while budget > 0:
             while (admitted := self._admission.admit(now)) is not None:
-                admissions += [sequence.admission() for sequence in admitted.live]
+                admissions += admitted.admissions()
                 self._note_admission(admitted, now)
             if not prefilling:
                 break

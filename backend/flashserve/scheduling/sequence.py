@@ -25,6 +25,8 @@ class Terms:
     """A sequence ends when it has this many tokens."""
     end_token_ids: frozenset[int]
     hash_root: BlockHash
+    needs_known_tokens: bool
+    """Of ``params``; asked for each step's row."""
 
 
 @dataclass(slots=True, eq=False)
@@ -92,9 +94,11 @@ class Sequence:
             hashes.append(chain_hash(parent, self.token_ids[index * block_size : (index + 1) * block_size]))
         return hashes[:count]
 
-    def admission(self) -> Admission:
-        """What the runner is told when the sequence takes its slot."""
+    def admission(self, known_token_ids: list[int]) -> Admission:
+        """What the runner is told when the sequence takes its slot. known_token_ids: its own, or those of the sequence
+        that it will fork off."""
         terms = self.terms
+        looks_back = terms.params.penalizes or terms.params.needs_known_tokens
         assert self.slot is not None
         return Admission(
             request_id=terms.request_id,
@@ -104,4 +108,5 @@ class Sequence:
             num_prompt_tokens=terms.num_prompt_tokens,
             end_token_ids=tuple(terms.end_token_ids),
             index=self.index,
+            known_token_ids=list(known_token_ids) if looks_back else [],
         )

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from flashserve.errors import ConfigError
-
-log = logging.getLogger(__name__)
 
 # Name in the file -> name of the parameter.
 NAMES = {
@@ -17,9 +14,9 @@ NAMES = {
     "top_k": "top_k",
     "top_p": "top_p",
     "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
-NEUTRAL = {"repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True)
@@ -43,9 +40,6 @@ def read_generation_defaults(
     """
     _check_overrides(overrides or {})
     values = {**generation_config, **(overrides or {})}
-    for name, neutral in NEUTRAL.items():
-        if values.get(name) not in (None, neutral):
-            log.warning("the model's generation_config sets %s=%r, which is not supported", name, values[name])
     parameters = {ours: values[theirs] for theirs, ours in NAMES.items() if values.get(theirs) is not None}
     max_length = values.get("max_length")
     if max_length is not None and (type(max_length) is not int or max_length < 1):
@@ -56,7 +50,7 @@ def read_generation_defaults(
 def _check_overrides(overrides: Mapping[str, Any]) -> None:
     """What a user writes into model.json is honoured or refused; a file that came with the model is taken as it is."""
     for name, value in overrides.items():
-        if value is None or name in NAMES or name == "max_length" or (name in NEUTRAL and value == NEUTRAL[name]):
+        if value is None or name in NAMES or name == "max_length":
             continue
         known = ", ".join((*NAMES, "max_length"))
         raise ConfigError(f"override_generation_config: {name}={value!r} is not supported; it takes {known}")

@@ -122,5 +122,20 @@ class NativeOps(Ops):
     ) -> Tensor:
         return attention.paged_attention(self._pool, q, cache, batch, scale, window, softcap)
 
+    def apply_penalties_(
+        self,
+        logits: Tensor,
+        slots: Tensor,
+        counts: Tensor,
+        in_prompt: Tensor,
+        repetition: Tensor,
+        presence: Tensor,
+        frequency: Tensor,
+    ) -> None:
+        sampling.apply_penalties_(self._pool, logits, slots, counts, in_prompt, repetition, presence, frequency)
+
+    def count_tokens_(self, counts: Tensor, slots: Tensor, sampled: Tensor) -> None:
+        sampling.count_tokens_(self._pool, counts, slots, sampled)
+
     def sample(self, logits: Tensor, slots: Tensor, positions: Tensor, state: SamplerColumns, stages: Stage) -> Tensor:
         return sampling.sample_rows(self._pool, logits, slots, positions, stages, **state)

@@ -95,14 +95,7 @@ def apply_penalties_(
     presence: Tensor,
     frequency: Tensor,
 ) -> Tensor:
-    """Penalise what was said before, in place, as vLLM does.
-
-    A token of the prompt or of the output: its logit is divided by ``repetition`` if positive, else multiplied with
-    it (Keskar et al., 2019). A token of the output: less ``frequency`` times its count, less ``presence``.
-
-    logits: [N, V]; slots: [N] int64, negative: no penalties; counts: [S, V] int32, generated tokens; in_prompt: [S, V]
-    bool; repetition (1 is off), presence, frequency (0 is off): [N] float32. Returns logits.
-    """
+    """As :func:`flashserve_kernels.penalties.apply_penalties_`."""
     _check_logits(logits)
     _check_table(counts, torch.int32, logits.shape[1])
     _check_table(in_prompt, torch.bool, logits.shape[1])
@@ -116,10 +109,7 @@ def apply_penalties_(
 
 
 def count_tokens_(pool: Pool, counts: Tensor, slots: Tensor, tokens: Tensor) -> Tensor:
-    """``counts[slots[r], tokens[r]] += 1`` where ``slots[r] >= 0``; a pair may occur several times.
-
-    counts: [S, V] int32; slots, tokens: [R] int64. Returns counts.
-    """
+    """As :func:`flashserve_kernels.penalties.count_tokens_`."""
     _check_table(counts, torch.int32, counts.shape[1])
     _check_vector(slots, torch.int64)
     _check_vector(tokens, torch.int64)

@@ -10,7 +10,7 @@ from torch import Tensor
 from flashserve_kernels import kv_cache
 from flashserve_kernels.activation import Activation
 from flashserve_kernels.attention import AttentionBatch
-from flashserve_kernels.gpu import attention, block_copy, embedding, norm, rope_cache, sampling
+from flashserve_kernels.gpu import attention, block_copy, embedding, norm, penalties, rope_cache, sampling
 from flashserve_kernels.gpu.activation import activate, activate_and_mul, soft_cap_
 from flashserve_kernels.kv_cache import KVCacheSpec, KVLayer
 from flashserve_kernels.ops import Ops
@@ -94,5 +94,20 @@ class TritonOps(Ops):
         softcap: float | None = None,
     ) -> Tensor:
         return attention.paged_attention(q, cache, batch, scale, window, softcap)
+
+    def apply_penalties_(
+        self,
+        logits: Tensor,
+        slots: Tensor,
+        counts: Tensor,
+        in_prompt: Tensor,
+        repetition: Tensor,
+        presence: Tensor,
+        frequency: Tensor,
+    ) -> None:
+        penalties.apply_penalties_(logits, slots, counts, in_prompt, repetition, presence, frequency)
+
+    def count_tokens_(self, counts: Tensor, slots: Tensor, tokens: Tensor) -> None:
+        penalties.count_tokens_(counts, slots, tokens)
 
     _sample_rows = staticmethod(sampling.sample_rows)

@@ -73,14 +73,7 @@ def apply_penalties_(
     presence: Tensor,
     frequency: Tensor,
 ) -> Tensor:
-    """Penalise what was said before, in place, as vLLM does (`vllm/model_executor/layers/utils.py`).
-
-    A token of the prompt or of the output: its logit is divided by ``repetition`` if positive, else multiplied with
-    it (Keskar et al., 2019). A token of the output: less ``frequency`` times its count, less ``presence``.
-
-    logits: [N, V], any dtype; slots: [N] int64, negative: no penalties; counts: [S, V] int32, generated tokens;
-    in_prompt: [S, V] bool; repetition (1 is off), presence, frequency (0 is off): [N] float32. Returns logits.
-    """
+    """As :func:`flashserve_kernels.penalties.apply_penalties_`."""
     num_rows, vocab = logits.shape
     if num_rows:
         launch(
@@ -102,42 +95,13 @@ def apply_penalties_(
     return logits
 
 
-def apply_penalties_reference_(
-    logits: Tensor,
-    slots: Tensor,
-    counts: Tensor,
-    in_prompt: Tensor,
-    repetition: Tensor,
-    presence: Tensor,
-    frequency: Tensor,
-) -> Tensor:
-    """:func:`apply_penalties_` in torch."""
-    rows = (slots >= 0).nonzero()[:, 0]
-    x, count = logits[rows].float(), counts[slots[rows]]
-    factor = repetition[rows, None]
-    x = torch.where((count > 0) | in_prompt[slots[rows]], torch.where(x > 0, x / factor, x * factor), x)
-    x = x - frequency[rows, None] * count - torch.where(count > 0, presence[rows, None], 0)
-    logits[rows] = x.to(logits.dtype)
-    return logits
-
-
 def count_tokens_(counts: Tensor, slots: Tensor, tokens: Tensor) -> Tensor:
-    """``counts[slots[r], tokens[r]] += 1`` where ``slots[r] >= 0``; a pair may occur several times.
-
-    counts: [S, V] int32; slots, tokens: [R] int64. Returns counts.
-    """
+    """As :func:`flashserve_kernels.penalties.count_tokens_`."""
     num_rows = slots.numel()
     if num_rows:
         grid = (triton.cdiv(num_rows, _ROWS),)
         launch(count_tokens_kernel, grid, counts, slots, tokens, counts.stride(0), num_rows, BLOCK=_ROWS)
     return counts
-
-
-def count_tokens_reference_(counts: Tensor, slots: Tensor, tokens: Tensor) -> Tensor:
-    """:func:`count_tokens_` in torch."""
-    used = slots >= 0
-    one = counts.new_ones(int(used.sum()))
-    return counts.index_put_((slots[used], tokens[used]), one, accumulate=True)
 
 
 def variants(properties: GPUProperties, shape: ModelShape) -> Iterator[Variant]:

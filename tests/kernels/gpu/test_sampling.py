@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flashserve_kernels import noise as reference_noise
+from flashserve_kernels import penalties as reference_penalties
 from flashserve_kernels import sampling as reference
 from flashserve_kernels.gpu import logprobs, noise, penalties, sampling
 
@@ -249,7 +250,7 @@ def test_penalties(dtype, device):
     presence = torch.tensor([0.0, 0.0, 0.5, 0.0, 0.5, -0.4])
     frequency = torch.tensor([0.0, 0.0, 0.0, 0.7, 0.7, 0.3])
     arguments = slots, counts, in_prompt, repetition, presence, frequency
-    expected = penalties.apply_penalties_reference_(logits.clone(), *arguments)
+    expected = reference_penalties.apply_penalties_(logits.clone(), *arguments)
     actual = penalties.apply_penalties_(logits.clone().to(device), *(x.to(device) for x in arguments)).cpu()
     torch.testing.assert_close(actual, expected, rtol=2e-7 if dtype == torch.float32 else 0, atol=1e-7)
     assert torch.equal(actual[[0, 4]], logits[[0, 4]])
@@ -264,7 +265,7 @@ def test_penalties(dtype, device):
 def test_tokens_are_counted(device):
     counts = torch.randint(0, 5, (4, 300), generator=torch.Generator().manual_seed(10), dtype=torch.int32)
     slots, tokens = torch.tensor([2, -1, 0, 2, 2] * 40), torch.tensor([7, 7, 299, 7, 8] * 40)
-    expected = penalties.count_tokens_reference_(counts.clone(), slots, tokens)
+    expected = reference_penalties.count_tokens_(counts.clone(), slots, tokens)
     assert int((expected - counts).sum()) == 160 and int(expected[2, 7] - counts[2, 7]) == 80
     actual = penalties.count_tokens_(counts.clone().to(device), slots.to(device), tokens.to(device))
     assert torch.equal(actual.cpu(), expected)
