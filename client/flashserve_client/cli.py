@@ -16,7 +16,7 @@ from .connect import DEFAULT_URL
 from .errors import FlashserveError, InvalidRequest
 from .request import DEFAULT_MAX_TOKENS, DEFAULT_MODEL, Prompt
 from .sync_client import Client
-from .terminal import describe, explain, fail, show, write
+from .terminal import answers, describe, explain, fail, show, write
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 _PREFERRED = (DEFAULT_MODEL, "demo")
@@ -44,6 +44,9 @@ def add_commands(subparsers: Any) -> None:
     generate.add_argument("prompt", nargs="?", help="the text to continue (default: standard input)")
     generate.add_argument("--chat", action="store_true", help="the text is a question, which the model answers")
     generate.add_argument("--json", action="store_true", help="print the whole result as one JSON object, at the end")
+    generate.add_argument(
+        "-n", type=int, metavar="N", help="so many answers to the same text, printed one after the other at their end"
+    )
     generate.add_argument("--no-stream", action="store_true", help="print the answer at its end, not as it comes")
     _add_common(generate)
     generate.set_defaults(run=run_generate)
@@ -123,17 +126,18 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def _generate(client: Client, text: str, args: argparse.Namespace) -> int:
-    model, params = choose_model(client, args.model), sampling_params(args)
+    model, params = choose_model(client, args.model), {**sampling_params(args), "n": args.n}
+    whole = args.json or args.no_stream or args.n is not None  # pieces of several answers would mix
     prompt: Prompt = [{"role": "user", "content": text}] if args.chat else text
-    if args.json or args.no_stream:
+    if whole:
         result = client.generate(prompt, model=model, **params)
-        write((json.dumps(asdict(result), ensure_ascii=False) if args.json else result.text) + "\n")
+        write((json.dumps(asdict(result), ensure_ascii=False) if args.json else answers(result)) + "\n")
     else:
         with client.stream(prompt, model=model, **params) as stream:
             show(stream)
             result = stream.result
     if args.stats:
-        print(describe(result, streamed=not (args.json or args.no_stream)), file=sys.stderr)
+        print(describe(result, streamed=not whole), file=sys.stderr)
     return 0
 
 

@@ -25,6 +25,8 @@ class Terms:
     """A sequence ends when it has this many tokens."""
     end_token_ids: frozenset[int]
     hash_root: BlockHash
+    reads_cache: bool = True
+    """Whether it may skip what the prefix cache holds: not where hidden states of all tokens are asked for."""
 
 
 @dataclass(slots=True, eq=False)

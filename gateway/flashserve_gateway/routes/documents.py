@@ -53,4 +53,5 @@ SAMPLING: dict[str, Any] = {
     "stop": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
     "top_k": {"type": "integer"},
     "min_p": {"type": "number"},
+    "return_progress": {"type": "boolean", "default": False},
 }
