@@ -64,7 +64,7 @@ def test_a_prompt_may_fill_the_context():
         ('{"input": 5}', "input must be a string or a list of token ids, not 5"),
         ('{"input": ""}', "embedding_request.input is empty"),
         ('{"input": []}', "embedding_request.input is empty"),
-        ('{"input": ["a"]}', "one entry is 'a'"),
+        ('{"input": ["a"]}', "^embedding_request.input must be a list of integers .*; one entry is 'a'"),
         ('{"input": [[1]]}', r"one entry is \[1\]"),
         ('{"input": [-1]}', "one entry is -1"),
         ('{"input": [100000]}', "embedding_request.input: token id 100000 is not in the model's range"),

@@ -97,8 +97,9 @@ async def test_what_is_wrong_is_named(engine, body, param, words):
 
 async def test_what_the_engine_refuses():
     async with gate(MemoryTransport(fails(InvalidRequest("pooling_params.dimensions must be …")))) as gateway:
-        with pytest.raises(openai.BadRequestError, match="dimensions must be"):
+        with pytest.raises(openai.BadRequestError, match="- dimensions must be") as caught:
             await client(gateway.url).embeddings.create(model="demo", input=["a", "b"], dimensions=9)
+        assert caught.value.param == "dimensions"
     async with gate(MemoryTransport(fails(Unavailable("queue is full", retry_after_ms=10)))) as gateway:
         answer = await gateway.http.post("/v1/embeddings", json={"model": "demo", "input": "a"})
         assert answer.status_code == 503

@@ -51,7 +51,14 @@ def read_embedding_request(
             field=name,
         )
     elif isinstance(given, list):
-        token_ids = coerce_all({"prompt_token_ids": given})["prompt_token_ids"]
+        token_ids = _token_ids(name, given)
     else:
         raise InvalidArgument(f"{name} must be a string or a list of token ids, not {shorten(given)}")
     return check_prompt(name, token_ids, params, limits, room=0), pooling
+
+
+def _token_ids(name: str, given: list[Any]) -> list[int]:
+    try:
+        return coerce_all({"prompt_token_ids": given})["prompt_token_ids"]
+    except InvalidArgument as error:
+        raise InvalidArgument(error.message.replace("prompt_token_ids", name, 1)) from None
