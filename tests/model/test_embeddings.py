@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from driver import Engine, load, random_prompts
-from flashserve import LLM
+from flashserve import LLM, PoolingParams
 from flashserve.errors import InvalidArgument
 from flashserve.pooling_params import EMBEDDING_PARAMS
-from flashserve.protocol import Abort, GenerateRequest, PoolingParams
+from flashserve.protocol import Abort, GenerateRequest
 from flashserve.text.embedding import embedding_of
 from lazy_device import LazyCpu
 from tiny_models import make_tiny_model

@@ -45,6 +45,7 @@ def test_after_each_step_that_computed_a_part(run_ahead):
     long = engine.add(40, max_tokens=2)
     engine.run()
     engine.check_answers()
+    engine.check_idle()
     told = [progress for request_id, progress in engine.told if request_id == long]
     counts = [progress.processed for progress in told if progress is not None]
     assert counts == sorted(set(counts)) and counts[-1] == 40 and len(counts) >= 3

@@ -413,6 +413,10 @@ class Scheduler:
             raise RuntimeError(f"requests {ids} are queued or running, {sorted(self._requests)} are known")
         sequences = [sequence for request in self._requests.values() for sequence in request.sequences]
         self._running.check_integrity(sequences)
+        requests = self._requests.values()
+        wanted = (sum(r.return_progress for r in requests), sum(r.pooled is not None for r in requests))
+        if (self._with_progress, self._with_pooling) != wanted:
+            raise RuntimeError(f"{self._with_progress} tell of their prompts, {self._with_pooling} embed, not {wanted}")
         idle = [s for s in sequences if s.slot is None]
         if any(s.block_ids for s in idle) or any(s.slot is not None for r in self._waiting for s in r.sequences):
             raise RuntimeError("what does not run holds a slot or blocks")
