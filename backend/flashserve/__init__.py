@@ -3,17 +3,17 @@
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "PoolingParams", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """``LLM`` and ``SamplingParams`` on demand: importing the package loads nothing heavy."""
+    """``LLM`` and what it is asked with on demand: importing the package loads nothing heavy."""
     if name == "LLM":
         from flashserve.llm import LLM
 
         return LLM
-    if name == "SamplingParams":
-        from flashserve.protocol import SamplingParams
+    if name in ("PoolingParams", "SamplingParams"):
+        from flashserve import protocol
 
-        return SamplingParams
+        return getattr(protocol, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -169,6 +169,7 @@ class ModelFacts:
     """Size of the weights in that dtype."""
     eos_token_ids: tuple[int, ...]
     card: ModelCard
+    hidden_size: int = 0
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,11 @@ from flashserve.config import EngineConfig
 from flashserve.engine.loading import load_engine
 from flashserve.engine.process import engine_limits
 from flashserve.errors import BY_CODE, InternalError, InvalidArgument
-from flashserve.protocol import Abort, FinishReason, GenerateRequest, RequestTimings, SamplingParams
+from flashserve.pooling_params import EMBEDDING_PARAMS, parse_pooling_params
+from flashserve.protocol import Abort, FinishReason, GenerateRequest, PoolingParams, RequestTimings, SamplingParams
 from flashserve.sampling_params import parse_sampling_params
 from flashserve.text.completion import Completion
+from flashserve.text.embedding import EmbeddingAnswer
 from flashserve.text.generation_defaults import read_generation_defaults
 from flashserve.text.prompt import check_prompt, stop_at_special_tokens
 from flashserve.text.tokenizer import Tokenizer
@@ -43,6 +45,15 @@ class Generated:
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
+    timings: RequestTimings | None
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """One prompt's embedding."""
+
+    prompt_token_ids: list[int]
+    embedding: list[float]
     timings: RequestTimings | None
 
 
@@ -79,6 +90,29 @@ class LLM:
         self._run(requests, completions)
         return [_generated(request, completions[request.request_id, index]) for request, index in samples]
 
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], pooling_params: PoolingParams | Mapping[str, Any] | None = None
+    ) -> list[Embedded]:
+        """Embeddings of all prompts, in their order.
+
+        ``pooling_params``: PoolingParams, or a mapping with the names of the server's pooling_params: ``pooling``
+        (last, mean, cls), ``dimensions``, ``normalize``. Raises InvalidArgument before anything runs.
+        """
+        given = pooling_params
+        values = msgspec.structs.asdict(given) if isinstance(given, PoolingParams) else dict(given or {})
+        pooling = parse_pooling_params(values, self.limits.hidden_size)
+        requests = []
+        for prompt in _as_list(prompts):
+            token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            token_ids = check_prompt("prompt", token_ids, EMBEDDING_PARAMS, self.limits, room=0)
+            requests.append(
+                GenerateRequest(next(self._ids), token_ids, EMBEDDING_PARAMS, time.monotonic(), pooling=pooling)
+            )
+        embeddings = {(request.request_id, 0): EmbeddingAnswer(self.tokenizer, request) for request in requests}
+        self._run(requests, embeddings)
+        found = zip(requests, embeddings.values(), strict=True)
+        return [Embedded(request.prompt_token_ids, one.values, one.timings) for request, one in found]
+
     def stats(self) -> Any:
         """The engine's counters (protocol.Stats)."""
         return self._core.scheduler.stats()
@@ -100,7 +134,7 @@ class LLM:
         token_ids = check_prompt("prompt", token_ids, params, self.limits)
         return GenerateRequest(next(self._ids), token_ids, params, arrival=time.monotonic())
 
-    def _run(self, requests: list[GenerateRequest], completions: dict[tuple[int, int], Completion]) -> None:
+    def _run(self, requests: list[GenerateRequest], completions: Mapping[tuple[int, int], Completion]) -> None:
         unfinished = set(completions)
         pending = deque(requests)
         try:

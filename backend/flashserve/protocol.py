@@ -42,7 +42,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None
-    """Keep this many tokens at the prompt's end."""
+    """Keep this many tokens at the prompt's end; -1: as many as fit the context."""
     n: int = 1
     """Samples of one prompt, the next one with the next seed."""
     presence_penalty: float = 0.0
@@ -74,6 +74,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
         return self.dry_multiplier > 0 or any(len(ids) > 1 for ids in self.bad_word_ids)
 
 
+Pooling = Literal["last", "mean", "cls"]
+"""Which of a prompt's final hidden states become its embedding: the last token's, the mean of all, the first's."""
+
+
+class PoolingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What a prompt's embedding is to be. Built by ``flashserve.pooling_params``, which checks every range once."""
+
+    pooling: Pooling = "last"
+    dimensions: int | None = None
+    """Keep the first of them, as Matryoshka embeddings allow (Kusupati et al., 2022). None: all."""
+    normalize: bool = True
+    """To length 1, after the cut."""
+
+
 # --- stub to engine ---------------------------------------------------------------------------------------
 
 
@@ -90,6 +104,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, array_like=True, tag="generat
     deadline: float | None = None
     cache_salt: str = ""
     """Requests share cached prefixes only with those of the same salt."""
+    pooling: PoolingParams | None = None
+    """Answer with the prompt's embedding instead of tokens; ``params`` then has ``max_tokens`` 0 and ``n`` 1."""
+    return_progress: bool = False
+    """Tell how far the prompt is after each step that computed a part of it."""
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
@@ -125,6 +143,19 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
     retry_after_ms: int | None = None
 
 
+class PromptProgress(msgspec.Struct, frozen=True, array_like=True):
+    """How far a prompt is before its first token. Names are those of llama.cpp's ``prompt_progress``."""
+
+    total: int
+    """Tokens of the prompt."""
+    cache: int
+    """Of these, found in the prefix cache."""
+    processed: int
+    """Of these, computed or found in the cache."""
+    time_ms: float
+    """Since the request was first scheduled."""
+
+
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one sample of a request. Exactly one output of a sample has a finish_reason, its last."""
 
@@ -135,6 +166,9 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     error: ErrorInfo | None = None
     index: int = 0
     """Which of the request's ``n`` samples."""
+    embedding: bytes | None = None
+    """Of a request with ``pooling``, with its end: float32, little endian, neither cut nor normalised."""
+    progress: PromptProgress | None = None
 
 
 class Stats(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -179,6 +213,8 @@ class EngineLimits(msgspec.Struct, frozen=True, array_like=True):
     device: str
     stream_interval: int = 1
     """Tokens of a request that one response may hold while the server is busy."""
+    hidden_size: int = 0
+    """Dimensions of an embedding."""
 
 
 class ModelCard(msgspec.Struct, frozen=True, array_like=True):

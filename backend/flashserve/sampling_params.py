@@ -96,7 +96,7 @@ TABLE: tuple[Parameter, ...] = (
     Parameter("include_stop_str_in_output", "bool"),
     Parameter("ignore_eos", "bool"),
     Parameter("skip_special_tokens", "bool"),
-    Parameter("truncate_prompt_tokens", "int", 1, INT32_MAX),
+    Parameter("truncate_prompt_tokens", "int", 1, INT32_MAX, also=(-1,)),
     Parameter("n", "int", 1, MAX_SAMPLES),
     Parameter("presence_penalty", "float", -2, 2),
     Parameter("frequency_penalty", "float", -2, 2),
@@ -146,7 +146,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guided_whitespace_pattern": (),
     "response_format": ({"type": "text"},),
     "lora_name": (),
-    "spaces_between_special_tokens": (True,),
+    "spaces_between_special_tokens": (True, False),  # of tokenizers in Python; the fast ones, like ours, know none
     "detokenize": (True,),
     "output_kind": (),
     "extra_args": ({},),

@@ -19,7 +19,7 @@ from .errors import (
     Timeout,
     Unavailable,
 )
-from .results import Delta, GenerateResult, Health, ModelInfo, Timings
+from .results import Completion, Delta, EmbedResult, GenerateResult, Health, ModelInfo, PromptProgress, Timings
 from .stream import AsyncStream
 from .sync_client import Client, Stream
 
@@ -29,9 +29,11 @@ __all__ = [
     "AsyncStream",
     "Cancelled",
     "Client",
+    "Completion",
     "ConnectionFailed",
     "DeadlineExceeded",
     "Delta",
+    "EmbedResult",
     "FlashserveError",
     "GenerateResult",
     "Health",
@@ -39,6 +41,7 @@ __all__ = [
     "InvalidRequest",
     "ModelInfo",
     "NotFound",
+    "PromptProgress",
     "Stream",
     "Timeout",
     "Timings",

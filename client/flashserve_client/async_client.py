@@ -11,8 +11,17 @@ from typing import Any
 from .connect import DEFAULT_URL, parse_url, transport_class
 from .deadline import Deadline
 from .errors import FlashserveError, InternalError, Timeout, Unavailable
-from .request import DEFAULT_MODEL, Prompt, detokenize_body, generate_request, tokenize_body, tokenize_request
-from .results import GenerateResult, Health, ModelInfo
+from .request import (
+    DEFAULT_MODEL,
+    InferRequest,
+    Prompt,
+    detokenize_body,
+    embed_request,
+    generate_request,
+    tokenize_body,
+    tokenize_request,
+)
+from .results import EmbedResult, GenerateResult, Health, ModelInfo
 from .stream import CLIENT_GRACE_S, AsyncStream
 from .transport import Transport
 
@@ -90,10 +99,54 @@ class AsyncClient:
         timeout_s: float | None = None,
         priority: int | None = None,
         request_id: str | None = None,
+        return_progress: bool = False,
         **params: Any,
     ) -> AsyncStream:
-        """Like `generate`, but iterates over `Delta`s as they come; `.result` of the stream has the whole."""
+        """Like `generate`, but iterates over `Delta`s as they come; `.result` of the stream has the whole.
+
+        Args:
+            return_progress: also say after each step that computed a part of the prompt how far it is.
+        """
+        if return_progress:
+            params["return_progress"] = True
         return self._open(prompt, True, model, timeout_s, priority, request_id, params)
+
+    async def embed(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        pooling: str | None = None,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        priority: int | None = None,
+        request_id: str | None = None,
+        **params: Any,
+    ) -> EmbedResult:
+        """The embedding of a text or of token ids.
+
+        Args:
+            pooling: "last" (the default), "mean" or "cls": which tokens' final hidden states it is made of.
+            dimensions: keep the first of them; the default is all that the model has.
+            normalize: to length 1; the default is yes.
+            params: truncate_prompt_tokens, cache_salt. The others are those of `generate`.
+        """
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        request = embed_request(
+            prompt,
+            model=model or self._model,
+            pooling_params={"pooling": pooling, "dimensions": dimensions, "normalize": normalize},
+            timeout_s=timeout_s,
+            priority=priority,
+            request_id=request_id,
+            params=params,
+        )
+        answer = await _finish(self._begin(request, timeout_s, self._retries))
+        try:
+            return EmbedResult.of_answer(answer)
+        except ValueError as error:
+            raise InternalError(f"the server's answer is no embedding ({error})") from None
 
     async def tokenize(
         self, prompt: str | Sequence[Mapping[str, Any]], *, model: str | None = None, **template: Any
@@ -207,7 +260,10 @@ class AsyncClient:
             request_id=request_id,
             params=params,
         )
-        opened = AsyncStream(self._connected(), request, timeout_s, self._retries if retries is None else retries)
+        return self._begin(request, timeout_s, self._retries if retries is None else retries)
+
+    def _begin(self, request: InferRequest, timeout_s: float | None, retries: int) -> AsyncStream:
+        opened = AsyncStream(self._connected(), request, timeout_s, retries)
         self._streams.add(opened)
         return opened
 

@@ -1,4 +1,4 @@
-"""The client's subcommands: `flashserve generate`, `flashserve chat` and `flashserve top`."""
+"""The client's subcommands: `flashserve generate`, `flashserve chat`, `flashserve embed` and `flashserve top`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .connect import DEFAULT_URL
 from .errors import FlashserveError, InvalidRequest
 from .request import DEFAULT_MAX_TOKENS, DEFAULT_MODEL, Prompt
 from .sync_client import Client
-from .terminal import describe, explain, fail, show, write
+from .terminal import answers, describe, explain, fail, show, write
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 _PREFERRED = (DEFAULT_MODEL, "demo")
@@ -33,7 +33,7 @@ examples:
 
 
 def add_commands(subparsers: Any) -> None:
-    """Registers generate, chat and top; each sets `run` to a function from the parsed arguments to an exit code."""
+    """Registers the subcommands; each sets `run` to a function from the parsed arguments to an exit code."""
     generate = subparsers.add_parser(
         "generate",
         help="ask a running server to continue a text",
@@ -44,6 +44,9 @@ def add_commands(subparsers: Any) -> None:
     generate.add_argument("prompt", nargs="?", help="the text to continue (default: standard input)")
     generate.add_argument("--chat", action="store_true", help="the text is a question, which the model answers")
     generate.add_argument("--json", action="store_true", help="print the whole result as one JSON object, at the end")
+    generate.add_argument(
+        "-n", type=int, metavar="N", help="so many answers to the same text, printed one after the other at their end"
+    )
     generate.add_argument("--no-stream", action="store_true", help="print the answer at its end, not as it comes")
     _add_common(generate)
     generate.set_defaults(run=run_generate)
@@ -58,10 +61,21 @@ def add_commands(subparsers: Any) -> None:
     _add_common(chat)
     chat.set_defaults(run=run_chat)
 
+    embed = subparsers.add_parser(
+        "embed",
+        help="ask a running server for the embedding of a text",
+        description="Ask a running server for the embedding of a text; it is printed as a JSON list.",
+    )
+    embed.add_argument("prompt", nargs="?", metavar="TEXT", help="default: standard input")
+    embed.add_argument("--pooling", choices=("last", "mean", "cls"), help="of the tokens' states (default: last)")
+    embed.add_argument("--dimensions", type=int, metavar="N", help="keep the first N (default: all)")
+    _add_server(embed)
+    embed.set_defaults(run=run_embed)
+
     top.add_command(subparsers)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_server(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--url",
         default=os.environ.get("FLASHSERVE_URL", DEFAULT_URL),
@@ -70,6 +84,15 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="NAME", help=f"default: the server's only model, or {' or '.join(_PREFERRED)}"
     )
+    parser.add_argument("--timeout", type=float, metavar="S", help="give up after S seconds (default: never)")
+    parser.add_argument("--priority", type=int, metavar="N", help="lower goes first (default: 0)")
+    parser.add_argument(
+        "--retries", type=int, default=0, metavar="N", help="how often to retry while the server is busy"
+    )
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    _add_server(parser)
     parser.add_argument(
         "--max-tokens", type=int, metavar="N", help=f"stop after N tokens (default: {DEFAULT_MAX_TOKENS})"
     )
@@ -85,11 +108,6 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         type=_parameter,
         metavar="NAME=VALUE",
         help="any other sampling parameter; the value is JSON, or else a string; repeatable",
-    )
-    parser.add_argument("--timeout", type=float, metavar="S", help="give up after S seconds (default: never)")
-    parser.add_argument("--priority", type=int, metavar="N", help="lower goes first (default: 0)")
-    parser.add_argument(
-        "--retries", type=int, default=0, metavar="N", help="how often to retry while the server is busy"
     )
     parser.add_argument("--stats", action="store_true", help="print token counts, time to first token, tokens/s")
 
@@ -109,36 +127,55 @@ def _parameter(text: str) -> tuple[str, Any]:
 def sampling_params(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments for `generate` and `stream` that the options stand for."""
     names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "priority")
-    return {**{name: getattr(args, name) for name in names}, **dict(args.param)}
+    own = {name: getattr(args, name) for name in names}
+    return {**own, "n": getattr(args, "n", None), **dict(args.param)}
 
 
 def run_generate(args: argparse.Namespace) -> int:
     """`flashserve generate`: the answer to standard output, all else to standard error."""
-    prompt = args.prompt if args.prompt is not None else " ".join(getattr(args, "rest", []))
-    if not prompt:
-        if sys.stdin.isatty():
-            return fail('no prompt: give one as an argument ("flashserve generate TEXT") or on standard input', 2)
-        prompt = sys.stdin.read()
-    return with_client(args, lambda client: _generate(client, prompt, args))
+    return with_client(args, lambda client: _generate(client, _read_text(args, "generate"), args))
+
+
+def _read_text(args: argparse.Namespace, command: str) -> str:
+    """The text on the command line, else on standard input. Raises InvalidRequest where nobody can type one."""
+    text = args.prompt if args.prompt is not None else " ".join(getattr(args, "rest", []))
+    if not text and sys.stdin.isatty():
+        raise InvalidRequest(f'no text: give one as an argument ("flashserve {command} TEXT") or on standard input')
+    return text or sys.stdin.read()
 
 
 def _generate(client: Client, text: str, args: argparse.Namespace) -> int:
     model, params = choose_model(client, args.model), sampling_params(args)
+    whole = args.json or args.no_stream or params["n"] not in (None, 1)  # pieces of several answers would mix
     prompt: Prompt = [{"role": "user", "content": text}] if args.chat else text
-    if args.json or args.no_stream:
+    if whole:
         result = client.generate(prompt, model=model, **params)
-        write((json.dumps(asdict(result), ensure_ascii=False) if args.json else result.text) + "\n")
+        write((json.dumps(asdict(result), ensure_ascii=False) if args.json else answers(result)) + "\n")
     else:
         with client.stream(prompt, model=model, **params) as stream:
             show(stream)
             result = stream.result
     if args.stats:
-        print(describe(result, streamed=not (args.json or args.no_stream)), file=sys.stderr)
+        print(describe(result, streamed=not whole), file=sys.stderr)
     return 0
+
+
+def run_embed(args: argparse.Namespace) -> int:
+    """`flashserve embed`."""
+
+    def embed(client: Client) -> int:
+        text, model = _read_text(args, "embed"), choose_model(client, args.model)
+        options = {"pooling": args.pooling, "dimensions": args.dimensions, "priority": args.priority}
+        write(json.dumps(client.embed(text, model=model, **options).embedding) + "\n")
+        return 0
+
+    return with_client(args, embed)
 
 
 def run_chat(args: argparse.Namespace) -> int:
     """`flashserve chat`."""
+    if sampling_params(args)["n"] not in (None, 1):
+        return fail("n: a chat goes on from one answer", 2)
     from .chat import chat  # it loads readline, which changes how the terminal reads lines
 
     def talk(client: Client) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import grpc
@@ -149,12 +150,15 @@ class GrpcReader:
 
 def parse_response(response: Any) -> Chunk:
     """Reads a ModelInferResponse's raw bytes: 3 µs, where `InferResult.as_numpy` takes 12 for the same outputs."""
-    text, finish_reason, input_tokens, output_tokens, metrics = "", None, None, None, None
+    text, finish_reason, input_tokens, output_tokens, metrics, progress = "", None, None, None, None, None
+    others: tuple[Chunk, ...] = ()
     try:
         for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
             name = output.name
             if name == "text_output":
                 text = _first_string(raw)
+                if output.shape[0] > 1:
+                    others = _other_samples(response, output.shape[0])
             elif name == "finish_reason":
                 finish_reason = _first_string(raw)
             elif name == "num_output_tokens":
@@ -163,9 +167,36 @@ def parse_response(response: Any) -> Chunk:
                 input_tokens = int.from_bytes(raw[:4], "little")
             elif name == "request_metrics":
                 metrics = _first_string(raw)
+            elif name == "prompt_progress":
+                progress = _first_string(raw)
     except ValueError as error:
         raise InternalError(f"the server sent a response that cannot be read ({error})") from None
-    return Chunk(text, finish_reason, input_tokens, output_tokens, metrics)
+    return Chunk(text, finish_reason, input_tokens, output_tokens, metrics, progress, others)
+
+
+def _other_samples(response: Any, count: int) -> tuple[Chunk, ...]:
+    """All samples but the first. Raises ValueError."""
+    texts = [""] * count
+    reasons: Sequence[str | None] = [None] * count
+    tokens: Sequence[int | None] = [None] * count
+    for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
+        if output.name == "text_output":
+            texts = _strings(raw, count)
+        elif output.name == "finish_reason":
+            reasons = _strings(raw, count)
+        elif output.name == "num_output_tokens":
+            tokens = struct.unpack(f"<{count}I", raw)
+    pieces = zip(texts, reasons, tokens, strict=True)
+    return tuple(Chunk(text, reason, None, number) for text, reason, number in pieces)[1:]
+
+
+def _strings(raw: bytes, count: int) -> list[str]:
+    """The elements of a BYTES tensor."""
+    texts, start = [], 0
+    for _ in range(count):
+        texts.append(_first_string(raw[start:]))
+        start += 4 + int.from_bytes(raw[start : start + 4], "little")
+    return texts
 
 
 def _first_string(raw: bytes) -> str:

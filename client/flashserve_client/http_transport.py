@@ -184,16 +184,40 @@ def parse_event(event: Any) -> Chunk:
     if "error" in event:
         raise error_from_message(str(event["error"]))
     get = event.get
+    if type(get("text_output")) is list:
+        return _samples(event)
     chunk = Chunk(
         get("text_output", ""),
         get("finish_reason"),
         get("num_input_tokens"),
         get("num_output_tokens"),
         get("request_metrics"),
+        get("prompt_progress"),
     )
     if type(chunk.text) is not str or type(chunk.output_tokens) not in (int, _NoneType):
         raise InternalError(f"the server sent a response that cannot be read: {str(event)[:200]}")
     return chunk
+
+
+def _samples(event: dict[str, Any]) -> Chunk:
+    """Reads the response of a request for several samples, whose outputs are lists."""
+    texts = event["text_output"]
+    none = [None] * len(texts)
+    try:
+        pieces = zip(texts, event.get("finish_reason", none), event.get("num_output_tokens", none), strict=True)
+        # Through this module's one check of types.
+        chunks = [
+            parse_event({"text_output": text, "finish_reason": reason, "num_output_tokens": tokens})
+            for text, reason, tokens in pieces
+        ]
+    except (TypeError, ValueError):
+        raise InternalError(f"the server sent a response that cannot be read: {str(event)[:200]}") from None
+    return chunks[0]._replace(
+        input_tokens=event.get("num_input_tokens"),
+        metrics=event.get("request_metrics"),
+        progress=event.get("prompt_progress"),
+        others=tuple(chunks[1:]),
+    )
 
 
 _NoneType = type(None)

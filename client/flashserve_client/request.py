@@ -42,6 +42,7 @@ class InferRequest:
         flags: BOOL inputs of shape [1] that are true.
         sampling: what `strings["sampling_parameters"]` holds.
         stream: many responses instead of one.
+        samples: how many texts a response holds.
     """
 
     model: str
@@ -50,6 +51,7 @@ class InferRequest:
     flags: tuple[str, ...] = ()
     sampling: Mapping[str, Any] | None = None
     stream: bool = False
+    samples: int = 1
 
     def with_timeout(self, timeout_s: float) -> InferRequest:
         """The same request with `timeout_s` seconds left until its deadline (for sending it again)."""
@@ -72,8 +74,12 @@ def generate_request(
     params = {name: value for name, value in params.items() if value is not None}
     chat = {name: params.pop(name) for name in _CHAT_FIELDS if name in params}
     params.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
-    if params.get("n", 1) != 1:
-        raise InvalidRequest("n: this client asks for one sample per request; send the request n times")
+    samples = params.get("n", 1)
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise InvalidRequest(f"n: a positive number of samples is needed, got {samples!r:.80}")
+    progress = params.pop("return_progress", False)
+    if progress and not stream:
+        raise InvalidRequest("return_progress: only a stream tells how far its prompt is")
     if timeout_s is not None:
         params["timeout_ms"] = _timeout_ms(timeout_s)
     if priority is not None:
@@ -89,8 +95,35 @@ def generate_request(
     if chat and "chat_request" not in strings:
         raise InvalidRequest(f"{next(iter(chat))}: belongs to a prompt that is a list of messages")
     strings["sampling_parameters"] = _sampling_json(params)
-    flags = (*_ASK_FOR, "stream") if stream else _ASK_FOR
-    return InferRequest(_model(model), request_id or new_request_id(), strings, flags, params, stream)
+    flags = (*_ASK_FOR, *(["stream"] if stream else []), *(["return_progress"] if progress else []))
+    return InferRequest(_model(model), request_id or new_request_id(), strings, flags, params, stream, samples)
+
+
+def embed_request(
+    prompt: str | Sequence[int],
+    *,
+    model: str,
+    pooling_params: Mapping[str, Any],
+    timeout_s: float | None,
+    priority: int | None,
+    request_id: str | None,
+    params: Mapping[str, Any],
+) -> InferRequest:
+    """The request for `embed`. Raises InvalidRequest for what cannot be sent."""
+    params = {name: value for name, value in params.items() if value is not None}
+    if timeout_s is not None:
+        params["timeout_ms"] = _timeout_ms(timeout_s)
+    if priority is not None:
+        params["priority"] = priority
+    body = {
+        "input": prompt if isinstance(prompt, str) else _token_ids(prompt),
+        "pooling_params": {name: value for name, value in pooling_params.items() if value is not None},
+    }
+    strings = {
+        "embedding_request": _valid_text("prompt", _to_json("prompt", body)),
+        "sampling_parameters": _sampling_json(params),
+    }
+    return InferRequest(_model(model), request_id or new_request_id(), strings, _ASK_FOR, params)
 
 
 def tokenize_request(body: Mapping[str, Any], *, model: str) -> InferRequest:

@@ -6,18 +6,45 @@ import asyncio
 import contextlib
 import random
 import time
+from collections import deque
 from types import TracebackType
 
 from .deadline import Deadline
 from .errors import Cancelled, ConnectionFailed, FlashserveError, InternalError, Unavailable
 from .request import InferRequest
-from .results import Delta, GenerateResult, Timings
+from .results import Completion, Delta, GenerateResult, PromptProgress, Timings
 from .transport import Chunk, Reader, Transport
 
 # The server ends a late request itself and says so; only when it does not, the client does.
 CLIENT_GRACE_S = 1.0
 _MAX_RETRY_WAIT_S = 30.0
 _RUNNING = (None, "None")
+
+
+class _Sample:
+    """What came of one of a request's samples."""
+
+    __slots__ = ("_completion_tokens", "_texts", "finish_reason", "index")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.finish_reason: str | None = None
+        self._texts: list[str] = []
+        self._completion_tokens = 0
+
+    def take(self, chunk: Chunk, progress: PromptProgress | None) -> Delta | None:
+        """Books its part of a response; None where there is nothing new of it."""
+        text, tokens = chunk.text, chunk.output_tokens or 0
+        reason = None if chunk.finish_reason in _RUNNING else chunk.finish_reason
+        if self.finish_reason is not None or not (text or tokens or reason or progress):
+            return None  # one that has ended says so again with each piece of the others
+        self.finish_reason = reason
+        self._texts.append(text)
+        self._completion_tokens += tokens
+        return Delta(text, tokens, reason, self.index, progress)
+
+    def snapshot(self) -> Completion:
+        return Completion(self.index, "".join(self._texts), self._completion_tokens, self.finish_reason)
 
 
 class AsyncStream:
@@ -41,22 +68,21 @@ class AsyncStream:
         self._deadline: Deadline | None = None
         self._ended = False
         self._error: FlashserveError | None = None
-        self._texts: list[str] = []
+        self._samples = [_Sample(index) for index in range(request.samples)]
+        self._pending: deque[Delta] = deque()
         self._prompt_tokens = 0
-        self._completion_tokens = 0
-        self._finish_reason: str | None = None
         self._timings = Timings()
         self._started = self._last = self._first = 0.0
 
     @property
     def finished(self) -> bool:
         """Whether the last piece has come, so that there is a `result`."""
-        return self._finish_reason is not None
+        return all(sample.finish_reason is not None for sample in self._samples)
 
     @property
     def result(self) -> GenerateResult:
         """The whole answer. RuntimeError before its last piece has come."""
-        if self._finish_reason is None:
+        if not self.finished:
             raise RuntimeError("the stream has no result yet: it was not read to its end")
         return self._snapshot()
 
@@ -90,7 +116,7 @@ class AsyncStream:
         Who reads on, then or at the moment, gets Cancelled, unless the answer was complete.
         """
         self._ended = True
-        if self._error is None and self._finish_reason is None:
+        if self._error is None and not self.finished:
             self._error = Cancelled("the stream was closed")
             self._error.partial = self._snapshot()
         reader, self._reader = self._reader, None
@@ -123,7 +149,7 @@ class AsyncStream:
         return Deadline(None if self._timeout_s is None else self._timeout_s + CLIENT_GRACE_S)
 
     async def _next(self) -> Delta | None:
-        while True:
+        while not self._pending:
             assert self._reader is not None
             try:
                 chunk = await self._reader.read()
@@ -131,36 +157,35 @@ class AsyncStream:
                 await self._wait_to_retry(error)
                 continue
             if chunk is None:
-                if self._finish_reason is None:
+                if not self.finished:
                     raise ConnectionFailed("the answer ended without a finish reason: it is not complete")
                 return None
-            delta = self._take(chunk)
-            if delta is not None:
-                return delta
+            self._take(chunk)
+        return self._pending.popleft()
 
-    def _take(self, chunk: Chunk) -> Delta | None:
-        """Books a response; None for a keep-alive, which carries no text and no token."""
-        text, finish_reason, input_tokens, output_tokens, metrics = chunk
-        if finish_reason in _RUNNING:
-            if not text and not output_tokens:
-                return None
-            finish_reason = None
-        else:
-            self._finish_reason = finish_reason
-        now = self._last = time.perf_counter()
-        if not self._first:
-            self._first = now
-        if input_tokens is not None:
-            self._prompt_tokens = input_tokens
-        tokens = output_tokens or 0
-        self._completion_tokens += tokens
-        self._texts.append(text)
-        if metrics:
-            try:
-                self._timings = Timings.from_json(metrics)
-            except ValueError as error:
-                raise InternalError(f"the server sent request_metrics that cannot be read ({error})") from None
-        return Delta(text, tokens, finish_reason)
+    def _take(self, chunk: Chunk) -> None:
+        """Books a response. A keep-alive, which carries no text and no token, becomes no piece."""
+        pieces = (chunk, *chunk.others)
+        if len(pieces) != len(self._samples):
+            raise InternalError(f"the server sent {len(pieces)} texts, {len(self._samples)} were asked for")
+        try:
+            progress = PromptProgress.from_json(chunk.progress) if chunk.progress else None
+            if chunk.metrics:
+                self._timings = Timings.from_json(chunk.metrics)
+        except ValueError as error:
+            raise InternalError(f"the server sent figures that cannot be read ({error})") from None
+        has_begun = False
+        for sample, piece in zip(self._samples, pieces, strict=True):
+            delta = sample.take(piece, None if sample.index else progress)
+            if delta is not None:
+                self._pending.append(delta)
+                has_begun |= bool(delta.text or delta.completion_tokens or delta.finish_reason)
+        if self._pending:
+            self._last = time.perf_counter()
+        if has_begun and not self._first:
+            self._first = self._last
+        if chunk.input_tokens is not None:
+            self._prompt_tokens = chunk.input_tokens
 
     async def _wait_to_retry(self, error: Unavailable) -> None:
         """Waits and prepares the request anew; raises `error` when it may not be sent again."""
@@ -181,15 +206,17 @@ class AsyncStream:
         self._reader = self._transport.open(request)
 
     def _snapshot(self) -> GenerateResult:
+        completions = tuple(sample.snapshot() for sample in self._samples)
         return GenerateResult(
-            text="".join(self._texts),
+            text=completions[0].text,
             prompt_tokens=self._prompt_tokens,
-            completion_tokens=self._completion_tokens,
-            finish_reason=self._finish_reason,
+            completion_tokens=sum(one.completion_tokens for one in completions),
+            finish_reason=completions[0].finish_reason,
             timings=self._timings,
             ttft_s=self._first - self._started if self._first else None,
             latency_s=self._last - self._started,
             request_id=self.request_id,
+            completions=completions,
         )
 
 

@@ -238,6 +238,7 @@ class Client:
 
     generate = _blocking(AsyncClient.generate)
     stream = _streaming(AsyncClient.stream)
+    embed = _blocking(AsyncClient.embed)
     tokenize = _blocking(AsyncClient.tokenize)
     detokenize = _blocking(AsyncClient.detokenize)
     health = _blocking(AsyncClient.health)

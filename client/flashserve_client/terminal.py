@@ -27,6 +27,14 @@ def write(text: str) -> None:
         sys.stdout.flush()
 
 
+def answers(result: GenerateResult) -> str:
+    """A whole answer; several under a line each that counts them."""
+    samples = result.completions
+    if len(samples) == 1:
+        return result.text
+    return "\n".join(f"--- {sample.index + 1} of {len(samples)}\n{sample.text}" for sample in samples)
+
+
 def describe(result: GenerateResult, streamed: bool) -> str:
     """A line about an answer's size and speed."""
     cached = f" ({result.timings.cached_tokens} cached)" if result.timings.cached_tokens else ""

@@ -19,7 +19,7 @@ from .keys import Keyring
 from .metrics import Metrics
 from .middleware import Surround
 from .pool import Pool
-from .routes import chat, completions, messages, models, operations, page, reference, responses, torchweave
+from .routes import chat, completions, embeddings, messages, models, operations, page, reference, responses, torchweave
 from .settings import Settings
 from .version import VERSION
 
@@ -60,7 +60,7 @@ def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
     )
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
-    for module in (chat, completions, responses, messages, torchweave, models, operations, page):
+    for module in (chat, completions, embeddings, responses, messages, torchweave, models, operations, page):
         app.include_router(module.routes(gateway))
     app.include_router(reference.routes(app))
     if settings.cors_origins:

@@ -47,6 +47,7 @@ def read_chat(call: Call) -> ChatRequest:
     params = parameters.engine_params(body)
     params["max_tokens"] = limits[0] or limits[1] or parameters.INT32_MAX
     params.update({name: body[name] for name in _TEMPLATE_FIELDS if body.get(name) is not None})
+    params.update(parameters.read_progress_wanted(body, stream))
     tools = _tools(body)
     params.update(tool_params(tools, params))
     ask = Ask(
@@ -142,6 +143,8 @@ async def _stream_choice(
     reader, writer, reason = await make_reader(call, chat), _DeltaWriter(chunks, chat.parallel_calls), "stop"
     async with contextlib.aclosing(call.pieces(ask, answer)) as pieces:
         async for delta in pieces:
+            if delta.progress is not None:
+                yield chunks.progress(delta.progress._asdict())
             events = reader.feed(delta.text)
             if delta.finish_reason is not None:
                 reason = delta.finish_reason

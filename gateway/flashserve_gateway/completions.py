@@ -43,6 +43,7 @@ def read_completion(call: Call) -> CompletionRequest:
     stream = parameters.read(body, "stream", bool, False)
     params = parameters.engine_params(body)
     params["max_tokens"] = parameters.read_count(body, "max_tokens") or _DEFAULT_MAX_TOKENS
+    params.update(parameters.read_progress_wanted(body, stream))
     model = parameters.read_model(body)
     priority = call.caller.priority(parameters.read_priority(body))
     limits = call.gateway.settings.limits
@@ -62,18 +63,19 @@ def read_completion(call: Call) -> CompletionRequest:
 
 def read_prompts(value: object, limit: int) -> list[Prompt]:
     """A string, token ids, or a list of either. Raises ApiError."""
-    prompts = [value] if isinstance(value, str) or _is_ids(value) else value
+    prompts = [value] if isinstance(value, str) or is_ids(value) else value
     if not isinstance(prompts, list) or not prompts:
         raise invalid("prompt", "prompt must be a string, a list of token ids, or a non-empty list of these")
     if len(prompts) > limit:
         raise invalid("prompt", f"prompt: at most {limit} in one request, not {len(prompts)}")
     for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) and not _is_ids(prompt):
+        if not isinstance(prompt, str) and not is_ids(prompt):
             raise invalid("prompt", f"prompt[{index}] must be a string or a non-empty list of token ids")
     return prompts
 
 
-def _is_ids(value: object) -> bool:
+def is_ids(value: object) -> bool:
+    """Whether it is a list of at least one token id."""
     return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
 
 
@@ -138,6 +140,8 @@ async def _stream_one(
     before = await _echo(call, request, index)
     async with contextlib.aclosing(call.pieces(request.asks[index], answer)) as pieces:
         async for delta in pieces:
+            if delta.progress is not None:
+                yield chunks.progress(index, delta.progress._asdict())
             text, before = before + delta.text, ""  # with the first piece: what is refused has its own status
             if delta.finish_reason is not None:
                 yield chunks.text(index, text, finish_reason(delta.finish_reason, False))

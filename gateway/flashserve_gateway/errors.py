@@ -41,7 +41,9 @@ ANTHROPIC_PATH = "/v1/messages"
 _MAX_RETRY_AFTER_S = 120.0
 _RETRY_UNREACHABLE_S = 1.0
 # The engine names a field first: "temperature must be ...", "chat_request.messages[0].content[1] is of type ...".
-_FIELD = re.compile(r"(?:unknown parameter '?)?(?:chat_request\.)?([a-z_]+[\w.\[\]]*)(?=[ :='])")
+_ENGINES_OWN = re.compile(r"\b(?:chat_request|embedding_request|pooling_params)\.")
+"""Where the engine found a field, which its client put somewhere else."""
+_FIELD = re.compile(r"(?:unknown parameter '?)?([a-z_]+[\w.\[\]]*)(?=[ :='])")
 _PARAM_NAMES = {"text_input": "prompt", "prompt_token_ids": "prompt", "chat_request": "messages"}
 _TOO_LONG = re.compile(r"context takes at most|cannot fit into")
 
@@ -164,8 +166,8 @@ def model_unavailable(model: str) -> ApiError:
 
 
 def _of_invalid(error: InvalidRequest) -> ApiError:
-    found = _FIELD.match(error.message)
+    message = _ENGINES_OWN.sub("", error.message)
+    found = _FIELD.match(message)
     param = found[1] if found else None
-    code = "context_length_exceeded" if _TOO_LONG.search(error.message) else None
-    message = error.message.replace("chat_request.", "")
+    code = "context_length_exceeded" if _TOO_LONG.search(message) else None
     return ApiError(400, message, param=_PARAM_NAMES.get(param or "", param), code=code)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from flashserve_client import Delta, FlashserveError, GenerateResult
+from flashserve_client import Delta, EmbedResult, FlashserveError, GenerateResult
 
 from .engine_metrics import EngineMetrics
 from .errors import ApiError, internal_error, of_engine
@@ -74,11 +74,13 @@ class Call:
         return str(self.request.state.request_id)
 
     @contextlib.asynccontextmanager
-    async def admitted(self, model: str, asks: Sequence[Ask] = ()) -> AsyncIterator[None]:
+    async def admitted(self, model: str, asks: Sequence[Ask] = (), at_once: int | None = None) -> AsyncIterator[None]:
         """Holds the places of a request that becomes these asks (none: only its tokenizer is asked), before anything
-        is asked of a server. Raises ApiError, also for a model that cannot be asked."""
+        is asked of a server. Raises ApiError, also for a model that cannot be asked. at_once: how many of them run at
+        the same time; None: all."""
         tokens = sum(map(_reserve, asks)) if self.caller.is_metered else 0
-        with self.caller.admit(model, max(1, len(asks)), tokens) as self._admission:
+        places = max(1, len(asks) if at_once is None else at_once)
+        with self.caller.admit(model, places, tokens) as self._admission:
             await self.gateway.pool.require(model)
             yield
 
@@ -94,7 +96,7 @@ class Call:
                 with patience:
                     if (delta := await anext(deltas, None)) is None:
                         return
-                if ask.stream and not has_begun:
+                if ask.stream and not has_begun and (delta.progress is None or delta.completion_tokens):
                     has_begun = True
                     patience.change(limits.stall_timeout_s)
                     metrics.first_token.labels(ask.model).observe(time.perf_counter() - self.started)
@@ -112,10 +114,11 @@ class Call:
     def _settle(self, ask: Ask, answer: Answer, generated: int) -> None:
         """Counts what was read, and charges it. Leaving early is not free: an answer that was cut off costs what was
         probably read, or, if nothing is known of it, what was reserved. One that the engine refused costs nothing."""
-        read = answer.result.prompt_tokens if answer.result is not None else 0
+        whole = answer.result or answer.embedding
+        read = whole.prompt_tokens if whole is not None else 0
         if read or generated:
             self.gateway.metrics.count_tokens(ask.model, read, generated)
-        if answer.result is not None:
+        if whole is not None:
             self._admission.use(read)
         elif answer.began or answer.error is None:
             if ask.stream:
@@ -142,6 +145,14 @@ class Call:
         assert answer.result is not None  # or `pieces` had raised
         return answer.result
 
+    async def embedded(self, ask: Ask) -> EmbedResult:
+        """An embedding. Raises ApiError."""
+        answer = Answer()
+        async for _ in self.pieces(ask, answer):
+            pass
+        assert answer.embedding is not None  # or `pieces` had raised
+        return answer.embedding
+
     def explain(self, error: BaseException) -> ApiError:
         """What a client is told of an exception, which the log gets as a whole if it is a bug."""
         if isinstance(error, ApiError):
@@ -161,6 +172,8 @@ def _prompt_tokens(ask: Ask) -> int:
 
 def _reserve(ask: Ask) -> int:
     """The tokens that a request will probably use."""
+    if ask.embeds:
+        return _prompt_tokens(ask)
     limit = ask.params.get("max_tokens", INT32_MAX)
     return _prompt_tokens(ask) + (limit if limit != INT32_MAX else _RESERVED_WITHOUT_LIMIT)
 

@@ -20,14 +20,15 @@ ENGINE = frozenset(
     {"temperature", "top_p", "seed", "stop", "top_k", "min_p", "min_tokens", "stop_token_ids",
      "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "truncate_prompt_tokens", "cache_salt",
      "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "bad_words", "dry_multiplier",
-     "dry_base", "dry_allowed_length", "dry_sequence_breakers", "xtc_probability", "xtc_threshold"}
+     "dry_base", "dry_allowed_length", "dry_sequence_breakers", "xtc_probability", "xtc_threshold",
+     "spaces_between_special_tokens"}
 )  # fmt: skip
 # Of OpenAI's service, and without a meaning for an engine of one's own; every client sends some of them.
 IGNORED = frozenset(
     {"user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options",
      "safety_identifier"}
 )  # fmt: skip
-COMMON = frozenset({"model", "stream", "stream_options", "max_tokens", "priority", "n"})
+COMMON = frozenset({"model", "stream", "stream_options", "max_tokens", "priority", "n", "return_progress"})
 CHAT = COMMON | {
     "messages",
     "max_completion_tokens",
@@ -38,14 +39,21 @@ CHAT = COMMON | {
     "continue_final_message",
 }
 COMPLETION = COMMON | {"prompt", "echo"}
+EMBEDDING = frozenset(
+    {"model", "input", "encoding_format", "dimensions", "pooling", "normalize", "truncate_prompt_tokens", "cache_salt",
+     "priority"}
+)  # fmt: skip
 
 INT32_MAX = 2**31 - 1
 """As max_tokens: until the context is full."""
 
 
-def check_names(body: Mapping[str, Any], own: frozenset[str]) -> None:
-    """Raises ApiError for a field that means nothing to anybody. ``own`` are the endpoint's."""
-    known = own | ENGINE | IGNORED | abilities.FIELDS
+def check_names(
+    body: Mapping[str, Any], own: frozenset[str], generates: frozenset[str] = ENGINE | abilities.FIELDS
+) -> None:
+    """Raises ApiError for a field that means nothing to anybody. ``own`` are the endpoint's, ``generates`` those of
+    every endpoint whose answers are generated."""
+    known = own | generates | IGNORED
     for name in body:
         if name not in known:
             near = difflib.get_close_matches(name[:64], known, n=1)
@@ -84,6 +92,14 @@ def read_samples(body: Mapping[str, Any], limit: int) -> int:
     if count > limit:
         raise invalid("n", f"n: at most {limit}, not {count}")
     return count
+
+
+def read_progress_wanted(body: Mapping[str, Any], stream: bool) -> dict[str, Any]:
+    """What `return_progress`, llama.cpp's, adds to a request. Raises ApiError."""
+    wanted = read(body, "return_progress", bool, False)
+    if wanted and not stream:
+        raise invalid("return_progress", "return_progress: only a stream tells how far its prompt is (stream: true)")
+    return {"return_progress": True} if wanted else {}
 
 
 def read_priority(body: Mapping[str, Any]) -> int | None:

@@ -18,6 +18,7 @@ from flashserve_client import (
     AsyncClient,
     ConnectionFailed,
     Delta,
+    EmbedResult,
     FlashserveError,
     GenerateResult,
     ModelInfo,
@@ -53,6 +54,8 @@ class Ask:
     priority: int | None = None
     stream: bool = True
     """Pieces as they come; otherwise the whole in one piece."""
+    embeds: bool = False
+    """The answer is an embedding, in one piece without text."""
 
     def samples(self, count: int) -> list[Ask]:
         """The ask, `count` times: each a request of its own, with a seed of its own if there is one. They share the
@@ -291,12 +294,18 @@ class Answer:
     began: bool = False
     result: GenerateResult | None = None
     """The whole, once the last piece has come."""
+    embedding: EmbedResult | None = None
+    """Likewise, of an ask that embeds."""
     error: FlashserveError | None = None
     """Why there will be none."""
 
 
 async def _pieces(client: AsyncClient, ask: Ask, into: Answer) -> AsyncGenerator[Delta, None]:
     options: dict[str, Any] = {"model": ask.model, "priority": ask.priority, "request_id": ask.request_id, **ask.params}
+    if ask.embeds:
+        into.embedding = await client.embed(ask.prompt, **options)  # type: ignore[arg-type]  # never messages
+        yield Delta("", 0, "stop")
+        return
     if not ask.stream:
         result = into.result = await client.generate(ask.prompt, **options)
         yield Delta(result.text, result.completion_tokens, result.finish_reason)

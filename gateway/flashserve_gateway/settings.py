@@ -34,6 +34,10 @@ class Limits:
     """A client that does not read for so long loses its connection: its tokens would wait in tritonserver."""
     prompts: int = 64
     """Of one request to /v1/completions."""
+    embedding_inputs: int = 2048
+    """Of one request to /v1/embeddings, as OpenAI allows."""
+    embeddings_at_once: int = 16
+    """Of these, given to the engines at the same time: they share steps, and leave room in the queue for others."""
     samples: int = 16
     """Of one prompt (`n`)."""
 

@@ -136,6 +136,10 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
+def _progress(progress: Mapping[str, Any]) -> bytes:
+    return b',"prompt_progress":' + orjson.dumps(progress)
+
+
 class ChatChunks:
     """The events of one choice of a chat.completion.chunk stream. `usage: null` stands in each if there will be one."""
 
@@ -159,6 +163,10 @@ class ChatChunks:
         """Any other delta: tool calls, reasoning."""
         return self._delta + orjson.dumps(value) + self._running
 
+    def progress(self, progress: Mapping[str, Any]) -> bytes:
+        """How far the prompt is, as llama.cpp says it: beside a choice without news."""
+        return self._delta + b"{}" + self._running[: -len(self._tail)] + _progress(progress) + self._tail
+
     def finish(self, reason: str) -> bytes:
         """The last choice."""
         end = orjson.dumps({"index": self._index, "delta": {}, "logprobs": None, "finish_reason": reason})
@@ -181,6 +189,10 @@ class CompletionChunks:
         """A piece of choice ``index``."""
         choice = orjson.dumps({"index": index, "text": text, "logprobs": None, "finish_reason": reason})
         return self._head + choice + b"]" + self._tail
+
+    def progress(self, index: int, progress: Mapping[str, Any]) -> bytes:
+        """How far the prompt of choice ``index`` is."""
+        return self.text(index, "")[: -len(self._tail)] + _progress(progress) + self._tail
 
     def usage(self, usage: Mapping[str, Any]) -> bytes:
         """After the last choice."""

@@ -1,5 +1,7 @@
 """The offline API on a tiny model."""
 
+from pathlib import Path
+
 import pytest
 
 from flashserve import LLM, SamplingParams
@@ -32,6 +34,20 @@ def test_results_come_in_the_prompts_order_and_do_not_depend_on_company(llm):
 def test_a_prompt_of_token_ids_equals_its_text(llm):
     ids = llm.tokenizer.encode("def f(")
     assert llm.generate(ids, GREEDY)[0].text == llm.generate("def f(", GREEDY)[0].text
+
+
+@pytest.mark.parametrize("spaces", [True, False])
+def test_spaces_between_special_tokens_are_a_fast_tokenizers(llm, spaces):
+    """There are none, whatever is asked: the option is of tokenizers in Python."""
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(Path(llm.resolved.model.card.tokenizer_file).parent)
+    ids = [1, 2, 40, 1, 0]
+    expected = theirs.decode(ids, skip_special_tokens=False, spaces_between_special_tokens=spaces)
+    assert llm.tokenizer.decode(ids, skip_special_tokens=False) == expected
+    settings = {**GREEDY, "skip_special_tokens": False}
+    asked = llm.generate("a", {**settings, "spaces_between_special_tokens": spaces})[0].text
+    assert asked == llm.generate("a", settings)[0].text
 
 
 def test_each_prompt_may_have_its_own_parameters(llm):

@@ -33,6 +33,7 @@ INPUTS = {
     "return_num_input_tokens": ("TYPE_BOOL", ["1"]),
     "return_num_output_tokens": ("TYPE_BOOL", ["1"]),
     "return_request_metrics": ("TYPE_BOOL", ["1"]),
+    "return_progress": ("TYPE_BOOL", ["1"]),
 }
 OUTPUTS = {
     "text_output": ("TYPE_STRING", ["-1"]),
@@ -42,6 +43,7 @@ OUTPUTS = {
     "num_input_tokens": ("TYPE_UINT32", ["1"]),
     "num_output_tokens": ("TYPE_UINT32", ["-1"]),
     "request_metrics": ("TYPE_STRING", ["1"]),
+    "prompt_progress": ("TYPE_STRING", ["1"]),
 }
 
 
@@ -343,5 +345,3 @@ def test_what_is_not_there_yet_is_refused_by_name(server: Server) -> None:
     assert "return_cumulative_logprob=true is not supported" in post(server, asked).text
     assert "image is not supported" in call(server, text_input=HELLO, image=strings(b"a", b"b"))[0].error
     assert "image is not supported" in call(server, text_input=HELLO, image=Raw(b"", shape=(0,)))[0].error
-    embedding = json.dumps({"input": "text"})
-    assert "embeddings are not supported" in post(server, {"embedding_request": embedding}).text

@@ -90,6 +90,29 @@ def test_completions_of_text_and_ids(client: openai.OpenAI):
     assert of_text.choices[0].text == of_ids.choices[0].text
 
 
+def test_embeddings_are_alike_in_both_encodings_and_do_not_depend_on_company(client: openai.OpenAI):
+    """OpenAI's client asks for base64 unless told otherwise, and decodes it."""
+    inputs = ["def f(", "a red fox sleeps " * 20, "x"]
+    together = client.embeddings.create(model="llama", input=inputs)
+    assert together.usage.prompt_tokens == together.usage.total_tokens > len(inputs)
+    for text, item in zip(inputs, together.data, strict=True):
+        alone = client.embeddings.create(model="llama", input=text, encoding_format="float").data[0]
+        assert item.embedding == pytest.approx(alone.embedding, abs=1e-4)
+        assert sum(value * value for value in item.embedding) == pytest.approx(1, abs=1e-5)
+    assert len(client.embeddings.create(model="llama", input=[[5, 6]], dimensions=7).data[0].embedding) == 7
+    with pytest.raises(openai.BadRequestError, match=r"dimensions must be an integer in \[1, 64\]"):
+        client.embeddings.create(model="llama", input="a", dimensions=65)
+
+
+def test_a_stream_says_how_far_its_prompt_is(client: openai.OpenAI):
+    stream = client.completions.create(
+        model="paced", prompt=[7] * 1500, max_tokens=3, stream=True, extra_body={"return_progress": True}
+    )
+    told = [chunk.prompt_progress for chunk in stream if hasattr(chunk, "prompt_progress")]
+    assert [progress["total"] for progress in told] == [1500] * len(told)
+    assert told[-1]["processed"] == 1500
+
+
 def test_characters_that_span_tokens_arrive_whole(client: openai.OpenAI):
     """A null device's tokens behind the letters are bytes that begin no character."""
     settings = {"model": "paced", "prompt": [1] * 50, "max_tokens": 60, "extra_body": {"ignore_eos": True}}

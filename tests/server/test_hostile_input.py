@@ -253,7 +253,7 @@ WRONG_VALUES: dict[str, list[Any]] = {
     "stop": [[""], [5], [None], {"a": "b"}, 5, ["x" * 1025], ["x"] * 10_000, ["\ud800"], [["x"]]],
     "stop_token_ids": [[-1], [512], [2**63], [1.0], [True], ["1"], 5, "[1", [1] * 300],
     "ignore_eos": [1, "yes", [], 0.0],
-    "truncate_prompt_tokens": [0, -1, 2**31],
+    "truncate_prompt_tokens": [0, -2, 2**31],
     "priority": [2**31, -(2**31) - 1, 0.5, "urgent"],
     "timeout_ms": [0, -1, 2**31, 0.5],
     "cache_salt": [5, "x" * 257, "\n", "\0", "\ud800"],

@@ -173,13 +173,18 @@ def _grpc_message(item: Any) -> Any:
         message.infer_response.raw_output_contents.append(b"\xff\xff\xff\x7fshort")
     else:
         for name, value in item.items():
-            string = isinstance(value, str)
-            raw = value.encode() if string else int(value)
-            message.infer_response.outputs.add(name=name, datatype="BYTES" if string else "UINT32", shape=(1,))
-            message.infer_response.raw_output_contents.append(
-                len(raw).to_bytes(4, "little") + raw if isinstance(raw, bytes) else raw.to_bytes(4, "little")
-            )
+            values = value if isinstance(value, list) else [value]
+            kind = "BYTES" if isinstance(values[0], str) else "UINT32"
+            message.infer_response.outputs.add(name=name, datatype=kind, shape=(len(values),))
+            message.infer_response.raw_output_contents.append(b"".join(map(_raw, values)))
     return message
+
+
+def _raw(value: str | int) -> bytes:
+    if isinstance(value, int):
+        return value.to_bytes(4, "little")
+    content = value.encode()
+    return len(content).to_bytes(4, "little") + content
 
 
 class HttpPeer(Peer):

@@ -20,7 +20,7 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}<|im_
 TOKENIZER = Tokenizer(byte_level())
 LIMITS = EngineLimits(
     max_model_len=100, max_num_seqs=8, max_num_batched_tokens=64, block_size=16, num_blocks=99,
-    vocab_size=TOKENIZER.vocab_size + 5, eos_token_ids=(0,), dtype="float32", device="cpu",
+    vocab_size=TOKENIZER.vocab_size + 5, eos_token_ids=(0,), dtype="float32", device="cpu", hidden_size=8,
 )  # fmt: skip
 CONTEXT = ParserContext(TOKENIZER, ChatTemplate(TEMPLATE, {}), LIMITS, now=lambda: 1000.0)
 

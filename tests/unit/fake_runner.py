@@ -12,7 +12,8 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from oracle import NONSENSE, Name, Oracle, check, name_of
+import numpy as np
+from oracle import NONSENSE, Name, Oracle, check, hidden_state, name_of
 
 from flashserve.scheduling.config import SchedulerConfig
 from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput, StepResult
@@ -85,7 +86,9 @@ class FakeRunner:
         written = self._write(plan.rows)
         samples = [self._attend(row) for row in plan.rows]
         self._check_decodes_go_on(plan)
-        step = Step(plan.step, StepResult(samples), written)
+        check(plan.pools == any(row.pooled is not None for row in plan.rows), "rows that pool are not announced", plan)
+        pooled = {index: self._pool(row) for index, row in enumerate(plan.rows) if row.pooled is not None}
+        step = Step(plan.step, StepResult(samples, pooled), written)
         self._in_flight.append(step)
         if self.fault == "submit":
             self._fail(step)
@@ -105,7 +108,8 @@ class FakeRunner:
     def _fail(self, step: Step) -> None:
         """The step failed: nobody knows what its KV holds, nor what a step behind it computes from that."""
         for spoiled in list(self._in_flight)[self._in_flight.index(step) :]:
-            spoiled.output = StepResult([[NONSENSE] if ids else [] for ids in spoiled.output.token_ids])
+            samples = [[NONSENSE] if ids else [] for ids in spoiled.output.token_ids]
+            spoiled.output = StepResult(samples, dict.fromkeys(spoiled.output.pooled, np.full(1, np.nan, np.float32)))
             for block, offset in spoiled.written:
                 self.kv[block][offset] = None
         self._in_flight.remove(step)
@@ -195,9 +199,13 @@ class FakeRunner:
         known = slot.oracle.num_prompt + self.sampled[slot.name]
         drafts = max(0, row.num_logits - 1)
         check(drafts < row.num_tokens and end - drafts <= known, "tokens that nobody knows yet", row, known)
-        check(
-            (row.num_logits > 0) == (end - drafts == known), "must sample exactly at the last known token", row, known
-        )
+        if slot.oracle.message.pooling is not None:
+            check(row.num_logits == 0, "an embedding samples nothing", row)
+            check(row.pooled is not None or end < known, "the prompt's last row must answer", row)
+        else:
+            check(row.pooled is None, "pooled without being asked to", row)
+            at_end = end - drafts == known
+            check((row.num_logits > 0) == at_end, "must sample exactly at the last known token", row, known)
         check(end < slot.oracle.limit, "a row after the length limit", row)
         # A decode row brings no token: the runner reads its own last sample.
         tokens = row.token_ids[: row.num_tokens - drafts] or [slot.last_sample]
@@ -242,6 +250,14 @@ class FakeRunner:
             slot.last_sample = samples[-1]
             self.sampled[slot.name] += len(samples)
         return samples
+
+    def _pool(self, row: ScheduledRow) -> np.ndarray:
+        """The sum of the hidden states of those tokens that are asked for, all of which the row computes."""
+        assert row.pooled is not None
+        first, end = row.pooled
+        check(0 <= first <= end <= row.num_tokens, "tokens of another row are pooled", row)
+        chain = self.slots[row.slot].oracle.chain[row.start + first : row.start + end]
+        return np.array([sum(map(hidden_state, chain))], np.float32)
 
     def _check_decodes_go_on(self, plan: SchedulerOutput) -> None:
         """Every sequence that decodes has a row in every step, unless the sample in flight reaches its limit, or it

@@ -10,7 +10,15 @@ from oracle import EOS, FakeDrafter, Name, Oracle, check, name_of
 
 from flashserve.engine.core import EngineCore
 from flashserve.errors import INTERNAL
-from flashserve.protocol import Abort, FinishReason, GenerateRequest, SamplingParams, TokenOutput
+from flashserve.protocol import (
+    Abort,
+    FinishReason,
+    GenerateRequest,
+    Pooling,
+    PoolingParams,
+    SamplingParams,
+    TokenOutput,
+)
 from flashserve.scheduling.block_manager import BlockManager
 from flashserve.scheduling.config import SchedulerConfig
 from flashserve.scheduling.output import ScheduledRow, SchedulerOutput
@@ -76,6 +84,7 @@ class MiniEngine:
         deadline: float | None = None,
         salt: str = "",
         holds: tuple[str, ...] = (),
+        pooling: Pooling | None = None,
         **params: object,
     ) -> int:
         """Queue a request and return its id; an int as prompt gives that many tokens that no other prompt has."""
@@ -84,6 +93,8 @@ class MiniEngine:
         if isinstance(prompt, int):
             prompt = [1000 * (request_id + 1) + i for i in range(prompt)]
         own = {"ignore_eos": True, "seed": 0, **params}
+        if pooling is not None:
+            max_tokens, own = 0, {"seed": 0}
         message = GenerateRequest(
             request_id=request_id,
             prompt_token_ids=prompt,
@@ -92,6 +103,7 @@ class MiniEngine:
             priority=priority,
             deadline=deadline,
             cache_salt=salt,
+            pooling=None if pooling is None else PoolingParams(pooling=pooling),
         )
         for index in range(message.params.n):
             name = name_of(request_id, index)

@@ -39,6 +39,11 @@ def sample_after(prefix: int, index: int) -> int:
     return ((prefix >> 8) + index) % VOCAB_SIZE
 
 
+def hidden_state(prefix: int) -> int:
+    """What the fake model makes of a prefix's last token; sums of a prompt's are exact in float32."""
+    return prefix % 1009
+
+
 class Oracle:
     """What a sequence must generate and why it must end, from its message alone."""
 
@@ -60,7 +65,11 @@ class Oracle:
         self.limit = max_model_len
         if params.max_tokens is not None:
             self.limit = min(max_model_len, self.num_prompt + params.max_tokens)
-        self.reason: FinishReason = "length"
+        if message.pooling is not None:
+            self.reason: FinishReason = "stop"
+            self.limit = self.num_prompt + 1  # no row is behind the prompt
+            return
+        self.reason = "length"
         while True:
             token = self.sample(len(self.tokens) - 1)
             self.tokens.append(token)
@@ -74,6 +83,14 @@ class Oracle:
     @property
     def generated(self) -> list[int]:
         return self.tokens[self.num_prompt :]
+
+    @property
+    def embedding(self) -> float:
+        """Of a request for one: hidden states of the fake model have one dimension."""
+        assert self.message.pooling is not None
+        states = [hidden_state(prefix) for prefix in self.chain]
+        means = {"last": states[-1], "mean": sum(states) / len(states), "cls": states[0]}
+        return means[self.message.pooling.pooling]
 
     def sample(self, position: int) -> int:
         """The sample at ``position``; a sampler masks what would end the request before min_tokens."""

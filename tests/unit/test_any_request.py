@@ -74,6 +74,17 @@ PROMPT = (
         "sampling_parameters",
         as_json(st.fixed_dictionaries({"prompt_token_ids": st.lists(st.integers(0, LIMITS.vocab_size), max_size=110)})),
     )
+    | one_tensor(
+        "embedding_request",
+        as_json(
+            st.fixed_dictionaries(
+                {"input": TEXT | st.lists(st.integers(0, LIMITS.vocab_size), max_size=110)},
+                optional={
+                    "pooling_params": st.dictionaries(st.sampled_from(["pooling", "dimensions", "normalize"]), JSON)
+                },
+            )
+        ),
+    )
     | st.just({})
 )
 
@@ -96,6 +107,9 @@ def test_any_bytes_in_any_tensor_give_a_valid_request_or_an_invalid_argument(pro
     if isinstance(result, ParsedTokenize):
         json.loads(result.answer)
         result.answer.encode()
+    elif result.message.pooling is not None:
+        assert 1 <= len(result.message.prompt_token_ids) <= 100
+        assert (result.message.params.max_tokens, result.stream) == (0, False)
     else:
         assert 1 <= len(result.message.prompt_token_ids) <= 99
         assert all(0 <= token_id < LIMITS.vocab_size for token_id in result.message.prompt_token_ids)

@@ -310,3 +310,45 @@ def test_ctrl_c_ends_generate(peer: Peer):
 
 def until_over(peer: Peer) -> bool:
     return asyncio.run(until(lambda: peer.asked[0].cancelled and peer.asked[0].over.is_set()))
+
+
+# --- several answers, and embeddings ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asks", [("-n", "2"), ("--param", "n=2")])
+def test_several_answers_come_one_after_the_other(peer, capsys, asks):
+    async def two(asked):
+        yield say(["one", "two"], ["stop", "stop"], [1, 1])
+
+    peer.script = two
+    assert run("generate", "hello", "--url", peer.url, *asks) == 0
+    assert capsys.readouterr().out == "--- 1 of 2\none\n--- 2 of 2\ntwo\n"
+    assert peer.asked[0].sampling["n"] == 2
+    assert "stream" not in peer.asked[0].inputs
+    assert run("generate", "hello", "--url", peer.url, "--json", *asks) == 0
+    samples = json.loads(capsys.readouterr().out)["completions"]
+    assert [sample["text"] for sample in samples] == ["one", "two"]
+
+
+def test_a_chat_has_one_answer(capsys):
+    assert run("chat", "--param", "n=2") == 2
+    assert "n: a chat goes on from one answer" in capsys.readouterr().err
+
+
+def test_embed_prints_a_json_list(peer, capsys, monkeypatch):
+    async def embedding(asked):
+        yield say("[0.5, -1]", "stop", 0)
+
+    peer.script = embedding
+    options = ("--pooling", "mean", "--dimensions", "2", "--timeout", "3", "--priority", "1")
+    assert run("embed", "hello", "--url", peer.url, "--model", "m", *options) == 0
+    assert capsys.readouterr().out == "[0.5, -1]\n"
+    asked = peer.asked[0]
+    assert (asked.model, asked.sampling) == ("m", {"priority": 1, "timeout_ms": 3000})
+    assert json.loads(asked.inputs["embedding_request"]) == {
+        "input": "hello",
+        "pooling_params": {"pooling": "mean", "dimensions": 2},
+    }
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
+    assert run("embed", "--url", peer.url) == 0
+    assert json.loads(peer.asked[1].inputs["embedding_request"])["input"] == "from a pipe"

@@ -34,6 +34,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "flashserve.model_card": ("flashserve.errors", "flashserve.paths", "flashserve.protocol"),
     "flashserve.config": ("flashserve.errors", "flashserve.model_json", "flashserve.paths", "flashserve.protocol"),
     "flashserve.sampling_params": ("flashserve.errors", "flashserve.protocol", "flashserve.coercion"),
+    "flashserve.pooling_params": ("flashserve.errors", "flashserve.protocol", "flashserve.coercion"),
     "flashserve_kernels": (),
     # The runner knows steps, never requests: of the scheduler it may see the output type alone.
     "flashserve.scheduling.output": ("flashserve.protocol",),
@@ -85,6 +86,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "flashserve.coercion",
         "flashserve.load_notes",
         "flashserve.paths",
+        "flashserve.pooling_params",
         "flashserve.sampling_params",
         "flashserve.stub_processes",
         "flashserve.triton_http",
@@ -107,6 +109,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "flashserve.llm": (
         "flashserve.engine",
         "flashserve.text",
+        "flashserve.pooling_params",
         "flashserve.sampling_params",
         "flashserve.config",
         "flashserve.protocol",

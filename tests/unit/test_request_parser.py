@@ -67,7 +67,6 @@ def test_exactly_one_prompt():
 
 
 def test_what_the_model_cannot_take_yet_is_refused_by_name():
-    refused("embeddings are not supported yet", embedding_request='{"input": "a"}')
     refused("image is not supported", text_input="a", image=np.array([b"x", b"y"], dtype=object))
 
 
@@ -96,6 +95,8 @@ def test_a_prompt_is_cut_to_its_end_if_asked_for():
         parsed(text_input=long, sampling_parameters={"truncate_prompt_tokens": 10}).message.prompt_token_ids
         == (TOKENIZER.encode(long)[-10:])
     )
+    whole = parsed(sampling_parameters={"prompt_token_ids": prompt, "truncate_prompt_tokens": -1})
+    assert whole.message.prompt_token_ids == prompt[-99:]  # as many as leave room for one
     refused("prompt has 150 tokens", sampling_parameters={"prompt_token_ids": prompt, "truncate_prompt_tokens": 150})
 
 

@@ -205,8 +205,8 @@ def test_refusals_name_the_field_its_range_and_the_value(given, words):
         ({"guided_json": {}}, "guided_json="),
         ({"lora_name": "x"}, "lora_name='x' is not supported$"),
         (
-            {"spaces_between_special_tokens": False},
-            "spaces_between_special_tokens=False is not supported; only true is",
+            {"spaces_between_special_tokens": "both"},
+            "spaces_between_special_tokens='both' is not supported; only true or",
         ),
     ],
 )

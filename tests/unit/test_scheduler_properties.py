@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import struct
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -121,7 +122,13 @@ class World:
             check(tokens == oracle.generated and reason == oracle.reason, "wrong answer", name, tokens, reason)
         else:
             check(tokens == oracle.generated[: len(tokens)], "wrong beginning", name, tokens, oracle.generated)
-            check(len(tokens) < len(oracle.generated), "a whole answer must end by itself", name, reason)
+            whole = oracle.generated and len(tokens) == len(oracle.generated)
+            check(not whole, "a whole answer must end by itself", name, reason)
+        if oracle.message.pooling is not None and reason == "stop":
+            (embedding,) = struct.unpack("<f", output.embedding or b"")
+            check(math.isclose(embedding, oracle.embedding, rel_tol=1e-6), "wrong embedding", name, embedding)
+        else:
+            check(output.embedding is None, "an embedding that is none", name, output)
         if reason == "abort":
             check(name in self.aborted, "nobody aborted it", name)
         elif reason == "deadline":
@@ -169,6 +176,7 @@ class Life(RuleBasedStateMachine):
         ignore_eos=st.booleans(),
         stops=st.lists(st.integers(2, 96), max_size=12),
         n=st.sampled_from([1, 1, 2, 3]),
+        pooling=st.sampled_from([None, None, None, "last", "mean", "cls"]),
         holds=st.sampled_from([(), (), (), ("a grammar",), ("a grammar", "an image")]),
         presence_penalty=st.sampled_from([0.0, 0.0, 1.0]),
         dry_multiplier=st.sampled_from([0.0, 0.0, 1.0]),
@@ -235,7 +243,7 @@ TestLife = Life.TestCase
 
 def crowded_life(seed: int, steps: int, run_ahead: bool, caching: bool, drafts: bool) -> World:
     """Some hundred requests on few blocks; the rates change, so that queues fill and drain again."""
-    rng, wishes = random.Random(seed), random.Random(-seed)
+    rng, wishes, embeddings = random.Random(seed), random.Random(-seed), random.Random(-1 - seed)
     seqs = rng.choice([2, 4, 8, 16])
     world = World(
         num_blocks=rng.choice([12, 20, 40]),
@@ -272,6 +280,15 @@ def crowded_life(seed: int, steps: int, run_ahead: bool, caching: bool, drafts: 
                 presence_penalty=wishes.choice([0, 0, 1]),
                 dry_multiplier=wishes.choice([0, 0, 1]),
             )
+        if rate and embeddings.random() < 0.05:
+            world.add(
+                text=embeddings.randrange(3),
+                shared=embeddings.choice([0, 8, 60]),
+                own=embeddings.choice([0, 1, 30]),
+                max_tokens=None,
+                pooling=embeddings.choice(["last", "mean", "cls"]),
+                n=1,
+            )
         if world.engine.oracles and rng.random() < 0.03:
             world.abort(rng.randrange(world.engine.num_requests))
         if world.engine.oracles and rng.random() < 0.03:
@@ -287,7 +304,7 @@ def crowded_life(seed: int, steps: int, run_ahead: bool, caching: bool, drafts: 
 @pytest.mark.parametrize("caching", [False, True], ids=["uncached", "cached"])
 @pytest.mark.parametrize("drafts", [False, True], ids=["plain", "drafts"])
 def test_crowded_life(run_ahead: bool, caching: bool, drafts: bool) -> None:
-    chunks = hits = preemptions = copies = 0
+    chunks = hits = preemptions = copies = embedded = 0
     lengths: set[int] = set()
     reasons: set[str] = set()
     for seed in range(10):
@@ -299,10 +316,11 @@ def test_crowded_life(run_ahead: bool, caching: bool, drafts: bool) -> None:
         preemptions += stats.preemptions
         copies += sum(len(plan.block_copies) for plan in world.engine.plans)
         lengths |= world.engine.runner.lengths
+        embedded += sum(ended.output.embedding is not None for ended in world.engine.ended.values())
         reasons |= {ended.reason for ended in world.engine.ended.values()}
     # The test is worth something only if all of this happened.
     assert reasons == {"stop", "length", "abort", "deadline", "error"}
-    assert chunks > 100 and preemptions > 50 and copies > 50
+    assert chunks > 100 and preemptions > 50 and copies > 50 and embedded > 50
     assert lengths == ({0, 1, 2, 3, 4} if drafts else {0, 1})
     assert (hits > 500) == caching
 

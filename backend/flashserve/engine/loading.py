@@ -35,5 +35,5 @@ def _load_null_engine(config: EngineConfig) -> tuple[ResolvedConfig, EngineCore]
 
     facts = read_model_facts(open_model(config), config, NULL_DEVICE)
     resolved = resolve(config, facts, NULL_DEVICE, null_block_bytes(config, facts))
-    runner = NullRunner(facts.vocab_size, step_seconds(config.device))
+    runner = NullRunner(facts.vocab_size, step_seconds(config.device), facts.hidden_size)
     return resolved, build_core(resolved, runner, cache_root="null")

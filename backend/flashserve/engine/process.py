@@ -126,6 +126,7 @@ def engine_limits(resolved: ResolvedConfig) -> EngineLimits:
         dtype=resolved.dtype,
         device=resolved.device.name,
         stream_interval=resolved.stream_interval,
+        hidden_size=resolved.model.hidden_size,
     )
 
 

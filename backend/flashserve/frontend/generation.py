@@ -9,7 +9,7 @@ from typing import Any
 
 from flashserve.errors import FlashserveError
 from flashserve.frontend.request_parser import ParsedRequest
-from flashserve.protocol import RequestTimings, TokenOutput
+from flashserve.protocol import PromptProgress, RequestTimings, TokenOutput
 from flashserve.text.completion import Completion
 
 
@@ -60,6 +60,8 @@ class Generation:
 
         # The request's sender thread:
         self.completions = completions
+        self.progress: PromptProgress | None = None
+        """How far the prompt is, until a response has said it."""
         self.last_sent = self.message.arrival
         self.closed = False
         """FINAL was sent; nothing may follow."""
@@ -85,9 +87,14 @@ class Generation:
         return max(known, key=lambda timings: timings.last_token or 0.0, default=None)
 
     @property
-    def has_text(self) -> bool:
-        """Whether the next response has some."""
-        return any(completion.has_text for completion in self.completions)
+    def has_news(self) -> bool:
+        """Whether the next response has text, or says how far the prompt is."""
+        return self.progress is not None or any(completion.has_text for completion in self.completions)
+
+    def take_progress(self) -> PromptProgress | None:
+        """For the next response: each is told once."""
+        progress, self.progress = self.progress, None
+        return progress
 
     @property
     def name(self) -> str:

@@ -16,8 +16,10 @@ import msgspec
 from flashserve.coercion import bool_of, shorten
 from flashserve.config import EngineConfig
 from flashserve.errors import ConfigError, InvalidArgument
+from flashserve.frontend.embedding_request import check_embedding_options, read_embedding_request
 from flashserve.frontend.tensor_spec import INPUT_BY_NAME, INPUTS
-from flashserve.protocol import EngineLimits, EngineReady, GenerateRequest, SamplingParams
+from flashserve.pooling_params import EMBEDDING_PARAMS
+from flashserve.protocol import EngineLimits, EngineReady, GenerateRequest, PoolingParams, SamplingParams
 from flashserve.sampling_params import (
     PARAMETERS,
     Parameters,
@@ -113,6 +115,7 @@ class OutputFlags:
     num_input_tokens: bool = False
     num_output_tokens: bool = False
     request_metrics: bool = False
+    progress: bool = False
     logprobs: bool = False
     """Answered with null, as by vLLM where a request asks for the output but sets no ``logprobs``."""
 
@@ -166,6 +169,37 @@ def parse(request: RawRequest, context: ParserContext, internal_id: int) -> Pars
         return ParsedTokenize(_tokenize(texts[source], context), options.request_id)
 
     stream = flags.get("stream", False)
+    if flags.get("return_progress") and not stream:
+        raise InvalidArgument("return_progress=true: only a stream tells how far its prompt is")
+    pooling: PoolingParams | None = None
+    if source == "embedding_request":
+        check_embedding_options(values, flags)
+        token_ids, pooling = read_embedding_request(
+            texts[source], parameters.sampling, context.tokenizer, context.limits
+        )
+        text, params = "", EMBEDDING_PARAMS
+    else:
+        token_ids, text, params = _to_generate(source, texts, flags, parameters, context)
+    message = GenerateRequest(
+        request_id=internal_id,
+        prompt_token_ids=token_ids,
+        params=params,
+        arrival=arrival,
+        priority=options.priority,
+        deadline=None if options.timeout_s is None else arrival + options.timeout_s,
+        cache_salt=options.cache_salt,
+        pooling=pooling,
+        return_progress=flags.get("return_progress", False),
+    )
+    outputs = OutputFlags(**{name: flags.get(f"return_{name}", False) for name in OutputFlags.__slots__})
+    return ParsedRequest(message, text, stream, outputs, options.request_id, options.traceparent)
+
+
+def _to_generate(
+    source: str, texts: Mapping[str, str], flags: Mapping[str, bool], parameters: Parameters, context: ParserContext
+) -> tuple[list[int], str, SamplingParams]:
+    """Of a request for tokens: its prompt, the text that the output is to repeat, and its parameters."""
+    stream = flags.get("stream", False)
     exclude_input = flags.get("exclude_input_in_output", stream)
     if stream and not exclude_input:
         raise InvalidArgument("When streaming, `exclude_input_in_output` = False is not allowed.")  # vLLM's words
@@ -175,23 +209,9 @@ def parse(request: RawRequest, context: ParserContext, internal_id: int) -> Pars
     elif text is None:
         text = context.tokenizer.decode(token_ids, skip_special_tokens=parameters.sampling.skip_special_tokens)
     token_ids = check_prompt(source, token_ids, parameters.sampling, context.limits)
-    message = GenerateRequest(
-        request_id=internal_id,
-        prompt_token_ids=token_ids,
-        params=with_word_ids(
-            stop_at_special_tokens(
-                _with_max_tokens(parameters.sampling, source, len(token_ids), context), context.tokenizer
-            ),
-            context.tokenizer,
-            context.limits,
-        ),
-        arrival=arrival,
-        priority=options.priority,
-        deadline=None if options.timeout_s is None else arrival + options.timeout_s,
-        cache_salt=options.cache_salt,
-    )
-    outputs = OutputFlags(**{name: flags.get(f"return_{name}", False) for name in OutputFlags.__slots__})
-    return ParsedRequest(message, text, stream, outputs, options.request_id, options.traceparent)
+    params = _with_max_tokens(parameters.sampling, source, len(token_ids), context)
+    params = stop_at_special_tokens(params, context.tokenizer)
+    return token_ids, text, with_word_ids(params, context.tokenizer, context.limits)
 
 
 def _prompt_source(texts: Mapping[str, str], options: RequestOptions) -> str:
@@ -202,8 +222,6 @@ def _prompt_source(texts: Mapping[str, str], options: RequestOptions) -> str:
     if len(given) != 1:
         found = f"{' and '.join(given)} are" if given else "none is"
         raise InvalidArgument(f"exactly one of {', '.join(PROMPTS)}, prompt_token_ids is needed; {found} given")
-    if given[0] == "embedding_request":
-        raise InvalidArgument("embedding_request: embeddings are not supported yet")
     return given[0]
 
 

@@ -183,6 +183,8 @@ class Responder:
                 self._abort(generation)  # the engine may still be at it
                 self._fail_open(generation, item)
                 return
+            if item.progress is not None:
+                generation.progress = item.progress
             completion = generation.completions[item.index]
             stopped = completion.take(item)
             going_on = any(other.finish_reason is None for other in generation.completions)
@@ -192,7 +194,7 @@ class Responder:
             if reason is not None and (not going_on or reason not in ENDS):
                 self._end(generation, reason, completion.error)
                 return
-        if generation.parsed.stream and generation.has_text:
+        if generation.parsed.stream and generation.has_news:
             self._send_delta(generation)
 
     def _end(self, generation: Generation, reason: FinishReason, error_info: ErrorInfo | None) -> None:
@@ -208,7 +210,7 @@ class Responder:
         """What was streamed comes first, whole."""
         for completion in generation.completions:
             completion.finish_text()
-        if generation.parsed.stream and generation.has_text:
+        if generation.parsed.stream and generation.has_news:
             self._send_delta(generation)
         self._close_with_error(generation, error)
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from flashserve.errors import FlashserveError, InternalError, InvalidArgument
@@ -42,6 +43,8 @@ class ResponseBuilder:
             tensors.append(self._counts("num_output_tokens", [delta.num_tokens for delta in deltas]))
         if wanted.request_metrics and None not in finish_reasons and generation.timings is not None:
             tensors.append(self._strings("request_metrics", [json.dumps(request_metrics(generation))]))
+        if (progress := generation.take_progress()) is not None:
+            tensors.append(self._strings("prompt_progress", [json.dumps(msgspec.structs.asdict(progress))]))
         return self._pb.InferenceResponse(tensors)
 
     def text(self, text: str) -> Any:

@@ -25,6 +25,7 @@ from flashserve.frontend.tracing import start_tracing
 from flashserve.ipc.supervisor import EngineSupervisor
 from flashserve.stub_processes import has_predecessor
 from flashserve.text.completion import Completion
+from flashserve.text.embedding import EmbeddingAnswer
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +94,9 @@ class ModelService:
                 self._health_check.check()
             parsed = parse(read_raw(request), self._context, next(self._ids))
             if isinstance(parsed, ParsedRequest):
+                kind = Completion if parsed.message.pooling is None else EmbeddingAnswer
                 samples = range(parsed.message.params.n)
-                completions = [Completion(self._context.tokenizer, parsed.message) for _ in samples]
+                completions = [kind(self._context.tokenizer, parsed.message) for _ in samples]
                 self._responder.submit(Generation(parsed, sender, completions))
             else:
                 self._responder.answer(sender, self._builder.text(parsed.answer))

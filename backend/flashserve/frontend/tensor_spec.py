@@ -50,6 +50,7 @@ INPUTS: tuple[TensorSpec, ...] = (
     TensorSpec("return_num_input_tokens", "BOOL"),
     TensorSpec("return_num_output_tokens", "BOOL"),
     TensorSpec("return_request_metrics", "BOOL"),
+    TensorSpec("return_progress", "BOOL"),
 )
 
 OUTPUTS: tuple[TensorSpec, ...] = (
@@ -60,6 +61,7 @@ OUTPUTS: tuple[TensorSpec, ...] = (
     TensorSpec("num_input_tokens", "UINT32", (1,), optional=False),
     TensorSpec("num_output_tokens", "UINT32", (-1,), optional=False),
     TensorSpec("request_metrics", "STRING", (1,), optional=False),
+    TensorSpec("prompt_progress", "STRING", (1,), optional=False),
 )
 
 INPUT_BY_NAME: dict[str, TensorSpec] = {spec.name: spec for spec in INPUTS}

@@ -174,7 +174,9 @@ class Decoder:
     @classmethod
     def read_shape(cls, config: dict[str, Any]) -> ModelShape:
         spec = cls.read_spec(config)
-        return ModelShape(spec.context_len, spec.vocab_size, spec.num_layers, spec.num_kv_heads, spec.head_dim)
+        return ModelShape(
+            spec.context_len, spec.vocab_size, spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.hidden_size
+        )
 
     @classmethod
     def ignored_weights(cls, config: dict[str, Any]) -> tuple[str, ...]:

@@ -51,6 +51,7 @@ class GPT2LMHeadModel:
             num_layers=config["n_layer"],
             num_kv_heads=heads,
             head_dim=config["n_embd"] // heads,
+            hidden_size=config["n_embd"],
         )
 
     @staticmethod

@@ -35,6 +35,7 @@ class ModelShape:
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    hidden_size: int
 
 
 class CausalLM(Protocol):

@@ -89,6 +89,7 @@ def read_model_facts(files: ModelFiles, config: EngineConfig, device: DeviceFact
         num_layers=shape.num_layers,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
+        hidden_size=shape.hidden_size,
         dtype=dtype,
         weight_bytes=files.num_elements(ignored) * WEIGHT_DTYPES[dtype].itemsize,
         eos_token_ids=files.end_token_ids(shape.vocab_size),

@@ -15,6 +15,8 @@ STEPS_IN_FLIGHT = 2
 """The engine submits one step before it waits for the one before."""
 _RING = STEPS_IN_FLIGHT + 1
 """Buffers used in turn: what a step in flight reads is not written by the next one's preparation."""
+_DOWNLOADS = 2
+"""Of a step at most: its samples, and what it pools."""
 
 
 class Download(Protocol):
@@ -101,7 +103,7 @@ class CudaQueue:
         self._compute.wait_stream(torch.cuda.current_stream(device))  # on which weights and cache are still being made
         self._up, self._down = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._uploads = [_CudaRing(device, self._up) for _ in range(_RING)]
-        self._downloads = [_CudaRing(device, self._compute) for _ in range(_RING)]
+        self._downloads = [_CudaRing(device, self._compute) for _ in range(_RING * _DOWNLOADS)]
         self._pool: Any = None
 
     def host_buffer(self, num_bytes: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -32,10 +33,15 @@ class Arrangement:
     """[N]: their places in the plan."""
     changed_blocks: np.ndarray
     """[new_blocks] int64: flat places of the block table that changed."""
+    pooled: Sequence[tuple[int, int, int]] = ()
+    """(Place in the plan, first, end) of each row that pools: which of the step's tokens are summed for it."""
 
     @property
     def sizes(self) -> StepSizes:
-        return StepSizes(int(self.lens.sum()), len(self.slots), len(self.sampling), len(self.changed_blocks))
+        num_pooled = sum(end - first for _, first, end in self.pooled)
+        return StepSizes(
+            int(self.lens.sum()), len(self.slots), len(self.sampling), len(self.changed_blocks), num_pooled
+        )
 
     @property
     def max_query_len(self) -> int:
@@ -82,6 +88,7 @@ class InputBuilder:
             sample_slots=sample_slots,
             plan_rows=plan_rows,
             changed_blocks=np.concatenate(changed) if changed else np.zeros(0, np.int64),
+            pooled=self._pooled(plan, order, lens) if plan.pools else (),
         )
 
     def fill(self, step: Arrangement, host: StepFields, sizes: StepSizes) -> None:
@@ -110,8 +117,19 @@ class InputBuilder:
         if len(host.table_index):
             host.table_index[:] = step.changed_blocks
             host.table_blocks[:] = table.block_table.reshape(-1)[step.changed_blocks]
+        if step.pooled:
+            host.pooled_rows[:] = np.concatenate([np.arange(first, end) for _, first, end in step.pooled])
         if sizes.tokens > T or sizes.logits > N:
             fill_padding(host, used, sizes, table.spare_slot)
+
+    @staticmethod
+    def _pooled(plan: SchedulerOutput, order: np.ndarray, lens: np.ndarray) -> list[tuple[int, int, int]]:
+        firsts = np.cumsum(lens) - lens
+        return [
+            (place, first + wanted[0], first + wanted[1])
+            for place, first in zip(order.tolist(), firsts.tolist(), strict=True)
+            if (wanted := plan.rows[place].pooled) is not None
+        ]
 
     @staticmethod
     def _fill_token_ids(step: Arrangement, firsts: np.ndarray, out: np.ndarray) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -35,6 +35,10 @@ class StepHandle:
     """[N]: the plan's rows that sample."""
     tokens: Download
     """[N or more] int64."""
+    pooled_rows: Sequence[int] = ()
+    """Those of the plan's rows that pool."""
+    pooled: Download | None = None
+    """[their number, hidden] float32."""
 
 
 class ModelRunner:
@@ -55,6 +59,7 @@ class ModelRunner:
         self.step_model = StepModel.build(model, ops, spec, resolved.num_blocks, self._slots)
         device.synchronize()  # the queue's streams are older than the cache, whose zeros may still be on their way
         self._steps = self._make_steps(queue)
+        self._pooling_steps = self._make_pooling_steps(queue)
         self.observe_logits: Callable[[Arrangement, Tensor], None] | None = None
         """Called with each step's logits [N or more, V] before they are sampled, in the queue of the step's work."""
         self._closed = False
@@ -73,10 +78,14 @@ class ModelRunner:
         if plan.block_copies:
             pairs = np.array(plan.block_copies, np.int64)
             queue.run(lambda: self.step_model.copy_blocks(queue.to_device(pairs)))
-        logits = self._steps.logits(step)
+        steps = self._pooling_steps if step.pooled else self._steps
+        logits = steps.logits(step)
+        pooled_rows = [place for place, _, _ in step.pooled]
+        pooled = queue.download(self._pooling_steps.pooled) if step.pooled else None
         if not step.sampling.size:
             # Waited for all the same: steps of a long prompt would else pile up on a GPU and reuse buffers too early.
-            return StepHandle(len(plan.rows), step.plan_rows, queue.download(self._slots.last_tokens[:1]))
+            tokens = queue.download(self._slots.last_tokens[:1])
+            return StepHandle(len(plan.rows), step.plan_rows, tokens, pooled_rows, pooled)
         observe = self.observe_logits
         if observe is not None:
             queue.run(lambda: observe(step, logits))
@@ -84,10 +93,10 @@ class ModelRunner:
         if early is not None:
             queue.run(lambda: self._ops.mask_tokens_(logits, *map(queue.to_device, early)))
         counted = self._processor.apply(queue, logits, step)
-        tokens = self._steps.sample(stages)
+        samples = steps.sample(stages)
         if counted is not None:
-            self._processor.count(queue, counted, tokens)
-        return StepHandle(len(plan.rows), step.plan_rows, queue.download(tokens))
+            self._processor.count(queue, counted, samples)
+        return StepHandle(len(plan.rows), step.plan_rows, queue.download(samples), pooled_rows, pooled)
 
     def wait(self, handle: StepHandle) -> StepResult:
         """The samples, on the host."""
@@ -95,7 +104,9 @@ class ModelRunner:
         tokens = handle.tokens.result()[: len(handle.sample_rows)].tolist()
         for row, token in zip(handle.sample_rows.tolist(), tokens, strict=True):
             token_ids[row] = [token]
-        return StepResult(token_ids)
+        if handle.pooled is None:
+            return StepResult(token_ids)
+        return StepResult(token_ids, dict(zip(handle.pooled_rows, handle.pooled.result().numpy(), strict=True)))
 
     def warm_up(self) -> None:
         """Run a prefill and some decode steps, so that the first request pays for no lazy initialisation."""
@@ -120,7 +131,7 @@ class ModelRunner:
             return
         self._closed = True
         self._device.synchronize()  # a step may be under way in the memory that is freed here
-        del self._steps, self.step_model
+        del self._steps, self._pooling_steps, self.step_model
         self._device.release()
 
     def _make_steps(self, queue: DeviceQueue) -> Steps:
@@ -129,11 +140,19 @@ class ModelRunner:
         eager = resolved.config.enforce_eager
         if self._ops.records and not eager:
             return RecordedSteps(model, self._builder, queue, StepSizes(tokens, seqs, seqs))
-        capacity = StepSizes(tokens, seqs, seqs, model.block_table.numel())
+        capacity = StepSizes(tokens, seqs, seqs, model.block_table.numel(), tokens)
         steps = EagerSteps(model, self._builder, queue, capacity, self._device.torch_device)
         if self._ops.captures and queue.run_ahead and not eager:
             steps.capture(decode_batch_sizes(seqs))
         return steps
+
+    def _make_pooling_steps(self, queue: DeviceQueue) -> EagerSteps:
+        """What runs steps with embeddings: where all are recorded, those are not."""
+        if isinstance(self._steps, EagerSteps):
+            return self._steps
+        tokens, seqs = self.resolved.max_num_batched_tokens, self.resolved.max_num_seqs
+        capacity = StepSizes(tokens, seqs, seqs, self.step_model.block_table.numel(), tokens)
+        return EagerSteps(self.step_model, self._builder, queue, capacity, self._device.torch_device)
 
     @torch.inference_mode()
     def _compile_all_lengths(self) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
+
 from flashserve.config import DeviceFacts, EngineConfig, ModelFacts
 from flashserve.errors import ConfigError
 from flashserve.scheduling.output import SchedulerOutput, StepResult
@@ -21,17 +23,20 @@ class NullRunner:
 
     run_ahead = False
 
-    def __init__(self, vocab_size: int, step_s: float = 0.0) -> None:
+    def __init__(self, vocab_size: int, step_s: float = 0.0, hidden_size: int = 1) -> None:
         self._ids = [i for i in PRINTABLE if i < vocab_size] or [0]
         self._step_s = step_s
+        self._hidden_size = hidden_size
 
     def submit(self, plan: SchedulerOutput) -> StepResult:
         if self._step_s:
             time.sleep(self._step_s)
         ids = self._ids
-        return StepResult(
-            [[ids[(row.start + row.num_tokens) % len(ids)]] if row.num_logits else [] for row in plan.rows]
-        )
+        tokens = [[ids[(row.start + row.num_tokens) % len(ids)]] if row.num_logits else [] for row in plan.rows]
+        if not plan.pools:
+            return StepResult(tokens)
+        ones = np.ones(self._hidden_size, np.float32)
+        return StepResult(tokens, {i: ones for i, row in enumerate(plan.rows) if row.pooled is not None})
 
     def wait(self, handle: StepResult) -> StepResult:
         return handle

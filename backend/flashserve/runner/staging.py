@@ -28,6 +28,8 @@ class StepSizes:
     """N: rows that are sampled."""
     new_blocks: int = 0
     """Entries of block tables that changed since the last step."""
+    pooled: int = 0
+    """P: tokens whose hidden states go into embeddings."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class StepFields:
     """[new_blocks] int64: flat places in the block table."""
     table_blocks: Any
     """[new_blocks] int32: what they hold now."""
+    pooled_rows: Any
+    """[P] int64: the tokens whose hidden states are pooled; last, for most steps have none."""
 
 
 _PER_SEQ = {"slots", "seq_lens"}
@@ -73,6 +77,8 @@ def _count(name: str, sizes: StepSizes) -> int:
         return sizes.seqs
     if name in _PER_LOGITS:
         return sizes.logits
+    if name == "pooled_rows":
+        return sizes.pooled
     return sizes.new_blocks if name in _PER_NEW_BLOCK else sizes.tokens
 
 

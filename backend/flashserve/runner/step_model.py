@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from flashserve.models.model_input import CausalLM, ModelInput
@@ -51,6 +52,35 @@ class StepModel:
         host_seq_lens: Sequence[int] = (),
     ) -> Tensor:
         """Run the model. Returns [N, V]. The host's lengths are for ops that cannot be captured."""
+        return self.model.logits(self._forward(step, step.logits_rows, max_query_len, host_query_lens, host_seq_lens))
+
+    def logits_and_pooled(
+        self,
+        step: StepFields,
+        pooled_lens: Sequence[int],
+        max_query_len: int,
+        host_query_lens: Sequence[int],
+        host_seq_lens: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`logits`, and the sums of hidden states: (logits [N, V], [len(pooled_lens), hidden] float32).
+
+        pooled_lens: how many of ``pooled_rows`` each sum takes. Neither captured nor recorded.
+        """
+        rows = torch.cat((step.logits_rows, step.pooled_rows))
+        hidden = self._forward(step, rows, max_query_len, host_query_lens, host_seq_lens)
+        sampled, pooled = hidden.split((len(step.logits_rows), len(step.pooled_rows)))
+        sums = torch.stack([part.sum(0, dtype=torch.float32) for part in pooled.split(list(pooled_lens))])
+        return self.model.logits(sampled) if len(sampled) else sampled, sums
+
+    def _forward(
+        self,
+        step: StepFields,
+        rows: Tensor,
+        max_query_len: int,
+        host_query_lens: Sequence[int],
+        host_seq_lens: Sequence[int],
+    ) -> Tensor:
+        """Hidden states of these of the step's tokens, [len(rows), hidden]."""
         ops = self.ops
         inputs = ModelInput(
             token_ids=ops.gather_tokens(step.token_ids, self.last_tokens, step.token_slots),
@@ -65,9 +95,9 @@ class StepModel:
                 host_query_lens=host_query_lens,
                 host_seq_lens=host_seq_lens,
             ),
-            logits_rows=step.logits_rows,
+            logits_rows=rows,
         )
-        return self.model.logits(self.model.forward(inputs, self.kv_cache))
+        return self.model.forward(inputs, self.kv_cache)
 
     def sample(self, step: StepFields, logits: Tensor, stages: Stage) -> Tensor:
         """Choose tokens and keep them as their slots' last ones. Returns [N] int64."""

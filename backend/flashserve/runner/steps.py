@@ -40,7 +40,12 @@ class Steps(Protocol):
 
 
 class EagerSteps:
-    """Every step as it comes; on a GPU decodes may come from CUDA graphs, one per padded batch size."""
+    """Every step as it comes; on a GPU decodes may come from CUDA graphs, one per padded batch size. The only ones that
+    pool: an embedding is asked for with a prompt, and hidden states of a whole prompt are more rows than graphs and
+    recordings have."""
+
+    pooled: Tensor
+    """[rows that pool, hidden] float32: sums of hidden states, of the last step with such rows."""
 
     def __init__(
         self, model: StepModel, builder: InputBuilder, queue: DeviceQueue, capacity: StepSizes, device: torch.device
@@ -75,8 +80,12 @@ class EagerSteps:
             graph.replay_logits()
             self._sample = graph.sample
             return graph.logits
-        lens, seq_lens = step.lens.tolist(), (step.starts + step.lens).tolist()
-        logits = self.queue.run(lambda: self._model.logits(fields, step.max_query_len, lens, seq_lens))
+        lengths = step.max_query_len, step.lens.tolist(), (step.starts + step.lens).tolist()
+        if step.pooled:
+            pooled_lens = [end - first for _, first, end in step.pooled]
+            logits, self.pooled = self.queue.run(lambda: self._model.logits_and_pooled(fields, pooled_lens, *lengths))
+        else:
+            logits = self.queue.run(lambda: self._model.logits(fields, *lengths))
         self._sample = lambda stages: self.queue.run(lambda: self._model.sample(fields, logits, stages))
         return logits
 
@@ -84,8 +93,8 @@ class EagerSteps:
         return self._sample(stages)
 
     def _graph_for(self, step: Arrangement) -> _DecodeGraph | None:
-        """The smallest graph that holds the step, if all its rows are single tokens."""
-        if step.max_query_len > 1:
+        """The smallest graph that holds the step, if all its rows are single tokens and none is pooled."""
+        if step.max_query_len > 1 or step.pooled:
             return None
         rows = max(len(step.slots), len(step.sampling))  # a row that forks is sampled several times
         return next((self._graphs[batch] for batch in sorted(self._graphs) if batch >= rows), None)

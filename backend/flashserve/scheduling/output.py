@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -55,6 +57,8 @@ class ScheduledRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Which of the request's sequences."""
     fork_of: int | None = None
     """Of a fork: the slot whose row it branches off; ``start`` is that row's end, and ``num_tokens`` is 0."""
+    pooled: tuple[int, int] | None = None
+    """(first, end) of the row's tokens whose final hidden states are to be summed; maybe none, but zeros come back."""
 
     @property
     def is_decode(self) -> bool:
@@ -81,6 +85,8 @@ class SchedulerOutput(msgspec.Struct, frozen=True, array_like=True):
     block_copies: list[tuple[int, int]] = []
     """(from, to): what shares a block gets its own before it writes there. No block is written twice, or written and
     read."""
+    pools: bool = False
+    """Whether any of the rows does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,3 +95,5 @@ class StepResult:
     least one and at most as many as logits: the drafts that were right, and the sample behind them."""
 
     token_ids: list[list[int]]
+    pooled: Mapping[int, Any] = field(default_factory=dict)
+    """By the index of a row that pools: the sum of its tokens' hidden states, [hidden] float32 (numpy)."""

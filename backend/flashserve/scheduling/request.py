@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from flashserve.protocol import GenerateRequest, RequestTimings
+from flashserve.protocol import GenerateRequest, PromptProgress, RequestTimings
 from flashserve.scheduling.block_manager import BlockHash
 from flashserve.scheduling.output import Admission
+from flashserve.scheduling.pooling import PooledPrompt
 from flashserve.scheduling.sequence import Sequence, Terms
 
 Hold = str
@@ -33,6 +34,9 @@ class Request:
     sequences: list[Sequence]
     holds: set[Hold]
     """What it waits for; until nothing is left, the waiting queue passes it over."""
+    pooled: PooledPrompt | None = None
+    """Its embedding as it grows, if it asks for that instead of tokens: it ends with its prompt."""
+    return_progress: bool = False
 
     first_scheduled: float | None = None
     first_token: float | None = None
@@ -63,10 +67,15 @@ class Request:
             end_token_ids=frozenset(ends),
             hash_root=root,
             needs_known_tokens=params.needs_known_tokens,
+            reads_cache=message.pooling is None or message.pooling.pooling == "last",
         )
         first = Sequence(terms, 0, list(message.prompt_token_ids))
         forks = [Sequence(terms, index, []) for index in range(1, params.n)]
-        return cls(terms, message.deadline, [first, *forks], set(holds))
+        pooling = message.pooling
+        pooled = None if pooling is None else PooledPrompt(pooling.pooling, terms.num_prompt_tokens)
+        return cls(
+            terms, message.deadline, [first, *forks], set(holds), pooled, return_progress=message.return_progress
+        )
 
     @property
     def id(self) -> int:
@@ -87,6 +96,16 @@ class Request:
         first one knows: its prompt."""
         first = self.sequences[0].token_ids
         return [sequence.admission(sequence.token_ids or first) for sequence in self.live]
+
+    def progress(self, processed: int, now: float) -> PromptProgress:
+        """After a step that brought the prompt to so many tokens."""
+        assert self.first_scheduled is not None
+        return PromptProgress(
+            total=self.terms.num_prompt_tokens,
+            cache=self.cached_tokens,
+            processed=processed,
+            time_ms=round((now - self.first_scheduled) * 1000, 3),
+        )
 
     def timings(self) -> RequestTimings:
         return RequestTimings(

@@ -74,7 +74,7 @@ class RunningSequences:
 
     def find_cached(self, sequence: Sequence) -> list[int]:
         """Cached blocks of its known tokens, short of the last token: its logits are needed."""
-        if not self.blocks.enable_prefix_caching:
+        if not self.blocks.enable_prefix_caching or not sequence.terms.reads_cache:
             return []
         block_size = self.blocks.block_size
         return self.blocks.find_prefix(sequence.hash_blocks((len(sequence.token_ids) - 1) // block_size, block_size))

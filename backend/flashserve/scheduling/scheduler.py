@@ -48,6 +48,7 @@ class Scheduler:
         self._running = RunningSequences(config.max_num_seqs, blocks)
         self._admission = AdmissionControl(config, self._running)
         self._waiting = self._admission.waiting
+        self._with_progress = self._with_pooling = 0  # requests that tell of their prompts, that are for embeddings
         self._deadlines: list[tuple[float, int]] = []
         self._outputs: list[TokenOutput] = []
         self._seeds = random.Random(config.seed)
@@ -89,6 +90,8 @@ class Scheduler:
             holds=holds,
         )
         self._requests[request.id] = request
+        self._with_progress += request.return_progress
+        self._with_pooling += request.pooled is not None
         self._waiting.push(request)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.id))
@@ -158,6 +161,7 @@ class Scheduler:
             num_tokens=num_decode_tokens + num_prompt_tokens,
             freed_slots=freed,
             block_copies=copies,
+            pools=self._with_pooling > 0 and any(row.pooled is not None for row in rows),
         )
 
     def _expire(self, now: float) -> None:
@@ -254,7 +258,7 @@ class Scheduler:
         if request.first_scheduled is None:
             request.first_scheduled = now
             request.cached_tokens = request.sequences[0].num_computed_tokens
-            if self.blocks.enable_prefix_caching:
+            if self.blocks.enable_prefix_caching and request.terms.reads_cache:
                 self._cache_queries += request.terms.num_prompt_tokens
                 self._cache_hits += request.cached_tokens
 
@@ -270,11 +274,15 @@ class Scheduler:
         running.register(sequence, start, end)
         is_last = end == len(sequence.token_ids)
         known = sequence.token_ids[start:end]
-        rows.append(ScheduledRow(request.id, slot, start, count, known, new_blocks, int(is_last), sequence.index))
+        pooled = None if request.pooled is None else request.pooled.rows_of(start, end)
+        num_logits = int(is_last and request.pooled is None)
+        rows.append(
+            ScheduledRow(request.id, slot, start, count, known, new_blocks, num_logits, sequence.index, pooled=pooled)
+        )
+        sequence.num_pending += is_last or pooled is not None
         if not is_last:
             self._prefill_chunks += 1
             return
-        sequence.num_pending += 1
         del running.prefilling[slot]
         if len(request.sequences) > 1:
             rows += [running.fork(sequence, child) for child in request.live if not child.token_ids]
@@ -286,8 +294,12 @@ class Scheduler:
         """Take in the samples of a step: append, check for the end, report."""
         block_size = self.blocks.block_size
         outputs = self._outputs
+        if output.pooled:
+            self._take_pooled(plan, output, now)
         for row, token_ids in zip(plan.rows, output.token_ids, strict=True):
             if not token_ids:
+                if self._with_progress:
+                    self._report_progress(row, now)
                 continue
             request = self._requests.get(row.request_id)
             if request is None:
@@ -301,6 +313,8 @@ class Scheduler:
             self._generation_tokens += len(taken)
             timings = None
             if request.first_token is None:
+                if self._with_progress:
+                    self._report_progress(row, now)
                 request.first_token = now
                 self._prompt_tokens += request.terms.num_prompt_tokens
                 timings = request.timings()
@@ -313,6 +327,30 @@ class Scheduler:
                 outputs.append(TokenOutput(row.request_id, taken, None, timings, None, row.index))
             else:
                 self._end_sequence(request, sequence, reason, taken)
+
+    def _report_progress(self, row: ScheduledRow, now: float) -> None:
+        """Say how far a prompt is, if its request asks for that and has no token yet."""
+        request = self._requests.get(row.request_id)
+        if request is None or not request.return_progress or request.first_token is not None:
+            return
+        progress = request.progress(row.start + row.num_tokens, now)
+        self._outputs.append(TokenOutput(request.id, NO_IDS, progress=progress))
+
+    def _take_pooled(self, plan: SchedulerOutput, output: StepResult, now: float) -> None:
+        """Take in sums of hidden states; a request ends with its prompt's last."""
+        for index, total in output.pooled.items():
+            row = plan.rows[index]
+            request = self._requests.get(row.request_id)
+            if request is None:
+                continue
+            assert request.pooled is not None
+            sequence = request.sequences[0]
+            sequence.num_pending -= 1
+            request.pooled.add(total, row.start)
+            if row.start + row.num_tokens == request.terms.num_prompt_tokens:
+                request.first_token = request.last_token = now
+                self._prompt_tokens += request.terms.num_prompt_tokens
+                self._end_sequence(request, sequence, "stop")
 
     def _settle(self, sequence: Sequence, row: ScheduledRow) -> None:
         """Of a row with drafts counts what was right: the last token is never computed yet."""
@@ -337,7 +375,10 @@ class Scheduler:
         if sequence.slot is not None:
             self._running.release(sequence)
         sequence.finish_reason = reason
-        self._outputs.append(TokenOutput(request.id, token_ids, reason, request.timings(), error, sequence.index))
+        embedding = request.pooled.embedding() if request.pooled is not None and reason == "stop" else None
+        self._outputs.append(
+            TokenOutput(request.id, token_ids, reason, request.timings(), error, sequence.index, embedding)
+        )
         if not request.live:
             self._forget(request)
 
@@ -345,6 +386,8 @@ class Scheduler:
         if request in self._waiting:
             self._waiting.remove(request)
         del self._requests[request.id]
+        self._with_progress -= request.return_progress
+        self._with_pooling -= request.pooled is not None
         if len(self._deadlines) > 64 + 2 * len(self._requests):  # most requests end long before their deadline
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self._requests]
             heapq.heapify(self._deadlines)
@@ -374,6 +417,10 @@ class Scheduler:
             raise RuntimeError(f"requests {ids} are queued or running, {sorted(self._requests)} are known")
         sequences = [sequence for request in self._requests.values() for sequence in request.sequences]
         self._running.check_integrity(sequences)
+        requests = self._requests.values()
+        wanted = (sum(r.return_progress for r in requests), sum(r.pooled is not None for r in requests))
+        if (self._with_progress, self._with_pooling) != wanted:
+            raise RuntimeError(f"{self._with_progress} tell of their prompts, {self._with_pooling} embed, not {wanted}")
         idle = [s for s in sequences if s.slot is None]
         if any(s.block_ids for s in idle) or any(s.slot is not None for r in self._waiting for s in r.sequences):
             raise RuntimeError("what does not run holds a slot or blocks")

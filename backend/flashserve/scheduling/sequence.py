@@ -27,6 +27,8 @@ class Terms:
     hash_root: BlockHash
     needs_known_tokens: bool
     """Of ``params``; asked for each step's row."""
+    reads_cache: bool = True
+    """Whether it may skip what the prefix cache holds: not where hidden states of all tokens are asked for."""
 
 
 @dataclass(slots=True, eq=False)

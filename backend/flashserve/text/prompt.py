@@ -12,22 +12,25 @@ from flashserve.protocol import EngineLimits, SamplingParams
 from flashserve.text.tokenizer import Tokenizer
 
 
-def check_prompt(name: str, token_ids: list[int], params: SamplingParams, limits: EngineLimits) -> list[int]:
+def check_prompt(
+    name: str, token_ids: list[int], params: SamplingParams, limits: EngineLimits, room: int = 1
+) -> list[int]:
     """The prompt, cut as asked. Raises InvalidArgument for what does not fit vocabulary or context.
 
-    ``name``: what the caller calls it.
+    ``name``: what the caller calls it. ``room``: the tokens that are to follow at least; 0 for an embedding.
     """
+    most = limits.max_model_len - room
     if params.truncate_prompt_tokens is not None:
-        token_ids = token_ids[-params.truncate_prompt_tokens :]
+        token_ids = token_ids[-(most if params.truncate_prompt_tokens == -1 else params.truncate_prompt_tokens) :]
     if not token_ids:
         raise InvalidArgument(f"{name} is empty: a prompt needs at least one token")
     check_vocabulary(name, token_ids, limits)
     check_vocabulary("stop_token_ids", params.stop_token_ids, limits)
     check_vocabulary("logit_bias", [*params.logit_bias], limits)
-    if len(token_ids) >= limits.max_model_len:
+    if len(token_ids) > most:
+        and_output = " (prompt + at least one output token)" if room else ""
         raise InvalidArgument(
-            f"prompt has {len(token_ids)} tokens, the model's context takes at most {limits.max_model_len} "
-            "(prompt + at least one output token)"
+            f"prompt has {len(token_ids)} tokens, the model's context takes at most {limits.max_model_len}{and_output}"
         )
     return token_ids
 

@@ -56,4 +56,5 @@ SAMPLING: dict[str, Any] = {
     "presence_penalty": {"type": "number", "minimum": -2, "maximum": 2},
     "frequency_penalty": {"type": "number", "minimum": -2, "maximum": 2},
     "logit_bias": {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
+    "return_progress": {"type": "boolean", "default": False},
 }

@@ -70,9 +70,12 @@ def test_a_forced_tool_is_refused(ask, weather_tool):
         litellm.completion(**ask, tools=[weather_tool], tool_choice="required")
 
 
-def test_embeddings_are_refused(real):
-    with pytest.raises(litellm.NotFoundError):
-        litellm.embedding(model=f"openai/{real.model}", api_base=real.gateway.v1, api_key="none", input=["x"])
+def test_embeddings(real):
+    ask = {"model": f"openai/{real.model}", "api_base": real.gateway.v1, "api_key": "none"}
+    answer = litellm.embedding(**ask, input=["hello", "a red fox"])
+    for item in answer.data:
+        assert sum(value * value for value in item["embedding"]) == pytest.approx(1, abs=1e-3)
+    assert answer.usage.prompt_tokens > 2
 
 
 def test_a_busy_engine_is_asked_again(scripted, new_words):
