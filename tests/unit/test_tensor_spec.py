@@ -45,6 +45,7 @@ def test_the_contract_is_a_superset_of_the_vllm_backends():
         "num_input_tokens": ("UINT32", (1,)),
         "num_output_tokens": ("UINT32", (-1,)),
         "request_metrics": ("STRING", (1,)),
+        "prompt_progress": ("STRING", (1,)),
     }
 
 
