@@ -45,6 +45,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     """Keep this many tokens at the prompt's end."""
     n: int = 1
     """Samples of one prompt, the next one with the next seed."""
+    logprobs: int | None = None
+    """Log-probabilities of the chosen tokens and of so many of the most probable ones; None: of none."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens, but for the first, before which there is nothing."""
 
 
 # --- stub to engine ---------------------------------------------------------------------------------------
@@ -98,6 +102,25 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
     retry_after_ms: int | None = None
 
 
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A token's log-probability by the raw logits: before temperature, penalties, masks."""
+
+    logprob: float
+    rank: int
+    """1 plus the number of more probable tokens."""
+    top: list[tuple[int, float]]
+    """Token ids and log-probabilities of the most probable tokens, as many as the request wants; falling."""
+
+
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Of what an output brings; empty where nothing was asked for."""
+
+    tokens: list[TokenLogprob]
+    """One for each of the output's ``token_ids``, if log-probabilities of these are wanted."""
+    prompt: list[TokenLogprob]
+    """Of the prompt's next tokens, from its second one on: they come in chunks, with the request's first sample."""
+
+
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one sample of a request. Exactly one output of a sample has a finish_reason, its last."""
 
@@ -108,6 +131,8 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     error: ErrorInfo | None = None
     index: int = 0
     """Which of the request's ``n`` samples."""
+    logprobs: Logprobs | None = None
+    """None where the request asked for none."""
 
 
 class Stats(msgspec.Struct, frozen=True, array_like=True, gc=False):

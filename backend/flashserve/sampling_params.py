@@ -26,6 +26,7 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 256
 MAX_NAME_LENGTH = 256
+MAX_LOGPROBS = 20  # as vLLM's default, and OpenAI's API
 MAX_SAMPLES = 128  # a fraction of the requests that run at once
 
 
@@ -44,6 +45,8 @@ class Parameter:
     max_items: int | None = None
     max_length: int | None = None
     """Of a string, in characters."""
+    off: tuple[Any, ...] = ()
+    """Values of another type that mean the same as null."""
     of_request: bool = False
     """Belongs to RequestOptions instead of SamplingParams."""
 
@@ -92,6 +95,9 @@ TABLE: tuple[Parameter, ...] = (
     Parameter("skip_special_tokens", "bool"),
     Parameter("truncate_prompt_tokens", "int", 1, INT32_MAX),
     Parameter("n", "int", 1, MAX_SAMPLES),
+    # False is what OpenAI's chat API, and Triton's frontend after it, say for none.
+    Parameter("logprobs", "int", 0, MAX_LOGPROBS, off=(False,)),
+    Parameter("prompt_logprobs", "int", 0, MAX_LOGPROBS, off=(False,)),
     Parameter("prompt_token_ids", "int_list", 0, INT32_MAX, of_request=True),
     Parameter("priority", "int", -INT32_MAX - 1, INT32_MAX, of_request=True),
     Parameter("timeout_ms", "int", 1, INT32_MAX, of_request=True),
@@ -113,9 +119,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
-    "logprobs": (False,),
     "top_logprobs": (0,),
-    "prompt_logprobs": (False,),
     "flat_logprobs": (False,),
     "logprob_token_ids": (),
     "logit_bias": ({},),
@@ -189,7 +193,7 @@ def coerce_all(values: Mapping[str, Any]) -> dict[str, Any]:
         parameter = PARAMETERS.get(name)
         if parameter is None:
             _check_unsupported(name, value)
-        elif value is not None and value != "":
+        elif value is not None and value != "" and not any(same(plain(value), off) for off in parameter.off):
             coerced[name] = COERCIONS[parameter.kind](parameter, value)
     return coerced
 

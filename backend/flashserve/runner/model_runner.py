@@ -16,11 +16,12 @@ from flashserve.runner.device import Device
 from flashserve.runner.device_queue import DeviceQueue, Download
 from flashserve.runner.input_builder import Arrangement, InputBuilder
 from flashserve.runner.kv_cache import kv_cache_spec
+from flashserve.runner.logprobs import LogprobRows, LogprobSlots
 from flashserve.runner.slots import SlotTable
 from flashserve.runner.staging import StepSizes
 from flashserve.runner.step_model import StepModel
 from flashserve.runner.steps import EagerSteps, RecordedSteps, Steps
-from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput, StepResult
+from flashserve.scheduling.output import MAX_SCORED_TOKENS, Admission, ScheduledRow, SchedulerOutput, StepResult
 from flashserve_kernels import Ops
 
 
@@ -32,7 +33,8 @@ class StepHandle:
     sample_rows: np.ndarray
     """[N]: the plan's rows that sample."""
     tokens: Download
-    """[N or more] int64."""
+    """[N or more] int64: the samples, and what else ``logprobs`` takes apart."""
+    logprobs: LogprobRows | None = None
 
 
 class ModelRunner:
@@ -47,6 +49,7 @@ class ModelRunner:
         queue = device.make_queue()
         self.run_ahead = queue.run_ahead
         self._slots = SlotTable.for_engine(resolved, device.torch_device, late=queue.run_ahead)
+        self._logprobs = LogprobSlots(resolved.max_num_seqs)
         self._builder = InputBuilder(self._slots, resolved.block_size)
         spec = kv_cache_spec(resolved.config, resolved.model)
         self.step_model = StepModel.build(model, ops, spec, resolved.num_blocks, self._slots)
@@ -61,7 +64,10 @@ class ModelRunner:
         """Start the step; on a CPU it is done on return."""
         if self._closed:
             raise RuntimeError("the runner is closed")
+        for admission in plan.admissions:
+            self._logprobs.admit(admission)
         step = self._builder.arrange(plan)
+        asked = self._logprobs.rows(step)
         queue, sampler = self._steps.queue, self._slots.sampler
         stages = sampler.stages(step.sample_slots)
         if stages:
@@ -70,24 +76,32 @@ class ModelRunner:
             pairs = np.array(plan.block_copies, np.int64)
             queue.run(lambda: self.step_model.copy_blocks(queue.to_device(pairs)))
         logits = self._steps.logits(step)
-        if not step.sampling.size:
+        if not step.sizes.logits:
             # Waited for all the same: steps of a long prompt would else pile up on a GPU and reuse buffers too early.
             return StepHandle(len(plan.rows), step.plan_rows, queue.download(self._slots.last_tokens[:1]))
+        raw = None if asked is None else asked.copy_logits(queue, logits)
         observe = self.observe_logits
         if observe is not None:
             queue.run(lambda: observe(step, logits))
         early = self._slots.early_ends(step.sample_slots, step.sample_positions)
         if early is not None:
             queue.run(lambda: self._ops.mask_tokens_(logits, *map(queue.to_device, early)))
-        return StepHandle(len(plan.rows), step.plan_rows, queue.download(self._steps.sample(stages)))
+        tokens = self._steps.sample(stages)
+        if asked is not None and raw is not None:
+            tokens = asked.compute(queue, self._ops, raw, tokens)
+        return StepHandle(len(plan.rows), step.plan_rows, queue.download(tokens), asked)
 
     def wait(self, handle: StepHandle) -> StepResult:
         """The samples, on the host."""
         token_ids: list[list[int]] = [[] for _ in range(handle.num_rows)]
-        tokens = handle.tokens.result()[: len(handle.sample_rows)].tolist()
+        numbers = handle.tokens.result()
+        if handle.logprobs is None:
+            tokens, logprobs = numbers[: len(handle.sample_rows)].tolist(), ()
+        else:
+            tokens, *logprobs = handle.logprobs.unpack(numbers)
         for row, token in zip(handle.sample_rows.tolist(), tokens, strict=True):
             token_ids[row] = [token]
-        return StepResult(token_ids)
+        return StepResult(token_ids, *logprobs)
 
     def warm_up(self) -> None:
         """Run a prefill and some decode steps, so that the first request pays for no lazy initialisation."""
@@ -95,7 +109,7 @@ class ModelRunner:
         vocab = resolved.model.vocab_size
         num_tokens = min(resolved.max_num_batched_tokens, resolved.block_size, resolved.max_model_len)
         for temperature in (0.0, 1.0):
-            params = SamplingParams(temperature=temperature, top_p=0.9)
+            params = SamplingParams(temperature=temperature, top_p=0.9, logprobs=1)
             admission = Admission(0, 0, params, 0, num_tokens, ())
             row = ScheduledRow(0, 0, 0, num_tokens, [i % vocab for i in range(num_tokens)], [0], 1)
             self.wait(self.submit(SchedulerOutput(0, [admission], [row], num_tokens, [])))
@@ -118,10 +132,11 @@ class ModelRunner:
     def _make_steps(self, queue: DeviceQueue) -> Steps:
         resolved, model = self.resolved, self.step_model
         tokens, seqs = resolved.max_num_batched_tokens, resolved.max_num_seqs
+        rows = seqs + MAX_SCORED_TOKENS
         eager = resolved.config.enforce_eager
         if self._ops.records and not eager:
-            return RecordedSteps(model, self._builder, queue, StepSizes(tokens, seqs, seqs))
-        capacity = StepSizes(tokens, seqs, seqs, model.block_table.numel())
+            return RecordedSteps(model, self._builder, queue, StepSizes(tokens, seqs, rows))
+        capacity = StepSizes(tokens, seqs, rows, model.block_table.numel())
         steps = EagerSteps(model, self._builder, queue, capacity, self._device.torch_device)
         if self._ops.captures and queue.run_ahead and not eager:
             steps.capture(decode_batch_sizes(seqs))

@@ -73,8 +73,9 @@ class RunningSequences:
     # --- sharing ------------------------------------------------------------------------------------------
 
     def find_cached(self, sequence: Sequence) -> list[int]:
-        """Cached blocks of its known tokens, short of the last token: its logits are needed."""
-        if not self.blocks.enable_prefix_caching:
+        """Cached blocks of its known tokens, short of the last token: its logits are needed. Whoever wants to know how
+        probable its prompt is needs the logits of all (vLLM's rule)."""
+        if not self.blocks.enable_prefix_caching or sequence.wants_scores:
             return []
         block_size = self.blocks.block_size
         return self.blocks.find_prefix(sequence.hash_blocks((len(sequence.token_ids) - 1) // block_size, block_size))

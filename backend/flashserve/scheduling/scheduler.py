@@ -15,11 +15,11 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from flashserve.errors import INTERNAL
-from flashserve.protocol import ErrorInfo, FinishReason, GenerateRequest, Stats, TokenOutput
+from flashserve.protocol import ErrorInfo, FinishReason, GenerateRequest, Logprobs, Stats, TokenOutput
 from flashserve.scheduling.admission import PREFILL_ORDER, AdmissionControl
 from flashserve.scheduling.block_manager import BlockManager, root_hash
 from flashserve.scheduling.config import SchedulerConfig
-from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput, StepResult
+from flashserve.scheduling.output import MAX_SCORED_TOKENS, Admission, ScheduledRow, SchedulerOutput, StepResult
 from flashserve.scheduling.request import Hold, Request
 from flashserve.scheduling.running import NO_IDS, RunningSequences
 from flashserve.scheduling.sequence import Sequence
@@ -146,6 +146,7 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens - num_decode_tokens
         if prefill_limit is not None and rows:
             budget = min(budget, prefill_limit)
+        num_decode_rows = len(rows)
         num_prompt_tokens = budget - self._fill_with_prefills(rows, admissions, budget, now)
         if not rows:
             return None
@@ -158,6 +159,7 @@ class Scheduler:
             num_tokens=num_decode_tokens + num_prompt_tokens,
             freed_slots=freed,
             block_copies=copies,
+            num_scored=sum(len(row.scored) for row in rows[num_decode_rows:]),
         )
 
     def _expire(self, now: float) -> None:
@@ -225,16 +227,17 @@ class Scheduler:
         self, rows: list[ScheduledRow], admissions: list[Admission], budget: int, now: float
     ) -> int:
         """Spend ``budget`` on prompts; returns what is left of it."""
-        prefilling = self._running.prefilling
+        prefilling, scores_left = self._running.prefilling, MAX_SCORED_TOKENS
         for sequence in prefilling.values():
             sequence.passed_over += 1  # until it gets a row
         while budget > 0:
             while (admitted := self._admission.admit(now)) is not None:
                 admissions += [sequence.admission() for sequence in admitted.live]
                 self._note_admission(admitted, now)
-            if not prefilling:
+            ready = [s for s in prefilling.values() if scores_left or not s.wants_scores]
+            if not ready:
                 break
-            sequence = min(prefilling.values(), key=PREFILL_ORDER)
+            sequence = min(ready, key=PREFILL_ORDER)
             request = self._requests[sequence.terms.request_id]
             if sequence.unsent_block_ids:
                 gained = self._running.share_late(sequence)
@@ -242,6 +245,9 @@ class Scheduler:
                     request.cached_tokens += gained
                     self._cache_hits += gained
             count = min(budget, sequence.num_remaining)
+            if sequence.wants_scores:
+                count = min(count, scores_left)
+                scores_left -= count
             self._add_prefill_row(rows, request, sequence, count)
             budget -= count
         return budget
@@ -266,11 +272,15 @@ class Scheduler:
         running.register(sequence, start, end)
         is_last = end == len(sequence.token_ids)
         known = sequence.token_ids[start:end]
-        rows.append(ScheduledRow(request.id, slot, start, count, known, new_blocks, int(is_last), sequence.index))
+        scored, first = sequence.score(start, end) if sequence.wants_scores else (NO_IDS, 0)
+        row = ScheduledRow(
+            request.id, slot, start, count, known, new_blocks, int(is_last), sequence.index, None, scored, first
+        )
+        rows.append(row)
+        sequence.num_pending += bool(is_last or scored)
         if not is_last:
             self._prefill_chunks += 1
             return
-        sequence.num_pending += 1
         del running.prefilling[slot]
         if len(request.sequences) > 1:
             rows += [running.fork(sequence, child) for child in request.live if not child.token_ids]
@@ -282,8 +292,8 @@ class Scheduler:
         """Take in the samples of a step: append, check for the end, report."""
         block_size = self.blocks.block_size
         outputs = self._outputs
-        for row, token_ids in zip(plan.rows, output.token_ids, strict=True):
-            if not token_ids:
+        for place, (row, token_ids) in enumerate(zip(plan.rows, output.token_ids, strict=True)):
+            if not token_ids and not row.scored:
                 continue
             request = self._requests.get(row.request_id)
             if request is None:
@@ -292,6 +302,10 @@ class Scheduler:
             if sequence.finish_reason is not None:
                 continue
             sequence.num_pending -= 1
+            logprobs = output.logprobs_of(place)
+            if not token_ids:
+                outputs.append(TokenOutput(row.request_id, NO_IDS, None, None, None, row.index, logprobs))
+                continue
             taken, reason = sequence.take(token_ids)
             request.last_token = now
             self._generation_tokens += len(taken)
@@ -306,9 +320,9 @@ class Scheduler:
                 elif (row.start + 1) % block_size == 0 and row.is_decode:
                     self._running.register(sequence, row.start, row.start + 1)
             if reason is None:
-                outputs.append(TokenOutput(row.request_id, taken, None, timings, None, row.index))
+                outputs.append(TokenOutput(row.request_id, taken, None, timings, None, row.index, logprobs))
             else:
-                self._end_sequence(request, sequence, reason, taken)
+                self._end_sequence(request, sequence, reason, taken, logprobs=logprobs)
 
     def _settle(self, sequence: Sequence, row: ScheduledRow) -> None:
         """Of a row with drafts counts what was right: the last token is never computed yet."""
@@ -328,12 +342,14 @@ class Scheduler:
         reason: FinishReason,
         token_ids: list[int] = NO_IDS,
         error: ErrorInfo | None = None,
+        logprobs: Logprobs | None = None,
     ) -> None:
         """The one way a sequence ends: everything it holds goes back, and its last output goes out."""
         if sequence.slot is not None:
             self._running.release(sequence)
         sequence.finish_reason = reason
-        self._outputs.append(TokenOutput(request.id, token_ids, reason, request.timings(), error, sequence.index))
+        timings = request.timings()
+        self._outputs.append(TokenOutput(request.id, token_ids, reason, timings, error, sequence.index, logprobs))
         if not request.live:
             self._forget(request)
 
