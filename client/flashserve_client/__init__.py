@@ -19,6 +19,7 @@ from .errors import (
     Timeout,
     Unavailable,
 )
+from .logprobs import Candidate, TokenLogprobs
 from .results import Delta, GenerateResult, Health, ModelInfo, Timings
 from .stream import AsyncStream
 from .sync_client import Client, Stream
@@ -28,6 +29,7 @@ __all__ = [
     "AsyncClient",
     "AsyncStream",
     "Cancelled",
+    "Candidate",
     "Client",
     "ConnectionFailed",
     "DeadlineExceeded",
@@ -42,5 +44,6 @@ __all__ = [
     "Stream",
     "Timeout",
     "Timings",
+    "TokenLogprobs",
     "Unavailable",
 ]

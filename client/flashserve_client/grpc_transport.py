@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import struct
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -150,6 +151,7 @@ class GrpcReader:
 def parse_response(response: Any) -> Chunk:
     """Reads a ModelInferResponse's raw bytes: 3 µs, where `InferResult.as_numpy` takes 12 for the same outputs."""
     text, finish_reason, input_tokens, output_tokens, metrics = "", None, None, None, None
+    logprobs, cumulative_logprob, prompt_logprobs = None, None, None
     try:
         for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
             name = output.name
@@ -163,9 +165,16 @@ def parse_response(response: Any) -> Chunk:
                 input_tokens = int.from_bytes(raw[:4], "little")
             elif name == "request_metrics":
                 metrics = _first_string(raw)
-    except ValueError as error:
+            elif name == "logprobs":
+                logprobs = _first_string(raw)
+            elif name == "cumulative_logprob":
+                (cumulative_logprob,) = struct.unpack_from("<f", raw)
+            elif name == "prompt_logprobs":
+                prompt_logprobs = _first_string(raw)
+    except (ValueError, struct.error) as error:
         raise InternalError(f"the server sent a response that cannot be read ({error})") from None
-    return Chunk(text, finish_reason, input_tokens, output_tokens, metrics)
+    scores = (logprobs, cumulative_logprob, prompt_logprobs)
+    return Chunk(text, finish_reason, input_tokens, output_tokens, metrics, *scores)
 
 
 def _first_string(raw: bytes) -> str:

@@ -190,6 +190,9 @@ def parse_event(event: Any) -> Chunk:
         get("num_input_tokens"),
         get("num_output_tokens"),
         get("request_metrics"),
+        get("logprobs"),
+        get("cumulative_logprob"),
+        get("prompt_logprobs"),
     )
     if type(chunk.text) is not str or type(chunk.output_tokens) not in (int, _NoneType):
         raise InternalError(f"the server sent a response that cannot be read: {str(event)[:200]}")

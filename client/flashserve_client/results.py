@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+from .logprobs import TokenLogprobs
+
 
 class Delta(NamedTuple):
     """One piece of a streamed answer.
@@ -17,6 +19,8 @@ class Delta(NamedTuple):
     text: str
     completion_tokens: int
     finish_reason: str | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of these tokens, where the parameter `logprobs` is set."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ class GenerateResult:
         ttft_s: seconds from sending to the first text or token, as seen here; None if none came.
         latency_s: seconds from sending to the last piece, as seen here. Retries count into both.
         request_id: the id under which the server logs this request.
+        logprobs: one entry for each token, where the parameter `logprobs` is set.
+        cumulative_logprob: of all tokens together, where it is set.
+        prompt_logprobs: one entry for each token of the prompt, None for its first, where that parameter is set.
     """
 
     text: str
@@ -64,6 +71,9 @@ class GenerateResult:
     ttft_s: float | None
     latency_s: float
     request_id: str
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    cumulative_logprob: float | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
     @property
     def tokens_per_s(self) -> float | None:

@@ -10,6 +10,7 @@ from types import TracebackType
 
 from .deadline import Deadline
 from .errors import Cancelled, ConnectionFailed, FlashserveError, InternalError, Unavailable
+from .logprobs import TokenLogprobs, prompt_from_json, tokens_from_json
 from .request import InferRequest
 from .results import Delta, GenerateResult, Timings
 from .transport import Chunk, Reader, Transport
@@ -46,6 +47,9 @@ class AsyncStream:
         self._completion_tokens = 0
         self._finish_reason: str | None = None
         self._timings = Timings()
+        self._logprobs: list[TokenLogprobs] | None = None
+        self._cumulative_logprob: float | None = None
+        self._prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self._started = self._last = self._first = 0.0
 
     @property
@@ -140,7 +144,7 @@ class AsyncStream:
 
     def _take(self, chunk: Chunk) -> Delta | None:
         """Books a response; None for a keep-alive, which carries no text and no token."""
-        text, finish_reason, input_tokens, output_tokens, metrics = chunk
+        text, finish_reason, input_tokens, output_tokens, metrics, *_ = chunk
         if finish_reason in _RUNNING:
             if not text and not output_tokens:
                 return None
@@ -160,7 +164,23 @@ class AsyncStream:
                 self._timings = Timings.from_json(metrics)
             except ValueError as error:
                 raise InternalError(f"the server sent request_metrics that cannot be read ({error})") from None
-        return Delta(text, tokens, finish_reason)
+        return Delta(text, tokens, finish_reason, self._take_logprobs(chunk))
+
+    def _take_logprobs(self, chunk: Chunk) -> tuple[TokenLogprobs, ...]:
+        if chunk.cumulative_logprob is not None:
+            self._cumulative_logprob = chunk.cumulative_logprob
+        try:
+            if chunk.prompt_logprobs is not None:
+                self._prompt_logprobs = prompt_from_json(chunk.prompt_logprobs)
+            if chunk.logprobs is None:
+                return ()
+            found = tokens_from_json(chunk.logprobs)
+        except ValueError as error:
+            raise InternalError(f"the server sent log-probabilities that cannot be read ({error})") from None
+        if self._logprobs is None:
+            self._logprobs = []
+        self._logprobs += found
+        return found
 
     async def _wait_to_retry(self, error: Unavailable) -> None:
         """Waits and prepares the request anew; raises `error` when it may not be sent again."""
@@ -190,6 +210,9 @@ class AsyncStream:
             ttft_s=self._first - self._started if self._first else None,
             latency_s=self._last - self._started,
             request_id=self.request_id,
+            logprobs=None if self._logprobs is None else tuple(self._logprobs),
+            cumulative_logprob=self._cumulative_logprob,
+            prompt_logprobs=self._prompt_logprobs,
         )
 
 

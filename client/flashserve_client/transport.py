@@ -18,6 +18,9 @@ class Chunk(NamedTuple):
     input_tokens: int | None = None
     output_tokens: int | None = None
     metrics: str | None = None
+    logprobs: str | None = None
+    cumulative_logprob: float | None = None
+    prompt_logprobs: str | None = None
 
 
 class Reader(Protocol):

@@ -96,12 +96,14 @@ class ModelRunner:
         token_ids: list[list[int]] = [[] for _ in range(handle.num_rows)]
         numbers = handle.tokens.result()
         if handle.logprobs is None:
-            tokens, logprobs = numbers[: len(handle.sample_rows)].tolist(), ()
+            tokens = numbers[: len(handle.sample_rows)].tolist()
+            result = StepResult(token_ids)
         else:
-            tokens, *logprobs = handle.logprobs.unpack(numbers)
+            tokens, of_samples, of_prompts = handle.logprobs.unpack(numbers)
+            result = StepResult(token_ids, of_samples, of_prompts)
         for row, token in zip(handle.sample_rows.tolist(), tokens, strict=True):
             token_ids[row] = [token]
-        return StepResult(token_ids, *logprobs)
+        return result
 
     def warm_up(self) -> None:
         """Run a prefill and some decode steps, so that the first request pays for no lazy initialisation."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flashserve.protocol import TokenLogprob
 from flashserve.text.detokenizer import Detokenizer
@@ -48,25 +48,28 @@ class Scorer:
     def __init__(self, detokenizer: Detokenizer) -> None:
         """detokenizer: one that shows special tokens."""
         self._detokenizer = detokenizer
-        self._rest = False
 
     def score(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> list[TokenScore]:
         """Take the next tokens, with as many log-probabilities or more."""
         return [self._one(token_id, found) for token_id, found in zip(token_ids, logprobs, strict=False)]
 
-    def skip(self, token_ids: Sequence[int]) -> None:
-        """Take tokens of which nothing is asked."""
-        self._detokenizer.feed(token_ids)
-
-    def finish(self) -> str:
-        """Text of what never became a character."""
-        return self._detokenizer.finish()
+    def finish(self, last: TokenScore) -> None:
+        """The sequence has ended with ``last``: it gets the text of what never became a character."""
+        last.token = replace(last.token, text=last.token.text + self._detokenizer.finish())
 
     def _one(self, token_id: int, found: TokenLogprob) -> TokenScore:
         peek = self._detokenizer.peek
         top = [Candidate(other, peek(other), _finite(x), rank) for rank, (other, x) in enumerate(found.top, 1)]
         text = self._detokenizer.feed((token_id,))
         return TokenScore(Candidate(token_id, text, _finite(found.logprob), found.rank), top)
+
+
+def prompt_scores(
+    token_ids: Sequence[int], logprobs: Sequence[TokenLogprob], detokenizer: Detokenizer
+) -> list[TokenScore | None]:
+    """Of a prompt's tokens; None for the first, before which there is nothing. detokenizer: as of a Scorer."""
+    detokenizer.feed(token_ids[:1])
+    return [None, *Scorer(detokenizer).score(token_ids[1:], logprobs)]
 
 
 def to_json(scores: Iterable[TokenScore | None]) -> str:
