@@ -145,6 +145,7 @@ class AsyncStream:
     def _take(self, chunk: Chunk) -> Delta | None:
         """Books a response; None for a keep-alive, which carries no text and no token."""
         text, finish_reason, input_tokens, output_tokens, metrics, *_ = chunk
+        logprobs = self._take_logprobs(chunk)
         if finish_reason in _RUNNING:
             if not text and not output_tokens:
                 return None
@@ -164,7 +165,7 @@ class AsyncStream:
                 self._timings = Timings.from_json(metrics)
             except ValueError as error:
                 raise InternalError(f"the server sent request_metrics that cannot be read ({error})") from None
-        return Delta(text, tokens, finish_reason, self._take_logprobs(chunk))
+        return Delta(text, tokens, finish_reason, logprobs)
 
     def _take_logprobs(self, chunk: Chunk) -> tuple[TokenLogprobs, ...]:
         if chunk.cumulative_logprob is not None:

@@ -27,7 +27,7 @@ class Ability:
 
 TABLE: tuple[Ability, ...] = (
     Ability("a choice of the best of several answers", {"best_of": (1,)}),
-    Ability("log probabilities", {"logprobs": (False,), "top_logprobs": (), "prompt_logprobs": ()}),
+    Ability("log probabilities of a prompt, unless a completion echoes it", {"prompt_logprobs": ()}),
     Ability("penalties", {"presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,)}),
     Ability("biased tokens", {"logit_bias": ({},)}),
     Ability(

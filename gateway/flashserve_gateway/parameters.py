@@ -34,8 +34,10 @@ CHAT = COMMON | {
     "chat_template_kwargs",
     "add_generation_prompt",
     "continue_final_message",
+    "logprobs",
+    "top_logprobs",
 }
-COMPLETION = COMMON | {"prompt", "echo"}
+COMPLETION = COMMON | {"prompt", "echo", "logprobs"}
 
 INT32_MAX = 2**31 - 1
 """As max_tokens: until the context is full."""

@@ -173,7 +173,7 @@ def test_every_field_of_openais_api_has_its_place(params: type, own: frozenset[s
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("logprobs", True), ("logprobs", 0), ("top_logprobs", 0), ("presence_penalty", 0.5),
+        ("prompt_logprobs", 1), ("presence_penalty", 0.5),
         ("frequency_penalty", -1), ("repetition_penalty", 1.1), ("logit_bias", {"5": 3}),
         ("response_format", {"type": "json_object"}), ("tool_choice", "required"),
         ("tool_choice", {"type": "function", "function": {"name": "f"}}), ("audio", {"voice": "x"}),
@@ -192,7 +192,8 @@ async def test_what_the_engine_lacks_is_refused_by_name(field: str, value: objec
 async def test_what_means_nothing_special_is_taken():
     neutral = {"n": 1, "logprobs": False, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {},
                "response_format": {"type": "text"}, "tool_choice": "none", "user": "me", "store": False,
-               "metadata": {}, "stop": None, "seed": None, "tools": None, "stream_options": None}  # fmt: skip
+               "metadata": {}, "stop": None, "seed": None, "tools": None, "stream_options": None,
+               "top_logprobs": 0}  # fmt: skip
     async with gate() as gateway:
         assert (await gateway.chat(**neutral)).status_code == 200
 
@@ -277,7 +278,7 @@ async def test_openais_client_raises_its_own_errors():
             await asks.create(model="nope", messages=CHAT["messages"])
         assert raised.value.code == "model_not_found"
         with pytest.raises(openai.BadRequestError):
-            await asks.create(**CHAT, logprobs=True)
+            await asks.create(**CHAT, top_logprobs=3)
         gateway.engine.script = fails(Unavailable("queue is full", retry_after_ms=10))
         with pytest.raises(openai.InternalServerError):
             await asks.create(**CHAT)

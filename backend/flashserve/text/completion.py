@@ -83,13 +83,14 @@ class Completion:
         self._add(self._stream.finish())
         if self._scorer is not None and self._scores:
             self._scorer.finish(self._scores[-1])
+            self._scorer = None
 
     def delta(self) -> Delta:
         """What came since the last call."""
         num_tokens = len(self.token_ids) - self.num_delivered
-        delta = Delta("".join(self._parts), num_tokens, self._scores, self.cumulative_logprob)
+        delta = Delta("".join(self._parts), num_tokens, tuple(self._scores), self.cumulative_logprob)
         self._parts.clear()
-        self._scores = []
+        self._scores.clear()
         self.num_delivered = len(self.token_ids)
         return delta
 
