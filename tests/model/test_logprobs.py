@@ -187,3 +187,18 @@ def test_who_asks_for_none_pays_nothing(folder, random_prompts, monkeypatch):
     answers = run(core, [request(i, prompt) for i, prompt in enumerate(random_prompts(LENGTHS))])
     assert all(len(answer.tokens) == NUM_TOKENS for answer in answers.values())
     runner.close()
+
+
+@pytest.mark.parametrize("device", ["native", "late"])
+def test_a_prompt_that_is_preempted_half_way_is_scored_once(device, folder, log_softmax, random_prompts, monkeypatch):
+    """The first one's 33rd token needs a block when the second, of 10 of the 12, is in the middle of its prompt."""
+    settings = {"num_gpu_blocks_override": 12, "max_model_len": 192, "watermark": 0.0, "enable_prefix_caching": False}
+    runner = start(folder, device, monkeypatch, **settings)
+    core = build_core(runner.resolved, runner, "test")
+    first, second = random_prompts((31, 150))
+    core.handle(request(1, first))
+    core.step()
+    answer = run(core, [request(2, second, prompt_logprobs=2)])[2, 0]
+    assert core.scheduler.stats().preemptions == 1
+    check(answer.prompt, second[1:], log_softmax(second)[:-1], 2)
+    runner.close()
