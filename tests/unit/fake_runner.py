@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 from oracle import NONSENSE, Name, Oracle, check, name_of
 
+from flashserve.protocol import TokenLogprob
 from flashserve.scheduling.config import SchedulerConfig
-from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput, StepResult
+from flashserve.scheduling.output import MAX_SCORED_TOKENS, Admission, ScheduledRow, SchedulerOutput, StepResult
 
 
 @dataclass
@@ -85,7 +86,9 @@ class FakeRunner:
         written = self._write(plan.rows)
         samples = [self._attend(row) for row in plan.rows]
         self._check_decodes_go_on(plan)
-        step = Step(plan.step, StepResult(samples), written)
+        scores = {place: self._score(row) for place, row in enumerate(plan.rows) if row.scored}
+        check(sum(map(len, scores.values())) == plan.num_scored <= MAX_SCORED_TOKENS, "scored tokens", plan)
+        step = Step(plan.step, StepResult(samples, {}, scores), written)
         self._in_flight.append(step)
         if self.fault == "submit":
             self._fail(step)
@@ -102,10 +105,20 @@ class FakeRunner:
     def close(self) -> None:
         """Nothing to free."""
 
+    def _score(self, row: ScheduledRow) -> list[TokenLogprob]:
+        """A token of the prompt is as probable as its number says."""
+        prompt = self.slots[row.slot].oracle.message.prompt_token_ids
+        end = row.first_scored + len(row.scored)
+        check(row.start < row.first_scored and end <= row.start + row.num_tokens + 1, "scores without logits", row)
+        check(prompt[row.first_scored : end] == row.scored, "other tokens are scored than the prompt's", row)
+        return [TokenLogprob(token, 1, []) for token in row.scored]
+
     def _fail(self, step: Step) -> None:
         """The step failed: nobody knows what its KV holds, nor what a step behind it computes from that."""
         for spoiled in list(self._in_flight)[self._in_flight.index(step) :]:
-            spoiled.output = StepResult([[NONSENSE] if ids else [] for ids in spoiled.output.token_ids])
+            ids, scores = spoiled.output.token_ids, spoiled.output.prompt_logprobs
+            nonsense = {place: [TokenLogprob(NONSENSE, 1, [])] * len(found) for place, found in scores.items()}
+            spoiled.output = StepResult([[NONSENSE] if own else [] for own in ids], {}, nonsense)
             for block, offset in spoiled.written:
                 self.kv[block][offset] = None
         self._in_flight.remove(step)

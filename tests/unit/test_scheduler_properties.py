@@ -169,6 +169,7 @@ class Life(RuleBasedStateMachine):
         ignore_eos=st.booleans(),
         stops=st.lists(st.integers(2, 96), max_size=12),
         n=st.sampled_from([1, 1, 2, 3]),
+        prompt_logprobs=st.sampled_from([None, None, 0]),
         holds=st.sampled_from([(), (), (), ("a grammar",), ("a grammar", "an image")]),
     )
     def add(self, max_tokens: int | None, min_tokens: int, wait: int | None, stops: list[int], **more: object) -> None:
@@ -266,6 +267,7 @@ def crowded_life(seed: int, steps: int, run_ahead: bool, caching: bool, drafts: 
                 ignore_eos=rng.random() < 0.5,
                 stop_token_ids=tuple(rng.sample(range(2, 97), rng.choice([0, 5]))),
                 n=rng.choice([1, 1, 1, 2, 4]),
+                prompt_logprobs=None if world.engine.num_requests % 4 else 1,
                 holds=rng.choice([(), (), (), ("a grammar",)]),
             )
         if world.engine.oracles and rng.random() < 0.03:
