@@ -29,6 +29,7 @@ from flashserve.sampling_params import parse_sampling_params
 from flashserve.text.completion import Completion
 from flashserve.text.embedding import EmbeddingAnswer
 from flashserve.text.generation_defaults import read_generation_defaults
+from flashserve.text.logprobs import TokenScore
 from flashserve.text.prompt import check_prompt, stop_at_special_tokens
 from flashserve.text.tokenizer import Tokenizer
 from flashserve.text.words import with_word_ids
@@ -46,6 +47,13 @@ class Generated:
     token_ids: list[int]
     finish_reason: FinishReason
     timings: RequestTimings | None
+    logprobs: list[TokenScore] | None = None
+    """One for each token, where the parameter of that name is set."""
+    cumulative_logprob: float | None = None
+    """Of all tokens together, where ``logprobs`` is set."""
+    prompt_logprobs: list[TokenScore | None] | None = None
+    """One for each token of the prompt, None for its first, where the parameter of that name is set; with the first of
+    ``n`` samples."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +169,17 @@ class LLM:
 
 def _generated(request: GenerateRequest, completion: Completion) -> Generated:
     assert completion.finish_reason is not None
-    text = completion.delta().text
-    return Generated(request.prompt_token_ids, text, completion.token_ids, completion.finish_reason, completion.timings)
+    delta, scored = completion.delta(), request.params.logprobs is not None
+    return Generated(
+        prompt_token_ids=request.prompt_token_ids,
+        text=delta.text,
+        token_ids=completion.token_ids,
+        finish_reason=completion.finish_reason,
+        timings=completion.timings,
+        logprobs=list(delta.scores) if scored else None,
+        cumulative_logprob=delta.cumulative_logprob if scored else None,
+        prompt_logprobs=completion.take_prompt_scores(),
+    )
 
 
 def _as_mapping(params: Params) -> dict[str, Any]:

@@ -59,6 +59,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     xtc_probability: float = 0.0
     """0 is off; this and the next one are of the sampler XTC, which excludes all but the least likely good choice."""
     xtc_threshold: float = 0.1
+    logprobs: int | None = None
+    """Log-probabilities of the chosen tokens and of so many of the most probable ones; None: of none."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens, but for the first, before which there is nothing."""
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
     """``bad_words`` as tokens: filled in by ``text.words``, as the next one."""
     dry_breaker_ids: tuple[int, ...] = ()
@@ -156,6 +160,25 @@ class PromptProgress(msgspec.Struct, frozen=True, array_like=True):
     """Since the request was first scheduled."""
 
 
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A token's log-probability by the raw logits: before temperature, penalties, masks."""
+
+    logprob: float
+    rank: int
+    """1 plus the number of more probable tokens."""
+    top: list[tuple[int, float]]
+    """Token ids and log-probabilities of the most probable tokens, as many as the request wants; falling."""
+
+
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Of what an output brings; empty where nothing was asked for."""
+
+    tokens: list[TokenLogprob]
+    """One for each of the output's ``token_ids``, if log-probabilities of these are wanted."""
+    prompt: list[TokenLogprob]
+    """Of the prompt's next tokens, from its second one on: they come in chunks, with the request's first sample."""
+
+
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one sample of a request. Exactly one output of a sample has a finish_reason, its last."""
 
@@ -166,6 +189,8 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     error: ErrorInfo | None = None
     index: int = 0
     """Which of the request's ``n`` samples."""
+    logprobs: Logprobs | None = None
+    """None where the request asked for none."""
     embedding: bytes | None = None
     """Of a request with ``pooling``, with its end: float32, little endian, neither cut nor normalised."""
     progress: PromptProgress | None = None

@@ -28,6 +28,7 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_NAME_LENGTH = 256
 MAX_BIASES = 1024
 MAX_PENALTY = 1000  # flat already, and any logit times it is finite
+MAX_LOGPROBS = 20  # as vLLM's default, and OpenAI's API
 MAX_SAMPLES = 128  # a fraction of the requests that run at once
 
 
@@ -48,6 +49,8 @@ class Parameter:
     """Of a string, in characters."""
     may_be_empty: bool = False
     """Of strings: the text "[]" is the list of none, not an entry."""
+    off: tuple[Any, ...] = ()
+    """Values of another type that mean the same as null."""
     of_request: bool = False
     """Belongs to RequestOptions instead of SamplingParams."""
 
@@ -110,6 +113,9 @@ TABLE: tuple[Parameter, ...] = (
     Parameter("dry_sequence_breakers", "str_list", max_items=MAX_STOP_STRINGS, max_length=64, may_be_empty=True),
     Parameter("xtc_probability", "float", 0, 1),
     Parameter("xtc_threshold", "float", 0, 1),
+    # False is what OpenAI's chat API, and Triton's frontend after it, say for none.
+    Parameter("logprobs", "int", 0, MAX_LOGPROBS, off=(False,)),
+    Parameter("prompt_logprobs", "int", 0, MAX_LOGPROBS, off=(False,)),
     Parameter("prompt_token_ids", "int_list", 0, INT32_MAX, of_request=True),
     Parameter("priority", "int", -INT32_MAX - 1, INT32_MAX, of_request=True),
     Parameter("timeout_ms", "int", 1, INT32_MAX, of_request=True),
@@ -128,9 +134,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1,),
     "early_stopping": (False, True),  # of a beam search
-    "logprobs": (False,),
     "top_logprobs": (0,),
-    "prompt_logprobs": (False,),
     "flat_logprobs": (False,),
     "logprob_token_ids": (),
     "allowed_token_ids": (),
@@ -202,7 +206,7 @@ def coerce_all(values: Mapping[str, Any]) -> dict[str, Any]:
         parameter = PARAMETERS.get(name)
         if parameter is None:
             _check_unsupported(name, value)
-        elif value is not None and value != "":
+        elif value is not None and value != "" and not any(same(plain(value), off) for off in parameter.off):
             coerced[name] = COERCIONS[parameter.kind](parameter, value)
     return coerced
 

@@ -19,6 +19,7 @@ from .errors import (
     Timeout,
     Unavailable,
 )
+from .logprobs import Candidate, TokenLogprobs
 from .results import Completion, Delta, EmbedResult, GenerateResult, Health, ModelInfo, PromptProgress, Timings
 from .stream import AsyncStream
 from .sync_client import Client, Stream
@@ -28,6 +29,7 @@ __all__ = [
     "AsyncClient",
     "AsyncStream",
     "Cancelled",
+    "Candidate",
     "Client",
     "Completion",
     "ConnectionFailed",
@@ -45,5 +47,6 @@ __all__ = [
     "Stream",
     "Timeout",
     "Timings",
+    "TokenLogprobs",
     "Unavailable",
 ]

@@ -151,6 +151,7 @@ class GrpcReader:
 def parse_response(response: Any) -> Chunk:
     """Reads a ModelInferResponse's raw bytes: 3 µs, where `InferResult.as_numpy` takes 12 for the same outputs."""
     text, finish_reason, input_tokens, output_tokens, metrics, progress = "", None, None, None, None, None
+    logprobs, cumulative_logprob, prompt_logprobs = None, None, None
     others: tuple[Chunk, ...] = ()
     try:
         for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
@@ -169,9 +170,16 @@ def parse_response(response: Any) -> Chunk:
                 metrics = _first_string(raw)
             elif name == "prompt_progress":
                 progress = _first_string(raw)
-    except ValueError as error:
+            elif name == "logprobs":
+                logprobs = _first_string(raw)
+            elif name == "cumulative_logprob":
+                (cumulative_logprob,) = struct.unpack_from("<f", raw)
+            elif name == "prompt_logprobs":
+                prompt_logprobs = _first_string(raw)
+    except (ValueError, struct.error) as error:
         raise InternalError(f"the server sent a response that cannot be read ({error})") from None
-    return Chunk(text, finish_reason, input_tokens, output_tokens, metrics, progress, others)
+    scores = (logprobs, cumulative_logprob, prompt_logprobs)
+    return Chunk(text, finish_reason, input_tokens, output_tokens, metrics, *scores, progress, others)
 
 
 def _other_samples(response: Any, count: int) -> tuple[Chunk, ...]:
@@ -179,6 +187,7 @@ def _other_samples(response: Any, count: int) -> tuple[Chunk, ...]:
     texts = [""] * count
     reasons: Sequence[str | None] = [None] * count
     tokens: Sequence[int | None] = [None] * count
+    logprobs: Sequence[str | None] = [None] * count
     for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
         if output.name == "text_output":
             texts = _strings(raw, count)
@@ -186,8 +195,10 @@ def _other_samples(response: Any, count: int) -> tuple[Chunk, ...]:
             reasons = _strings(raw, count)
         elif output.name == "num_output_tokens":
             tokens = struct.unpack(f"<{count}I", raw)
-    pieces = zip(texts, reasons, tokens, strict=True)
-    return tuple(Chunk(text, reason, None, number) for text, reason, number in pieces)[1:]
+        elif output.name == "logprobs":
+            logprobs = _strings(raw, count)
+    pieces = zip(texts, reasons, tokens, logprobs, strict=True)
+    return tuple(Chunk(text, reason, None, number, logprobs=found) for text, reason, number, found in pieces)[1:]
 
 
 def _strings(raw: bytes, count: int) -> list[str]:

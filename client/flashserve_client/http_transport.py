@@ -192,6 +192,9 @@ def parse_event(event: Any) -> Chunk:
         get("num_input_tokens"),
         get("num_output_tokens"),
         get("request_metrics"),
+        get("logprobs"),
+        get("cumulative_logprob"),
+        get("prompt_logprobs"),
         get("prompt_progress"),
     )
     if type(chunk.text) is not str or type(chunk.output_tokens) not in (int, _NoneType):

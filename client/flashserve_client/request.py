@@ -30,6 +30,8 @@ _ASK_FOR = (
     "return_request_metrics",
 )
 
+_ASK_FOR_LOGPROBS = ("return_logprobs", "return_cumulative_logprob")
+
 
 @dataclass(frozen=True)
 class InferRequest:
@@ -96,6 +98,8 @@ def generate_request(
         raise InvalidRequest(f"{next(iter(chat))}: belongs to a prompt that is a list of messages")
     strings["sampling_parameters"] = _sampling_json(params)
     flags = (*_ASK_FOR, *(["stream"] if stream else []), *(["return_progress"] if progress else []))
+    if params.get("logprobs") is not None:
+        flags += _ASK_FOR_LOGPROBS
     return InferRequest(_model(model), request_id or new_request_id(), strings, flags, params, stream, samples)
 
 

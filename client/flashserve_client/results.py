@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+from .logprobs import TokenLogprobs
+
 
 class PromptProgress(NamedTuple):
     """How far the server is with a prompt: of its `total` tokens it found `cache` in the prefix cache, and has
@@ -39,6 +41,8 @@ class Delta(NamedTuple):
     finish_reason: str | None
     index: int = 0  # type: ignore[assignment]  # over tuple's method, which nobody asks of a piece
     progress: PromptProgress | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of these tokens, where the parameter `logprobs` is set."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,9 @@ class GenerateResult:
         latency_s: seconds from sending to the last piece, as seen here. Retries count into both.
         request_id: the id under which the server logs this request.
         completions: all samples, as many as `n` asked for.
+        logprobs: one entry for each token, where the parameter `logprobs` is set.
+        cumulative_logprob: of all tokens together, where it is set.
+        prompt_logprobs: one entry for each token of the prompt, None for its first, where that parameter is set.
     """
 
     text: str
@@ -98,6 +105,9 @@ class GenerateResult:
     latency_s: float
     request_id: str
     completions: tuple[Completion, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    cumulative_logprob: float | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
     @property
     def tokens_per_s(self) -> float | None:

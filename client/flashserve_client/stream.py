@@ -11,6 +11,7 @@ from types import TracebackType
 
 from .deadline import Deadline
 from .errors import Cancelled, ConnectionFailed, FlashserveError, InternalError, Unavailable
+from .logprobs import TokenLogprobs, prompt_from_json, tokens_from_json
 from .request import InferRequest
 from .results import Completion, Delta, GenerateResult, PromptProgress, Timings
 from .transport import Chunk, Reader, Transport
@@ -32,16 +33,16 @@ class _Sample:
         self._texts: list[str] = []
         self._completion_tokens = 0
 
-    def take(self, chunk: Chunk, progress: PromptProgress | None) -> Delta | None:
+    def take(self, chunk: Chunk, progress: PromptProgress | None, logprobs: tuple[TokenLogprobs, ...]) -> Delta | None:
         """Books its part of a response; None where there is nothing new of it."""
         text, tokens = chunk.text, chunk.output_tokens or 0
         reason = None if chunk.finish_reason in _RUNNING else chunk.finish_reason
-        if self.finish_reason is not None or not (text or tokens or reason or progress):
+        if self.finish_reason is not None or not (text or tokens or reason or progress or logprobs):
             return None  # one that has ended says so again with each piece of the others
         self.finish_reason = reason
         self._texts.append(text)
         self._completion_tokens += tokens
-        return Delta(text, tokens, reason, self.index, progress)
+        return Delta(text, tokens, reason, self.index, progress, logprobs)
 
     def snapshot(self) -> Completion:
         return Completion(self.index, "".join(self._texts), self._completion_tokens, self.finish_reason)
@@ -72,6 +73,9 @@ class AsyncStream:
         self._pending: deque[Delta] = deque()
         self._prompt_tokens = 0
         self._timings = Timings()
+        self._logprobs: list[TokenLogprobs] | None = None
+        self._cumulative_logprob: float | None = None
+        self._prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self._started = self._last = self._first = 0.0
 
     @property
@@ -176,7 +180,7 @@ class AsyncStream:
             raise InternalError(f"the server sent figures that cannot be read ({error})") from None
         has_begun = False
         for sample, piece in zip(self._samples, pieces, strict=True):
-            delta = sample.take(piece, None if sample.index else progress)
+            delta = sample.take(piece, None if sample.index else progress, self._take_logprobs(piece, sample.index))
             if delta is not None:
                 self._pending.append(delta)
                 has_begun |= bool(delta.text or delta.completion_tokens or delta.finish_reason)
@@ -186,6 +190,22 @@ class AsyncStream:
             self._first = self._last
         if chunk.input_tokens is not None:
             self._prompt_tokens = chunk.input_tokens
+
+    def _take_logprobs(self, piece: Chunk, index: int) -> tuple[TokenLogprobs, ...]:
+        """Those of a sample's part of a response; the result keeps the first sample's."""
+        if piece.cumulative_logprob is not None:
+            self._cumulative_logprob = piece.cumulative_logprob
+        try:
+            if piece.prompt_logprobs is not None:
+                self._prompt_logprobs = prompt_from_json(piece.prompt_logprobs)
+            if piece.logprobs is None:
+                return ()
+            found = tokens_from_json(piece.logprobs)
+        except ValueError as error:
+            raise InternalError(f"the server sent log-probabilities that cannot be read ({error})") from None
+        if index == 0:
+            self._logprobs = [*(self._logprobs or ()), *found]
+        return found
 
     async def _wait_to_retry(self, error: Unavailable) -> None:
         """Waits and prepares the request anew; raises `error` when it may not be sent again."""
@@ -217,6 +237,9 @@ class AsyncStream:
             latency_s=self._last - self._started,
             request_id=self.request_id,
             completions=completions,
+            logprobs=None if self._logprobs is None else tuple(self._logprobs),
+            cumulative_logprob=self._cumulative_logprob,
+            prompt_logprobs=self._prompt_logprobs,
         )
 
 

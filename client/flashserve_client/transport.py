@@ -18,6 +18,9 @@ class Chunk(NamedTuple):
     input_tokens: int | None = None
     output_tokens: int | None = None
     metrics: str | None = None
+    logprobs: str | None = None
+    cumulative_logprob: float | None = None
+    prompt_logprobs: str | None = None
     progress: str | None = None
     others: tuple[Chunk, ...] = ()
     """Of a request for `n` samples: text, finish reason and output tokens of all but the first."""

@@ -27,7 +27,7 @@ class Ability:
 
 TABLE: tuple[Ability, ...] = (
     Ability("a choice of the best of several answers", {"best_of": (1,)}),
-    Ability("log probabilities", {"logprobs": (False,), "top_logprobs": (), "prompt_logprobs": ()}),
+    Ability("log probabilities of a prompt, unless a completion echoes it", {"prompt_logprobs": ()}),
     Ability(
         "structured output",
         {"response_format": ({"type": "text"},), "structured_outputs": (), "guided_json": (), "guided_regex": (),

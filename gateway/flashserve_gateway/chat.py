@@ -14,6 +14,7 @@ from . import parameters
 from .abilities import refuse_missing
 from .errors import invalid
 from .gateway import Call, usage_of
+from .logprobs import chat_logprobs, read_chat_count
 from .merging import gathered, merged
 from .output.events import CallArguments, CallStart, Event, PlainReader, Reader, Reasoning, Text
 from .output.reasoning import OPENING, ReasoningReader
@@ -35,6 +36,8 @@ class ChatRequest:
     """Names of the tools that may be called."""
     parallel_calls: bool = True
     samples: int = 1
+    logprobs: int | None = None
+    """Alternatives of each token; None: no log-probabilities."""
 
 
 def read_chat(call: Call) -> ChatRequest:
@@ -50,6 +53,9 @@ def read_chat(call: Call) -> ChatRequest:
     params.update(parameters.read_progress_wanted(body, stream))
     tools = _tools(body)
     params.update(tool_params(tools, params))
+    logprobs = read_chat_count(body)
+    if logprobs is not None:
+        params["logprobs"] = logprobs
     ask = Ask(
         model=parameters.read_model(body),
         prompt=_messages(body),
@@ -64,6 +70,7 @@ def read_chat(call: Call) -> ChatRequest:
         tools=tuple(tool["function"]["name"] for tool in tools),
         parallel_calls=parameters.read(body, "parallel_tool_calls", bool, True),
         samples=parameters.read_samples(body, call.gateway.settings.limits.samples),
+        logprobs=logprobs,
     )
 
 
@@ -149,7 +156,13 @@ async def _stream_choice(
             if delta.finish_reason is not None:
                 reason = delta.finish_reason
                 events += reader.end()
-            if event := writer.write(events):
+            scored = b""
+            if chat.logprobs is not None and delta.logprobs:
+                last = events[-1] if events else None
+                text = last.text if isinstance(last, Text) else ""
+                events = events[:-1] if text else events
+                scored = chunks.scored(text, chat_logprobs(delta.logprobs, chat.logprobs))
+            if event := writer.write(events) + scored:
                 yield event
     yield chunks.finish(finish_reason(reason, writer.has_called))
 
@@ -196,7 +209,8 @@ async def complete_chat(call: Call, chat: ChatRequest) -> ChatCompletion:
     for index, (result, reader) in enumerate(zip(results, readers, strict=True)):
         message = read_message([*reader.feed(result.text), *reader.end()], chat.parallel_calls)
         reason = finish_reason(result.finish_reason or "stop", bool(message.calls))
-        choices.append({"index": index, "message": message.as_openai(), "finish_reason": reason, "logprobs": None})
+        logprobs = None if chat.logprobs is None else chat_logprobs(result.logprobs or (), chat.logprobs)
+        choices.append({"index": index, "message": message.as_openai(), "finish_reason": reason, "logprobs": logprobs})
     return ChatCompletion.model_validate(
         {
             "id": _answer_id(call),

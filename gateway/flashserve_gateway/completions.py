@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from openai.types import Completion
+from openai.types.completion_choice import Logprobs
 
 from flashserve_client import GenerateResult
 
@@ -15,6 +17,7 @@ from .abilities import refuse_missing
 from .chat import finish_reason
 from .errors import invalid
 from .gateway import Call, usage_of
+from .logprobs import completion_logprobs, echoed_logprobs, read_completion_count
 from .merging import gathered, merged
 from .pool import Answer, Ask
 from .sse import DONE, CompletionChunks
@@ -33,6 +36,10 @@ class CompletionRequest:
     samples: int
     usage_wanted: bool
     echo: bool
+    logprobs: int | None = None
+    """Alternatives of each token; None: no log-probabilities."""
+    scores_only: bool = False
+    """The prompt is all that is wanted (`max_tokens: 0`): the engine's one token is left out."""
 
 
 def read_completion(call: Call) -> CompletionRequest:
@@ -42,7 +49,16 @@ def read_completion(call: Call) -> CompletionRequest:
     refuse_missing(body)
     stream = parameters.read(body, "stream", bool, False)
     params = parameters.engine_params(body)
-    params["max_tokens"] = parameters.read_count(body, "max_tokens") or _DEFAULT_MAX_TOKENS
+    echo, logprobs = parameters.read(body, "echo", bool, False), read_completion_count(body)
+    scores_only = echo and not stream and parameters.read(body, "max_tokens", int, 1) == 0
+    limit = 1 if scores_only else parameters.read_count(body, "max_tokens")
+    params["max_tokens"] = limit or _DEFAULT_MAX_TOKENS
+    if logprobs is not None:
+        params["logprobs"] = logprobs
+        if echo and stream:
+            raise invalid("echo", "echo: a stream that repeats its prompt has no logprobs; leave one of the three out")
+        if echo:
+            params["prompt_logprobs"] = logprobs
     params.update(parameters.read_progress_wanted(body, stream))
     model = parameters.read_model(body)
     priority = call.caller.priority(parameters.read_priority(body))
@@ -57,7 +73,9 @@ def read_completion(call: Call) -> CompletionRequest:
         asks=tuple(asks),
         samples=samples,
         usage_wanted=parameters.read_usage_wanted(body, stream),
-        echo=parameters.read(body, "echo", bool, False),
+        echo=echo,
+        logprobs=logprobs,
+        scores_only=scores_only,
     )
 
 
@@ -94,7 +112,10 @@ async def complete(call: Call, request: CompletionRequest) -> Completion:
     """All answers at once. Raises ApiError."""
 
     async def one(index: int) -> tuple[str, GenerateResult]:
-        return await _echo(call, request, index), await call.whole(request.asks[index])
+        before, result = await _echo(call, request, index), await call.whole(request.asks[index])
+        if request.scores_only:
+            result = replace(result, text="", completion_tokens=0, finish_reason="length", logprobs=())
+        return before, result
 
     async with call.admitted(request.asks[0].model, request.asks):
         answers = await gathered([one(index) for index in range(len(request.asks))])
@@ -107,7 +128,7 @@ async def complete(call: Call, request: CompletionRequest) -> Completion:
         }
         for index, (before, result) in enumerate(answers)
     ]
-    return Completion.model_validate(
+    completion = Completion.model_validate(
         {
             "id": _answer_id(call),
             "object": "text_completion",
@@ -117,6 +138,18 @@ async def complete(call: Call, request: CompletionRequest) -> Completion:
             "usage": usage_of([result for _, result in answers], request.samples),
         }
     )
+    if request.logprobs is not None:
+        for choice, (before, result) in zip(completion.choices, answers, strict=True):
+            # Not validated: the first token of a prompt has null in lists that OpenAI's types say are of numbers.
+            choice.logprobs = Logprobs.model_construct(**_logprobs(before, result))
+    return completion
+
+
+def _logprobs(before: str, result: GenerateResult) -> dict[str, Any]:
+    tokens = result.logprobs or ()
+    if result.prompt_logprobs is None:
+        return completion_logprobs(tokens, len(before))
+    return echoed_logprobs(before, result.prompt_logprobs, tokens)
 
 
 async def stream_completion(call: Call, request: CompletionRequest) -> AsyncGenerator[bytes, None]:
@@ -137,16 +170,19 @@ async def stream_completion(call: Call, request: CompletionRequest) -> AsyncGene
 async def _stream_one(
     call: Call, request: CompletionRequest, chunks: CompletionChunks, index: int, answer: Answer
 ) -> AsyncGenerator[bytes, None]:
-    before = await _echo(call, request, index)
+    before, offset = await _echo(call, request, index), 0
     async with contextlib.aclosing(call.pieces(request.asks[index], answer)) as pieces:
         async for delta in pieces:
             if delta.progress is not None:
                 yield chunks.progress(index, delta.progress._asdict())
             text, before = before + delta.text, ""  # with the first piece: what is refused has its own status
-            if delta.finish_reason is not None:
-                yield chunks.text(index, text, finish_reason(delta.finish_reason, False))
-            elif text:
-                yield chunks.text(index, text)
+            reason = None if delta.finish_reason is None else finish_reason(delta.finish_reason, False)
+            logprobs = None
+            if request.logprobs is not None and delta.logprobs:
+                logprobs = completion_logprobs(delta.logprobs, offset)
+                offset += sum(len(one.token.text) for one in delta.logprobs)
+            if text or reason or logprobs:
+                yield chunks.text(index, text, reason, logprobs)
 
 
 def _answer_id(call: Call) -> str:

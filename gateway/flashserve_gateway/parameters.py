@@ -37,8 +37,10 @@ CHAT = COMMON | {
     "chat_template_kwargs",
     "add_generation_prompt",
     "continue_final_message",
+    "logprobs",
+    "top_logprobs",
 }
-COMPLETION = COMMON | {"prompt", "echo"}
+COMPLETION = COMMON | {"prompt", "echo", "logprobs"}
 EMBEDDING = frozenset(
     {"model", "input", "encoding_format", "dimensions", "pooling", "normalize", "truncate_prompt_tokens", "cache_salt",
      "priority"}

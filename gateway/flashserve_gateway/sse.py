@@ -167,6 +167,12 @@ class ChatChunks:
         """How far the prompt is, as llama.cpp says it: beside a choice without news."""
         return self._delta + b"{}" + self._running[: -len(self._tail)] + _progress(progress) + self._tail
 
+    def scored(self, text: str, logprobs: Mapping[str, Any]) -> bytes:
+        """A piece of the answer, which may be empty, with log-probabilities."""
+        delta = {"content": text} if text else {}
+        choice = {"index": self._index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+        return self._head + orjson.dumps(choice) + b"]" + self._tail
+
     def finish(self, reason: str) -> bytes:
         """The last choice."""
         end = orjson.dumps({"index": self._index, "delta": {}, "logprobs": None, "finish_reason": reason})
@@ -185,9 +191,11 @@ class CompletionChunks:
         self._head = b"data: " + head[:-1] + b',"choices":['
         self._tail = (b',"usage":null' if usage_wanted else b"") + b"}\n\n"
 
-    def text(self, index: int, text: str, reason: str | None = None) -> bytes:
+    def text(
+        self, index: int, text: str, reason: str | None = None, logprobs: Mapping[str, Any] | None = None
+    ) -> bytes:
         """A piece of choice ``index``."""
-        choice = orjson.dumps({"index": index, "text": text, "logprobs": None, "finish_reason": reason})
+        choice = orjson.dumps({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason})
         return self._head + choice + b"]" + self._tail
 
     def progress(self, index: int, progress: Mapping[str, Any]) -> bytes:

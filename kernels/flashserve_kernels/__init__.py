@@ -7,16 +7,19 @@ Triton-lang, ``cpu/`` in C++; ``select`` chooses.
 from flashserve_kernels.activation import Activation
 from flashserve_kernels.attention import AttentionBatch
 from flashserve_kernels.kv_cache import KVCacheSpec
+from flashserve_kernels.logprobs import MAX_TOP, Logprobs
 from flashserve_kernels.ops import CacheLayer, LinearWeight, Ops, SamplerColumns
 from flashserve_kernels.sampling import Stage
 from flashserve_kernels.select import select_ops
 
 __all__ = [
+    "MAX_TOP",
     "Activation",
     "AttentionBatch",
     "CacheLayer",
     "KVCacheSpec",
     "LinearWeight",
+    "Logprobs",
     "Ops",
     "SamplerColumns",
     "Stage",

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashserve_kernels import attention, embedding, kv_cache, linear, norm, penalties, rotary, sampling
+from flashserve_kernels import attention, embedding, kv_cache, linear, logprobs, norm, penalties, rotary, sampling
 from flashserve_kernels.activation import Activation, activate, activate_and_mul, soft_cap_
 from flashserve_kernels.attention import AttentionBatch
 from flashserve_kernels.grouped import GroupedRows
 from flashserve_kernels.kv_cache import KVCacheSpec
+from flashserve_kernels.logprobs import Logprobs
 from flashserve_kernels.recording import StepProgram
 from flashserve_kernels.sampling import Stage
 
@@ -237,3 +238,10 @@ class Ops:
         read is not looked at. Returns [N] int64.
         """
         return self._sample_rows(logits, slots, positions, stages, **state)
+
+    def log_probabilities(self, logits: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
+        """Of softmax(logits): each row's token, its rank, and the ``num_top`` most probable tokens.
+
+        logits: [N, V]; tokens: [N] int64. Raises ValueError unless num_top is in 0 .. min(20, V).
+        """
+        return logprobs.log_probabilities(logits, tokens, num_top)

@@ -156,6 +156,23 @@ def test_penalties_biases_and_bans_by_name_or_as_sampling_params(llm):
         llm.generate("a b", {"logit_bias": {512: 1}})
 
 
+def test_log_probabilities_come_with_the_texts_of_their_tokens(llm):
+    asked = {**GREEDY, "logprobs": 2, "prompt_logprobs": 1}
+    (result,) = llm.generate("def f(x): é", asked)
+    assert [score.token.token_id for score in result.logprobs] == result.token_ids
+    assert "".join(score.token.text for score in result.logprobs) == result.text
+    assert result.cumulative_logprob == pytest.approx(sum(score.token.logprob for score in result.logprobs))
+    assert all(score.top[0].token_id == score.token.token_id and score.top[0].rank == 1 for score in result.logprobs)
+    assert result.prompt_logprobs[0] is None
+    assert "def f(x): é".endswith("".join(score.token.text for score in result.prompt_logprobs[1:]))
+    assert len(result.prompt_logprobs) == len(result.prompt_token_ids)
+    plain = llm.generate("def f(x): é", GREEDY)[0]
+    assert (plain.logprobs, plain.cumulative_logprob, plain.prompt_logprobs) == (None, None, None)
+    for name in ("logprobs", "prompt_logprobs"):
+        with pytest.raises(InvalidArgument, match=rf"{name} must be an integer in \[0, 20\], not 21"):
+            llm.generate("a", {name: 21})
+
+
 def test_more_samples_than_fit_are_refused(llm):
     with pytest.raises(InvalidArgument, match=r"n=5 samples .* do not fit: at most 4 do"):
         llm.generate("a", {**SAMPLED, "n": 5})

@@ -51,7 +51,7 @@ def client(request: pytest.FixtureRequest, server: Server) -> Iterator[Client]:
         ({"temprature": 1}, "unknown parameter 'temprature'; did you mean temperature?"),
         ({"max_new_tokens": 5}, "unknown parameter 'max_new_tokens'; did you mean max_tokens?"),
         ({"lora_name": "mine"}, "lora_name='mine' is not supported"),
-        ({"logprobs": 3}, "logprobs=3 is not supported; only false is"),
+        ({"logprobs": 21}, "logprobs must be an integer in [0, 20], not 21"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

@@ -173,8 +173,33 @@ def test_errors_have_the_types_of_openais_client(client: openai.OpenAI):
     with pytest.raises(openai.BadRequestError) as raised:
         asks.create(model="llama", messages=[{"role": "user", "content": [image]}])
     assert raised.value.param == "messages[0].content[0]"
-    with pytest.raises(openai.BadRequestError, match="log probabilities"):
-        asks.create(model="llama", messages=MESSAGES, logprobs=True)
+    with pytest.raises(openai.BadRequestError, match=r"top_logprobs must be an integer in \[0, 20\], not 21"):
+        asks.create(model="llama", messages=MESSAGES, logprobs=True, top_logprobs=21)
+
+
+def test_log_probabilities(client: openai.OpenAI):
+    """Of a chat, whole and streamed, and of a completion that scores its prompt."""
+    ask = {
+        "model": "llama",
+        "messages": MESSAGES,
+        "logprobs": True,
+        "top_logprobs": 3,
+        "max_tokens": 6,
+        "temperature": 0,
+    }
+    (choice,) = client.chat.completions.create(**ask).choices
+    content = choice.logprobs.content
+    joined = b"".join(bytes(token.bytes) for token in content)
+    assert joined.decode() == choice.message.content and len(content) == 6
+    assert all(token.top_logprobs[0].token == token.token and len(token.top_logprobs) == 3 for token in content)
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**ask, stream=True)]
+    streamed = [token for chunk in chunks if chunk.logprobs for token in chunk.logprobs.content]
+    assert [token.token for token in streamed] == [token.token for token in content]
+    scored = client.completions.create(model="llama", prompt="some text", max_tokens=0, echo=True, logprobs=2)
+    (choice,), lists = scored.choices, scored.choices[0].logprobs
+    assert (choice.text, scored.usage.completion_tokens) == ("some text", 0)
+    assert "".join(lists.tokens) == "some text" and lists.token_logprobs[0] is None
+    assert max(lists.token_logprobs[1:]) < 0 and len(lists.tokens) == scored.usage.prompt_tokens
 
 
 def test_a_full_queue_says_when_to_come_again(server: Server, client: openai.OpenAI):

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from oracle import NONSENSE, Name, Oracle, check, hidden_state, name_of
 
+from flashserve.protocol import TokenLogprob
 from flashserve.scheduling.config import SchedulerConfig
-from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput, StepResult
+from flashserve.scheduling.output import MAX_SCORED_TOKENS, Admission, ScheduledRow, SchedulerOutput, StepResult
 
 
 @dataclass
@@ -88,7 +89,9 @@ class FakeRunner:
         self._check_decodes_go_on(plan)
         check(plan.pools == any(row.pooled is not None for row in plan.rows), "rows that pool are not announced", plan)
         pooled = {index: self._pool(row) for index, row in enumerate(plan.rows) if row.pooled is not None}
-        step = Step(plan.step, StepResult(samples, pooled), written)
+        scores = {place: self._score(row) for place, row in enumerate(plan.rows) if row.scored}
+        check(sum(map(len, scores.values())) == plan.num_scored <= MAX_SCORED_TOKENS, "scored tokens", plan)
+        step = Step(plan.step, StepResult(samples, {}, scores, pooled), written)
         self._in_flight.append(step)
         if self.fault == "submit":
             self._fail(step)
@@ -105,11 +108,21 @@ class FakeRunner:
     def close(self) -> None:
         """Nothing to free."""
 
+    def _score(self, row: ScheduledRow) -> list[TokenLogprob]:
+        """A token of the prompt is as probable as its number says."""
+        prompt = self.slots[row.slot].oracle.message.prompt_token_ids
+        end = row.first_scored + len(row.scored)
+        check(row.start < row.first_scored and end <= row.start + row.num_tokens + 1, "scores without logits", row)
+        check(prompt[row.first_scored : end] == row.scored, "other tokens are scored than the prompt's", row)
+        return [TokenLogprob(token, 1, []) for token in row.scored]
+
     def _fail(self, step: Step) -> None:
         """The step failed: nobody knows what its KV holds, nor what a step behind it computes from that."""
         for spoiled in list(self._in_flight)[self._in_flight.index(step) :]:
-            samples = [[NONSENSE] if ids else [] for ids in spoiled.output.token_ids]
-            spoiled.output = StepResult(samples, dict.fromkeys(spoiled.output.pooled, np.full(1, np.nan, np.float32)))
+            ids, scores = spoiled.output.token_ids, spoiled.output.prompt_logprobs
+            nonsense = {place: [TokenLogprob(NONSENSE, 1, [])] * len(found) for place, found in scores.items()}
+            pooled = dict.fromkeys(spoiled.output.pooled, np.full(1, np.nan, np.float32))
+            spoiled.output = StepResult([[NONSENSE] if own else [] for own in ids], {}, nonsense, pooled)
             for block, offset in spoiled.written:
                 self.kv[block][offset] = None
         self._in_flight.remove(step)

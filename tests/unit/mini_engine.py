@@ -66,6 +66,8 @@ class MiniEngine:
         self.plans: list[SchedulerOutput] = []
         self.streams: dict[Name, list[int]] = {}
         """Tokens per sequence, as they came out."""
+        self.scored: dict[int, list[int]] = {}
+        """What a request's prompt was scored with."""
         self.ended: dict[Name, Ended] = {}
         self.first_token_step: dict[Name, int] = {}
         """How many calls of :meth:`step` had been made when the first token came out."""
@@ -153,10 +155,22 @@ class MiniEngine:
             name = name_of(output.request_id, output.index)
             check(name not in self.ended, "an output after the last one", output)
             self.streams[name] += output.token_ids
+            self._collect_scores(output)
             if output.token_ids:
                 self.first_token_step.setdefault(name, self.steps)
             if output.finish_reason is not None:
                 self.ended[name] = Ended(output.finish_reason, self.streams[name], output, self.steps)
+
+    def _collect_scores(self, output: TokenOutput) -> None:
+        """Each of the prompt's tokens is scored once, in order, and before the first token comes."""
+        if output.index != 0:
+            check(output.logprobs is None, "scores of another sample than the first", output)
+            return
+        message, scored = self.oracles[output.request_id].message, self.scored.setdefault(output.request_id, [])
+        scored += [] if output.logprobs is None else [round(one.logprob) for one in output.logprobs.prompt]
+        wanted = [] if message.params.prompt_logprobs is None else message.prompt_token_ids[1:]
+        check(scored == wanted[: len(scored)], "wrong scores", scored, wanted)
+        check(not output.token_ids or len(scored) == len(wanted), "a token before all scores", output)
 
     # --- what tests ask ---
 

@@ -173,7 +173,7 @@ def test_every_field_of_openais_api_has_its_place(params: type, own: frozenset[s
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("logprobs", True), ("logprobs", 0), ("top_logprobs", 0),
+        ("prompt_logprobs", 1),
         ("response_format", {"type": "json_object"}), ("tool_choice", "required"),
         ("tool_choice", {"type": "function", "function": {"name": "f"}}), ("audio", {"voice": "x"}),
         ("modalities", ["text", "audio"]), ("functions", [{"name": "f"}]), ("reasoning_effort", "high"),
@@ -200,7 +200,8 @@ async def test_penalties_biases_and_bans_go_to_the_engine_as_they_are():
 async def test_what_means_nothing_special_is_taken():
     neutral = {"n": 1, "logprobs": False, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {},
                "response_format": {"type": "text"}, "tool_choice": "none", "user": "me", "store": False,
-               "metadata": {}, "stop": None, "seed": None, "tools": None, "stream_options": None}  # fmt: skip
+               "metadata": {}, "stop": None, "seed": None, "tools": None, "stream_options": None,
+               "top_logprobs": 0}  # fmt: skip
     async with gate() as gateway:
         assert (await gateway.chat(**neutral)).status_code == 200
 
@@ -285,7 +286,7 @@ async def test_openais_client_raises_its_own_errors():
             await asks.create(model="nope", messages=CHAT["messages"])
         assert raised.value.code == "model_not_found"
         with pytest.raises(openai.BadRequestError):
-            await asks.create(**CHAT, logprobs=True)
+            await asks.create(**CHAT, top_logprobs=3)
         gateway.engine.script = fails(Unavailable("queue is full", retry_after_ms=10))
         with pytest.raises(openai.InternalServerError):
             await asks.create(**CHAT)

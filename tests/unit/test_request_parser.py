@@ -176,12 +176,23 @@ def test_the_prompt_is_repeated_unless_streaming_or_told_not_to():
     )
 
 
-def test_logprobs_are_refused_but_not_the_wish_for_none():
-    """Triton's own OpenAI frontend sends return_logprobs=false with every request."""
-    assert parsed(text_input="a", return_logprobs=False, return_cumulative_logprob=False)
-    assert parsed(text_input="a", return_logprobs=True).outputs == OutputFlags(logprobs=True)
-    refused("logprobs=2 is not supported", text_input="a", return_logprobs=True, parameters={"logprobs": 2})
-    refused("return_cumulative_logprob=true is not", text_input="a", parameters={"return_cumulative_logprob": True})
+@pytest.mark.parametrize(
+    ("logprobs", "flags", "computed"),
+    [
+        (None, {"return_logprobs": False, "return_cumulative_logprob": False}, None),  # of Triton's OpenAI frontend
+        (None, {"return_logprobs": True}, None),
+        (3, {}, None),
+        (3, {"return_logprobs": True}, 3),
+        (3, {"return_cumulative_logprob": True}, 0),
+        (None, {"return_cumulative_logprob": True}, 0),
+        (0, {"return_cumulative_logprob": True, "return_logprobs": True}, 0),
+    ],
+)
+def test_only_log_probabilities_that_an_output_shows_are_computed(logprobs, flags, computed):
+    request = parsed(text_input="a", parameters={} if logprobs is None else {"logprobs": logprobs}, **flags)
+    assert request.message.params.logprobs == computed
+    assert request.shows_logprobs == (logprobs is not None)
+    assert request.outputs == OutputFlags(**{name.removeprefix("return_"): flag for name, flag in flags.items()})
 
 
 def test_what_load_generators_and_tritons_openai_frontend_send():

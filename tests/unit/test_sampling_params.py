@@ -196,9 +196,6 @@ def test_refusals_name_the_field_its_range_and_the_value(given, words):
     ("given", "words"),
     [
         ({"best_of": 3}, "best_of=3 is not supported"),
-        ({"logprobs": 0}, "logprobs=0 is not supported; only false is"),  # 0 asks for the chosen token's
-        ({"logprobs": 5}, "logprobs=5"),
-        ({"prompt_logprobs": 1}, "prompt_logprobs=1"),
         ({"allowed_token_ids": []}, r"allowed_token_ids=\[\] is not supported$"),
         ({"structured_outputs": {"json": {}}}, "structured_outputs="),
         ({"guided_regex": "null"}, "guided_regex='null'"),
@@ -233,7 +230,7 @@ def test_also_in_the_words_of_python_and_of_clients_that_know_only_text():
     }  # fmt: skip
     assert parse_sampling_params(neutral) == SamplingParams()
     assert parse_sampling_params(dict.fromkeys((*NEUTRAL, "temperature", "stop", "seed"), "")) == SamplingParams()
-    for refused in ({"use_beam_search": "True"}, {"best_of": "2"}, {"logprobs": "0"}, {"detokenize": "False"}):
+    for refused in ({"use_beam_search": "True"}, {"best_of": "2"}, {"detokenize": "False"}):
         with pytest.raises(InvalidArgument, match="is not supported"):
             parse_sampling_params(refused)
 

@@ -42,6 +42,7 @@ def test_the_contract_is_a_superset_of_the_vllm_backends():
         "finish_reason": ("STRING", (-1,)),
         "cumulative_logprob": ("FP32", (-1,)),
         "logprobs": ("STRING", (-1,)),
+        "prompt_logprobs": ("STRING", (1,)),
         "num_input_tokens": ("UINT32", (1,)),
         "num_output_tokens": ("UINT32", (-1,)),
         "request_metrics": ("STRING", (1,)),

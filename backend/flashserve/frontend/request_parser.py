@@ -117,7 +117,7 @@ class OutputFlags:
     request_metrics: bool = False
     progress: bool = False
     logprobs: bool = False
-    """Answered with null, as by vLLM where a request asks for the output but sets no ``logprobs``."""
+    cumulative_logprob: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +134,8 @@ class ParsedRequest:
     """The client's own; may be empty."""
     traceparent: str = ""
     """The client's trace, as W3C writes it."""
+    shows_logprobs: bool = False
+    """Whether ``logprobs`` is set; else the output of that name is null where it is asked for, as by vLLM."""
 
     @property
     def needs_every_token(self) -> bool:
@@ -180,10 +182,11 @@ def parse(request: RawRequest, context: ParserContext, internal_id: int) -> Pars
         text, params = "", EMBEDDING_PARAMS
     else:
         token_ids, text, params = _to_generate(source, texts, flags, parameters, context)
+    outputs = OutputFlags(**{name: flags.get(f"return_{name}", False) for name in OutputFlags.__slots__})
     message = GenerateRequest(
         request_id=internal_id,
         prompt_token_ids=token_ids,
-        params=params,
+        params=_with_shown_logprobs(params, outputs),
         arrival=arrival,
         priority=options.priority,
         deadline=None if options.timeout_s is None else arrival + options.timeout_s,
@@ -191,8 +194,8 @@ def parse(request: RawRequest, context: ParserContext, internal_id: int) -> Pars
         pooling=pooling,
         return_progress=flags.get("return_progress", False),
     )
-    outputs = OutputFlags(**{name: flags.get(f"return_{name}", False) for name in OutputFlags.__slots__})
-    return ParsedRequest(message, text, stream, outputs, options.request_id, options.traceparent)
+    shows_logprobs = parameters.sampling.logprobs is not None
+    return ParsedRequest(message, text, stream, outputs, options.request_id, options.traceparent, shows_logprobs)
 
 
 def _to_generate(
@@ -242,6 +245,14 @@ def _prompt(
         field=source,
     )
     return token_ids, text
+
+
+def _with_shown_logprobs(params: SamplingParams, outputs: OutputFlags) -> SamplingParams:
+    """With no more log-probabilities than the outputs show; their sum takes the chosen tokens'."""
+    shown = params.logprobs if outputs.logprobs else None
+    if shown is None and outputs.cumulative_logprob:
+        shown = 0
+    return params if shown == params.logprobs else msgspec.structs.replace(params, logprobs=shown)
 
 
 def _with_max_tokens(params: SamplingParams, source: str, prompt_tokens: int, context: ParserContext) -> SamplingParams:
@@ -326,8 +337,6 @@ def _read_inputs(request: RawRequest) -> tuple[dict[str, str], dict[str, bool], 
     for source in (own, tritons, {"max_tokens": elements.get("max_tokens")}, in_json):
         for name, value in coerce_all(source).items():
             values[name] = _merged(name, values.get(name), value)
-    if flags.get("return_cumulative_logprob"):
-        raise InvalidArgument("return_cumulative_logprob=true is not supported; only false is")
     return texts, flags, values
 
 

@@ -222,7 +222,7 @@ class Responder:
 
     def _send_keep_alive(self, generation: Generation) -> None:
         if not generation.closed:
-            self._send_data(generation, [Delta("", 0)] * len(generation.completions), flags=0)
+            self._send_data(generation, [completion.nothing_new() for completion in generation.completions], flags=0)
 
     def _send_data(self, generation: Generation, deltas: list[Delta], flags: int) -> None:
         reasons = [completion.finish_reason for completion in generation.completions]

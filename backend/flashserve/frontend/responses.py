@@ -13,6 +13,7 @@ from flashserve.errors import FlashserveError, InternalError, InvalidArgument
 from flashserve.frontend.generation import Generation
 from flashserve.protocol import FinishReason, RequestTimings
 from flashserve.text.completion import Delta
+from flashserve.text.logprobs import to_json
 
 
 class ResponseBuilder:
@@ -35,8 +36,14 @@ class ResponseBuilder:
         tensors = [self._strings("text_output", [delta.text for delta in deltas])]
         if wanted.finish_reason:
             tensors.append(self._strings("finish_reason", [reason or "None" for reason in finish_reasons]))
+        if wanted.cumulative_logprob:
+            sums = np.array([delta.cumulative_logprob for delta in deltas], dtype=np.float32)
+            tensors.append(self._pb.Tensor("cumulative_logprob", sums))
         if wanted.logprobs:
-            tensors.append(self._strings("logprobs", ["null"] * len(deltas)))
+            shown = generation.parsed.shows_logprobs
+            tensors.append(self._strings("logprobs", [to_json(d.scores) if shown else "null" for d in deltas]))
+        if (prompt := generation.completions[0].take_prompt_scores()) is not None:
+            tensors.append(self._strings("prompt_logprobs", [to_json(prompt)]))
         if wanted.num_input_tokens:
             tensors.append(self._counts("num_input_tokens", [len(generation.message.prompt_token_ids)]))
         if wanted.num_output_tokens:

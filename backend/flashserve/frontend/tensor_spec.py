@@ -62,6 +62,7 @@ OUTPUTS: tuple[TensorSpec, ...] = (
     TensorSpec("num_output_tokens", "UINT32", (-1,), optional=False),
     TensorSpec("request_metrics", "STRING", (1,), optional=False),
     TensorSpec("prompt_progress", "STRING", (1,), optional=False),
+    TensorSpec("prompt_logprobs", "STRING", (1,), optional=False),
 )
 
 INPUT_BY_NAME: dict[str, TensorSpec] = {spec.name: spec for spec in INPUTS}

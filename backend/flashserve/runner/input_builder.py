@@ -12,6 +12,25 @@ from flashserve.runner.slots import SlotTable
 from flashserve.runner.staging import StepFields, StepSizes, fill_padding
 from flashserve.scheduling.output import ScheduledRow, SchedulerOutput
 
+_NONE = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """P tokens of prompts whose log-probabilities are wanted. Their rows of logits come behind the sampled ones."""
+
+    tokens: np.ndarray
+    """[P] int64: the step's tokens before them, whose logits say how probable they were."""
+    targets: np.ndarray
+    """[P] int64: they themselves."""
+    slots: np.ndarray
+    """[P] int64."""
+    plan_rows: np.ndarray
+    """[P] int64: their rows' places in the plan."""
+
+
+_NOTHING_SCORED = Scored(_NONE, _NONE, _NONE, _NONE)
+
 
 @dataclass(frozen=True)
 class Arrangement:
@@ -35,13 +54,13 @@ class Arrangement:
     """[new_blocks] int64: flat places of the block table that changed."""
     pooled: Sequence[tuple[int, int, int]] = ()
     """(Place in the plan, first, end) of each row that pools: which of the step's tokens are summed for it."""
+    scored: Scored = _NOTHING_SCORED
 
     @property
     def sizes(self) -> StepSizes:
+        num_logits = len(self.sampling) + len(self.scored.tokens)
         num_pooled = sum(end - first for _, first, end in self.pooled)
-        return StepSizes(
-            int(self.lens.sum()), len(self.slots), len(self.sampling), len(self.changed_blocks), num_pooled
-        )
+        return StepSizes(int(self.lens.sum()), len(self.slots), num_logits, len(self.changed_blocks), num_pooled)
 
     @property
     def max_query_len(self) -> int:
@@ -87,14 +106,15 @@ class InputBuilder:
             sampling=sampling,
             sample_slots=sample_slots,
             plan_rows=plan_rows,
-            changed_blocks=np.concatenate(changed) if changed else np.zeros(0, np.int64),
+            changed_blocks=np.concatenate(changed) if changed else _NONE,
+            scored=_scored(plan, order, lens) if plan.num_scored else _NOTHING_SCORED,
             pooled=self._pooled(plan, order, lens) if plan.pools else (),
         )
 
     def fill(self, step: Arrangement, host: StepFields, sizes: StepSizes) -> None:
         """Write the step's numbers. sizes: those of the step, or of a decode bucket that it is padded to."""
         used = step.sizes
-        T, R, N = used.tokens, used.seqs, used.logits
+        T, R, N = used.tokens, used.seqs, len(step.sampling)
         ends = np.cumsum(step.lens)
         firsts = ends - step.lens
         row_of_token = np.repeat(np.arange(R), step.lens)
@@ -114,12 +134,17 @@ class InputBuilder:
         host.logits_rows[:N] = ends[step.sampling] - 1
         host.sample_slots[:N] = step.sample_slots
         host.sample_positions[:N] = step.sample_positions
+        if len(step.scored.tokens):  # they are sampled, too, for a slot that nobody reads
+            scored = slice(N, used.logits)
+            host.logits_rows[scored] = step.scored.tokens
+            host.sample_slots[scored] = table.spare_slot
+            host.sample_positions[scored] = 0
         if len(host.table_index):
             host.table_index[:] = step.changed_blocks
             host.table_blocks[:] = table.block_table.reshape(-1)[step.changed_blocks]
         if step.pooled:
             host.pooled_rows[:] = np.concatenate([np.arange(first, end) for _, first, end in step.pooled])
-        if sizes.tokens > T or sizes.logits > N:
+        if sizes.tokens > T or sizes.logits > used.logits:
             fill_padding(host, used, sizes, table.spare_slot)
 
     @staticmethod
@@ -142,3 +167,20 @@ class InputBuilder:
         known[firsts[decodes]] = False
         out[known] = list(chain.from_iterable(row.token_ids for row in step.rows))
         out[~known] = -1
+
+
+def _scored(plan: SchedulerOutput, order: np.ndarray, lens: np.ndarray) -> Scored:
+    """order, lens: of the rows that are computed."""
+    firsts = np.cumsum(lens) - lens
+    tokens: list[int] = []
+    targets: list[int] = []
+    slots: list[int] = []
+    places: list[int] = []
+    for first, place in zip(firsts.tolist(), order.tolist(), strict=True):
+        row = plan.rows[place]
+        before = first + row.first_scored - 1 - row.start
+        tokens += range(before, before + len(row.scored))
+        targets += row.scored
+        slots += [row.slot] * len(row.scored)
+        places += [place] * len(row.scored)
+    return Scored(*(np.array(column, np.int64) for column in (tokens, targets, slots, places)))

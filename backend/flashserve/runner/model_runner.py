@@ -18,11 +18,12 @@ from flashserve.runner.device_queue import DeviceQueue, Download
 from flashserve.runner.input_builder import Arrangement, InputBuilder
 from flashserve.runner.kv_cache import kv_cache_spec
 from flashserve.runner.logits_processor import LogitsProcessor
+from flashserve.runner.logprobs import LogprobRows, LogprobSlots
 from flashserve.runner.slots import SlotTable
 from flashserve.runner.staging import StepSizes
 from flashserve.runner.step_model import StepModel
 from flashserve.runner.steps import EagerSteps, RecordedSteps, Steps
-from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput, StepResult
+from flashserve.scheduling.output import MAX_SCORED_TOKENS, Admission, ScheduledRow, SchedulerOutput, StepResult
 from flashserve_kernels import Ops
 
 
@@ -34,7 +35,8 @@ class StepHandle:
     sample_rows: np.ndarray
     """[N]: the plan's rows that sample."""
     tokens: Download
-    """[N or more] int64."""
+    """[N or more] int64: the samples, and what else ``logprobs`` takes apart."""
+    logprobs: LogprobRows | None = None
     pooled_rows: Sequence[int] = ()
     """Those of the plan's rows that pool."""
     pooled: Download | None = None
@@ -53,6 +55,7 @@ class ModelRunner:
         queue = device.make_queue()
         self.run_ahead = queue.run_ahead
         self._slots = SlotTable.for_engine(resolved, device.torch_device, late=queue.run_ahead)
+        self._logprobs = LogprobSlots(resolved.max_num_seqs)
         self._builder = InputBuilder(self._slots, resolved.block_size)
         self._processor = LogitsProcessor(resolved.max_num_seqs, resolved.model.vocab_size, ops, device.torch_device)
         spec = kv_cache_spec(resolved.config, resolved.model)
@@ -70,7 +73,10 @@ class ModelRunner:
         if self._closed:
             raise RuntimeError("the runner is closed")
         self._processor.follow(plan)
+        for admission in plan.admissions:
+            self._logprobs.admit(admission)
         step = self._builder.arrange(plan)
+        asked = self._logprobs.rows(step)
         queue, sampler = self._steps.queue, self._slots.sampler
         stages = sampler.stages(step.sample_slots)
         if stages:
@@ -82,10 +88,11 @@ class ModelRunner:
         logits = steps.logits(step)
         pooled_rows = [place for place, _, _ in step.pooled]
         pooled = queue.download(self._pooling_steps.pooled) if step.pooled else None
-        if not step.sampling.size:
+        if not step.sizes.logits:
             # Waited for all the same: steps of a long prompt would else pile up on a GPU and reuse buffers too early.
             tokens = queue.download(self._slots.last_tokens[:1])
-            return StepHandle(len(plan.rows), step.plan_rows, tokens, pooled_rows, pooled)
+            return StepHandle(len(plan.rows), step.plan_rows, tokens, None, pooled_rows, pooled)
+        raw = None if asked is None else asked.copy_logits(queue, logits)
         observe = self.observe_logits
         if observe is not None:
             queue.run(lambda: observe(step, logits))
@@ -96,17 +103,25 @@ class ModelRunner:
         samples = steps.sample(stages)
         if counted is not None:
             self._processor.count(queue, counted, samples)
-        return StepHandle(len(plan.rows), step.plan_rows, queue.download(samples), pooled_rows, pooled)
+        if asked is not None and raw is not None:
+            samples = asked.compute(queue, self._ops, raw, samples)
+        return StepHandle(len(plan.rows), step.plan_rows, queue.download(samples), asked, pooled_rows, pooled)
 
     def wait(self, handle: StepHandle) -> StepResult:
         """The samples, on the host."""
         token_ids: list[list[int]] = [[] for _ in range(handle.num_rows)]
-        tokens = handle.tokens.result()[: len(handle.sample_rows)].tolist()
+        numbers = handle.tokens.result()
+        if handle.logprobs is None:
+            tokens = numbers[: len(handle.sample_rows)].tolist()
+            result = StepResult(token_ids)
+        else:
+            tokens, of_samples, of_prompts = handle.logprobs.unpack(numbers)
+            result = StepResult(token_ids, of_samples, of_prompts)
         for row, token in zip(handle.sample_rows.tolist(), tokens, strict=True):
             token_ids[row] = [token]
         if handle.pooled is None:
-            return StepResult(token_ids)
-        return StepResult(token_ids, dict(zip(handle.pooled_rows, handle.pooled.result().numpy(), strict=True)))
+            return result
+        return replace(result, pooled=dict(zip(handle.pooled_rows, handle.pooled.result().numpy(), strict=True)))
 
     def warm_up(self) -> None:
         """Run a prefill and some decode steps, so that the first request pays for no lazy initialisation."""
@@ -114,7 +129,7 @@ class ModelRunner:
         vocab = resolved.model.vocab_size
         num_tokens = min(resolved.max_num_batched_tokens, resolved.block_size, resolved.max_model_len)
         for temperature in (0.0, 1.0):
-            params = SamplingParams(temperature=temperature, top_p=0.9)
+            params = SamplingParams(temperature=temperature, top_p=0.9, logprobs=1)
             admission = Admission(0, 0, params, 0, num_tokens, ())
             row = ScheduledRow(0, 0, 0, num_tokens, [i % vocab for i in range(num_tokens)], [0], 1)
             self.wait(self.submit(SchedulerOutput(0, [admission], [row], num_tokens, [])))
@@ -137,10 +152,11 @@ class ModelRunner:
     def _make_steps(self, queue: DeviceQueue) -> Steps:
         resolved, model = self.resolved, self.step_model
         tokens, seqs = resolved.max_num_batched_tokens, resolved.max_num_seqs
+        rows = seqs + MAX_SCORED_TOKENS
         eager = resolved.config.enforce_eager
         if self._ops.records and not eager:
-            return RecordedSteps(model, self._builder, queue, StepSizes(tokens, seqs, seqs))
-        capacity = StepSizes(tokens, seqs, seqs, model.block_table.numel(), tokens)
+            return RecordedSteps(model, self._builder, queue, StepSizes(tokens, seqs, rows))
+        capacity = StepSizes(tokens, seqs, rows, model.block_table.numel(), tokens)
         steps = EagerSteps(model, self._builder, queue, capacity, self._device.torch_device)
         if self._ops.captures and queue.run_ahead and not eager:
             steps.capture(decode_batch_sizes(seqs))
@@ -151,7 +167,8 @@ class ModelRunner:
         if isinstance(self._steps, EagerSteps):
             return self._steps
         tokens, seqs = self.resolved.max_num_batched_tokens, self.resolved.max_num_seqs
-        capacity = StepSizes(tokens, seqs, seqs, self.step_model.block_table.numel(), tokens)
+        rows = seqs + MAX_SCORED_TOKENS
+        capacity = StepSizes(tokens, seqs, rows, self.step_model.block_table.numel(), tokens)
         return EagerSteps(self.step_model, self._builder, queue, capacity, self._device.torch_device)
 
     @torch.inference_mode()

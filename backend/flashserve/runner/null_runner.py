@@ -1,4 +1,4 @@
-"""A device that computes nothing: each sample is the previous token plus one.
+"""A device that computes nothing: each sample is the previous token plus one, and certain.
 
 For measuring everything around the model; never chosen by itself. ``"device": "null"`` in model.json steps as fast as
 the engine can, ``"null:12.5"`` takes 12.5 ms for each step, like a model that leaves the processor to others.
@@ -12,6 +12,7 @@ import numpy as np
 
 from flashserve.config import DeviceFacts, EngineConfig, ModelFacts
 from flashserve.errors import ConfigError
+from flashserve.protocol import TokenLogprob
 from flashserve.scheduling.output import SchedulerOutput, StepResult
 
 NULL_DEVICE = DeviceFacts(kind="cpu", name="null", total_bytes=1 << 40, free_bytes=1 << 36)
@@ -27,22 +28,33 @@ class NullRunner:
         self._ids = [i for i in PRINTABLE if i < vocab_size] or [0]
         self._step_s = step_s
         self._hidden_size = hidden_size
+        self._scored_slots: set[int] = set()
 
     def submit(self, plan: SchedulerOutput) -> StepResult:
         if self._step_s:
             time.sleep(self._step_s)
         ids = self._ids
-        tokens = [[ids[(row.start + row.num_tokens) % len(ids)]] if row.num_logits else [] for row in plan.rows]
-        if not plan.pools:
-            return StepResult(tokens)
+        samples = [[ids[(row.start + row.num_tokens) % len(ids)]] if row.num_logits else [] for row in plan.rows]
+        for admission in plan.admissions:
+            asks = admission.params.logprobs is not None
+            (self._scored_slots.add if asks else self._scored_slots.discard)(admission.slot)
+        if not (self._scored_slots or plan.num_scored or plan.pools):
+            return StepResult(samples)
+        rows = list(enumerate(plan.rows))
+        of_samples = {i: [_certain(samples[i][0])] for i, r in rows if samples[i] and r.slot in self._scored_slots}
+        of_prompts = {i: list(map(_certain, r.scored)) for i, r in rows if r.scored}
         ones = np.ones(self._hidden_size, np.float32)
-        return StepResult(tokens, {i: ones for i, row in enumerate(plan.rows) if row.pooled is not None})
+        return StepResult(samples, of_samples, of_prompts, {i: ones for i, r in rows if r.pooled is not None})
 
     def wait(self, handle: StepResult) -> StepResult:
         return handle
 
     def close(self) -> None:
         """Nothing to free."""
+
+
+def _certain(token_id: int) -> TokenLogprob:
+    return TokenLogprob(0.0, 1, [(token_id, 0.0)])
 
 
 def null_block_bytes(config: EngineConfig, model: ModelFacts) -> int:

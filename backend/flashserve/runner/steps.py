@@ -96,7 +96,7 @@ class EagerSteps:
         """The smallest graph that holds the step, if all its rows are single tokens and none is pooled."""
         if step.max_query_len > 1 or step.pooled:
             return None
-        rows = max(len(step.slots), len(step.sampling))  # a row that forks is sampled several times
+        rows = max(len(step.slots), step.sizes.logits)  # a row that forks is sampled several times
         return next((self._graphs[batch] for batch in sorted(self._graphs) if batch >= rows), None)
 
     @staticmethod

@@ -8,7 +8,11 @@ from typing import Any
 
 import msgspec
 
-from flashserve.protocol import SamplingParams
+from flashserve.protocol import Logprobs, SamplingParams, TokenLogprob
+
+MAX_SCORED_TOKENS = 64
+"""Of prompts, in one step: each takes a row of logits (0.6 MB of 150k tokens in float32), which are kept until the
+log-probabilities are known."""
 
 
 class Admission(msgspec.Struct, frozen=True, array_like=True):
@@ -57,6 +61,10 @@ class ScheduledRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Which of the request's sequences."""
     fork_of: int | None = None
     """Of a fork: the slot whose row it branches off; ``start`` is that row's end, and ``num_tokens`` is 0."""
+    scored: list[int] = []
+    """Tokens of the prompt whose log-probabilities are wanted: those at positions ``first_scored`` and on, each by the
+    logits of the token before it, which is one of the row's."""
+    first_scored: int = 0
     pooled: tuple[int, int] | None = None
     """(first, end) of the row's tokens whose final hidden states are to be summed; maybe none, but zeros come back."""
 
@@ -85,6 +93,8 @@ class SchedulerOutput(msgspec.Struct, frozen=True, array_like=True):
     block_copies: list[tuple[int, int]] = []
     """(from, to): what shares a block gets its own before it writes there. No block is written twice, or written and
     read."""
+    num_scored: int = 0
+    """Sum of the rows' ``scored``: at most MAX_SCORED_TOKENS."""
     pools: bool = False
     """Whether any of the rows does."""
 
@@ -95,5 +105,15 @@ class StepResult:
     least one and at most as many as logits: the drafts that were right, and the sample behind them."""
 
     token_ids: list[list[int]]
+    logprobs: Mapping[int, list[TokenLogprob]] = field(default_factory=dict)
+    """By place in ``rows``, of those that ask: one for each of the row's samples."""
+    prompt_logprobs: Mapping[int, list[TokenLogprob]] = field(default_factory=dict)
+    """By place in ``rows``: one for each of the row's ``scored``."""
     pooled: Mapping[int, Any] = field(default_factory=dict)
     """By the index of a row that pools: the sum of its tokens' hidden states, [hidden] float32 (numpy)."""
+
+    def logprobs_of(self, place: int) -> Logprobs | None:
+        """A row's, if it has any. Of several samples the last ones may count for nothing: so do theirs."""
+        if place not in self.logprobs and place not in self.prompt_logprobs:
+            return None
+        return Logprobs(self.logprobs.get(place, []), self.prompt_logprobs.get(place, []))

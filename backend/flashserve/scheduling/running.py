@@ -73,8 +73,10 @@ class RunningSequences:
     # --- sharing ------------------------------------------------------------------------------------------
 
     def find_cached(self, sequence: Sequence) -> list[int]:
-        """Cached blocks of its known tokens, short of the last token: its logits are needed."""
-        if not self.blocks.enable_prefix_caching or not sequence.terms.reads_cache:
+        """Cached blocks of its known tokens, short of the last token: its logits are needed. Whoever wants to know how
+        probable its prompt is needs the logits of all (vLLM's rule)."""
+        reads_cache = sequence.terms.reads_cache and not sequence.wants_scores
+        if not self.blocks.enable_prefix_caching or not reads_cache:
             return []
         block_size = self.blocks.block_size
         return self.blocks.find_prefix(sequence.hash_blocks((len(sequence.token_ids) - 1) // block_size, block_size))

@@ -15,11 +15,11 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from flashserve.errors import INTERNAL
-from flashserve.protocol import ErrorInfo, FinishReason, GenerateRequest, Stats, TokenOutput
+from flashserve.protocol import ErrorInfo, FinishReason, GenerateRequest, Logprobs, Stats, TokenOutput
 from flashserve.scheduling.admission import PREFILL_ORDER, AdmissionControl
 from flashserve.scheduling.block_manager import BlockManager, root_hash
 from flashserve.scheduling.config import SchedulerConfig
-from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput, StepResult
+from flashserve.scheduling.output import MAX_SCORED_TOKENS, Admission, ScheduledRow, SchedulerOutput, StepResult
 from flashserve.scheduling.request import Hold, Request
 from flashserve.scheduling.running import NO_IDS, RunningSequences
 from flashserve.scheduling.sequence import Sequence
@@ -149,6 +149,7 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens - num_decode_tokens
         if prefill_limit is not None and rows:
             budget = min(budget, prefill_limit)
+        num_decode_rows = len(rows)
         num_prompt_tokens = budget - self._fill_with_prefills(rows, admissions, budget, now)
         if not rows:
             return None
@@ -162,6 +163,7 @@ class Scheduler:
             freed_slots=freed,
             block_copies=copies,
             pools=self._with_pooling > 0 and any(row.pooled is not None for row in rows),
+            num_scored=sum(len(row.scored) for row in rows[num_decode_rows:]),
         )
 
     def _expire(self, now: float) -> None:
@@ -233,16 +235,17 @@ class Scheduler:
         self, rows: list[ScheduledRow], admissions: list[Admission], budget: int, now: float
     ) -> int:
         """Spend ``budget`` on prompts; returns what is left of it."""
-        prefilling = self._running.prefilling
+        prefilling, scores_left = self._running.prefilling, MAX_SCORED_TOKENS
         for sequence in prefilling.values():
             sequence.passed_over += 1  # until it gets a row
         while budget > 0:
             while (admitted := self._admission.admit(now)) is not None:
                 admissions += admitted.admissions()
                 self._note_admission(admitted, now)
-            if not prefilling:
+            ready = [s for s in prefilling.values() if scores_left or not s.wants_scores]
+            if not ready:
                 break
-            sequence = min(prefilling.values(), key=PREFILL_ORDER)
+            sequence = min(ready, key=PREFILL_ORDER)
             request = self._requests[sequence.terms.request_id]
             if sequence.unsent_block_ids:
                 gained = self._running.share_late(sequence)
@@ -250,6 +253,9 @@ class Scheduler:
                     request.cached_tokens += gained
                     self._cache_hits += gained
             count = min(budget, sequence.num_remaining)
+            if sequence.wants_scores:
+                count = min(count, scores_left)
+                scores_left -= count
             self._add_prefill_row(rows, request, sequence, count)
             budget -= count
         return budget
@@ -276,10 +282,24 @@ class Scheduler:
         known = sequence.token_ids[start:end]
         pooled = None if request.pooled is None else request.pooled.rows_of(start, end)
         num_logits = int(is_last and request.pooled is None)
+        scored, first = sequence.score(start, end) if sequence.wants_scores else (NO_IDS, 0)
         rows.append(
-            ScheduledRow(request.id, slot, start, count, known, new_blocks, num_logits, sequence.index, pooled=pooled)
+            ScheduledRow(
+                request.id,
+                slot,
+                start,
+                count,
+                known,
+                new_blocks,
+                num_logits,
+                sequence.index,
+                None,
+                scored,
+                first,
+                pooled,
+            )
         )
-        sequence.num_pending += is_last or pooled is not None
+        sequence.num_pending += bool(is_last or scored or pooled is not None)
         if not is_last:
             self._prefill_chunks += 1
             return
@@ -296,10 +316,10 @@ class Scheduler:
         outputs = self._outputs
         if output.pooled:
             self._take_pooled(plan, output, now)
-        for row, token_ids in zip(plan.rows, output.token_ids, strict=True):
-            if not token_ids:
-                if self._with_progress:
-                    self._report_progress(row, now)
+        for place, (row, token_ids) in enumerate(zip(plan.rows, output.token_ids, strict=True)):
+            if not token_ids and self._with_progress:
+                self._report_progress(row, now)
+            if not token_ids and not row.scored:
                 continue
             request = self._requests.get(row.request_id)
             if request is None:
@@ -308,6 +328,10 @@ class Scheduler:
             if sequence.finish_reason is not None:
                 continue
             sequence.num_pending -= 1
+            logprobs = output.logprobs_of(place)
+            if not token_ids:
+                outputs.append(TokenOutput(row.request_id, NO_IDS, None, None, None, row.index, logprobs))
+                continue
             taken, reason = sequence.take(token_ids)
             request.last_token = now
             self._generation_tokens += len(taken)
@@ -324,9 +348,9 @@ class Scheduler:
                 elif (row.start + 1) % block_size == 0 and row.is_decode:
                     self._running.register(sequence, row.start, row.start + 1)
             if reason is None:
-                outputs.append(TokenOutput(row.request_id, taken, None, timings, None, row.index))
+                outputs.append(TokenOutput(row.request_id, taken, None, timings, None, row.index, logprobs))
             else:
-                self._end_sequence(request, sequence, reason, taken)
+                self._end_sequence(request, sequence, reason, taken, logprobs=logprobs)
 
     def _report_progress(self, row: ScheduledRow, now: float) -> None:
         """Say how far a prompt is, if its request asks for that and has no token yet."""
@@ -370,14 +394,16 @@ class Scheduler:
         reason: FinishReason,
         token_ids: list[int] = NO_IDS,
         error: ErrorInfo | None = None,
+        logprobs: Logprobs | None = None,
     ) -> None:
         """The one way a sequence ends: everything it holds goes back, and its last output goes out."""
         if sequence.slot is not None:
             self._running.release(sequence)
         sequence.finish_reason = reason
         embedding = request.pooled.embedding() if request.pooled is not None and reason == "stop" else None
+        timings = request.timings()
         self._outputs.append(
-            TokenOutput(request.id, token_ids, reason, request.timings(), error, sequence.index, embedding)
+            TokenOutput(request.id, token_ids, reason, timings, error, sequence.index, logprobs, embedding)
         )
         if not request.live:
             self._forget(request)

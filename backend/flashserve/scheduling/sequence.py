@@ -55,6 +55,9 @@ class Sequence:
     """At this position it must ask for a block before it writes: its blocks end there, or it shares the last one."""
     block_hashes: list[BlockHash] = field(default_factory=list)
     """Of the full blocks of known tokens, as far as they were needed."""
+    num_scored: int = 0
+    """Tokens of the prompt, the first one included, whose log-probabilities are known or in flight: what is computed
+    again after a preemption is not scored again."""
     slot: int | None = None
     """The runner's slot while running; None while waiting."""
     passed_over: int = 0
@@ -65,6 +68,22 @@ class Sequence:
     def num_remaining(self) -> int:
         """Known tokens that are not computed yet."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether log-probabilities of its prompt's tokens are still to be computed: the first sequence does it."""
+        terms = self.terms
+        return (
+            terms.params.prompt_logprobs is not None and self.index == 0 and self.num_scored < terms.num_prompt_tokens
+        )
+
+    def score(self, start: int, end: int) -> tuple[list[int], int]:
+        """The prompt's tokens that computing tokens ``start .. end - 1`` scores, and the first one's position. Each is
+        given once."""
+        first = max(start + 1, self.num_scored)
+        last = min(end + 1, self.terms.num_prompt_tokens)
+        self.num_scored = max(self.num_scored, last)
+        return self.token_ids[first:last], first
 
     @property
     def awaits_last_sample(self) -> bool:

@@ -35,6 +35,10 @@ class Detokenizer(ABC):
         """The text that these tokens complete; characters that are not whole yet are held back."""
 
     @abstractmethod
+    def peek(self, token_id: int) -> str:
+        """What ``feed`` would give for a token, without taking it."""
+
+    @abstractmethod
     def finish(self) -> str:
         """The sequence has ended: U+FFFD for what never became a character."""
 
@@ -119,6 +123,12 @@ class ByteLevelDetokenizer(Detokenizer):
     def feed(self, token_ids: Sequence[int]) -> str:
         return self._decoder.decode(b"".join(map(self._lookup, token_ids)))
 
+    def peek(self, token_id: int) -> str:
+        state = self._decoder.getstate()
+        text = self.feed((token_id,))
+        self._decoder.setstate(state)
+        return text
+
     def finish(self) -> str:
         return self._decoder.decode(b"", True)
 
@@ -200,6 +210,12 @@ class PieceDetokenizer(Detokenizer):
                 pass  # a byte token is among them
         return "".join(map(self._one, pieces))
 
+    def peek(self, token_id: int) -> str:
+        run, broken = bytes(self._run), self._run_broken
+        text = self.feed((token_id,))
+        self._run[:], self._run_broken = run, broken
+        return text
+
     def finish(self) -> str:
         return self._end_run()
 
@@ -247,6 +263,12 @@ class WindowDetokenizer(Detokenizer):
 
     def feed(self, token_ids: Sequence[int]) -> str:
         return "".join([self._feed_one(token_id) for token_id in token_ids])
+
+    def peek(self, token_id: int) -> str:
+        known, new = self._known, list(self._new)
+        text = self._feed_one(token_id)
+        self._known, self._new = known, new
+        return text
 
     def _feed_one(self, token_id: int) -> str:
         self._new.append(token_id)

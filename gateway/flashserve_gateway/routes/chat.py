@@ -7,12 +7,18 @@ from fastapi import APIRouter, Request, Response
 from ..chat import complete_chat, read_chat, stream_chat
 from ..gateway import Gateway
 from ..incoming import unless_gone
+from ..logprobs import MOST
 from ..sse import EventStream
 from . import documents
 
 _BODY = documents.body(
     {"model": {"type": "string"}, "messages": {"type": "array", "minItems": 1, "items": {"type": "object"}}},
-    {**documents.SAMPLING, "tools": {"type": "array", "items": {"type": "object"}}},
+    {
+        **documents.SAMPLING,
+        "tools": {"type": "array", "items": {"type": "object"}},
+        "logprobs": {"type": "boolean"},
+        "top_logprobs": {"type": "integer", "minimum": 0, "maximum": MOST},
+    },
     {"model": "smollm2", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32},
 )
 

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 from ..completions import complete, read_completion, stream_completion
 from ..gateway import Gateway
 from ..incoming import unless_gone
+from ..logprobs import MOST
 from ..sse import EventStream
 from . import documents
 
@@ -14,7 +15,11 @@ _IDS = {"type": "array", "items": {"type": "integer"}}
 _PROMPT = {"anyOf": [{"type": "string"}, _IDS]}
 _BODY = documents.body(
     {"model": {"type": "string"}, "prompt": {"anyOf": [*_PROMPT["anyOf"], {"type": "array", "items": _PROMPT}]}},
-    {**documents.SAMPLING, "echo": {"type": "boolean"}},
+    {
+        **documents.SAMPLING,
+        "echo": {"type": "boolean"},
+        "logprobs": {"type": "integer", "minimum": 0, "maximum": MOST},
+    },
     {"model": "smollm2", "prompt": "def fibonacci(n):", "max_tokens": 32},
 )
 

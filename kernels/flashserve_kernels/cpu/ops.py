@@ -16,6 +16,7 @@ from flashserve_kernels.cpu.linear import PackedLinear
 from flashserve_kernels.cpu.program import Pool, Program
 from flashserve_kernels.grouped import GroupedRows
 from flashserve_kernels.kv_cache import KVCacheSpec
+from flashserve_kernels.logprobs import Logprobs
 from flashserve_kernels.ops import Ops, SamplerColumns
 from flashserve_kernels.sampling import Stage
 
@@ -139,3 +140,6 @@ class NativeOps(Ops):
 
     def sample(self, logits: Tensor, slots: Tensor, positions: Tensor, state: SamplerColumns, stages: Stage) -> Tensor:
         return sampling.sample_rows(self._pool, logits, slots, positions, stages, **state)
+
+    def log_probabilities(self, logits: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
+        return sampling.log_probabilities(self._pool, logits, tokens, num_top)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flashserve_kernels.cpu import program
 from flashserve_kernels.cpu.program import Pool, emit, empty, rows_of
+from flashserve_kernels.logprobs import Logprobs, check_num_top
 from flashserve_kernels.sampling import Stage
 
 _TOKENS, _PENALTIES, _COUNT_TOKENS, _LOG_PROBABILITIES = range(4)
@@ -118,22 +119,17 @@ def count_tokens_(pool: Pool, counts: Tensor, slots: Tensor, tokens: Tensor) -> 
     return counts
 
 
-def logprobs(pool: Pool, logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of softmax(logits): the chosen token's log-probability and rank, and the num_top most probable tokens.
-
-    logits: [N, V]; tokens: [N] int64. Returns chosen [N] float32, rank [N] int64 (1 plus the number of more probable
-    tokens), top [N, num_top] float32 (falling), top tokens [N, num_top] int64 (of equal ones the lower token first).
-    """
+def log_probabilities(pool: Pool, logits: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
+    """As :func:`flashserve_kernels.logprobs.log_probabilities`."""
     _check_logits(logits)
     _check_vector(tokens, torch.int64)
-    if not 0 <= num_top <= logits.shape[1]:
-        raise ValueError(f"num_top must be 0 to {logits.shape[1]}, not {num_top}")
+    check_num_top(num_top, logits.shape[1])
     rows = rows_of(logits)
     chosen, rank = empty(rows, (), torch.float32), empty(rows, (), torch.int64)
     top, top_tokens = empty(rows, (num_top,), torch.float32), empty(rows, (num_top,), torch.int64)
     emit(pool, program.SAMPLE, logits.dtype, rows, (logits, tokens, chosen, rank, top, top_tokens),
          (_LOG_PROBABILITIES, logits.shape[1], logits.stride(0), num_top))  # fmt: skip
-    return chosen, rank, top, top_tokens
+    return Logprobs(chosen, rank, top, top_tokens)
 
 
 def _check_table(x: Tensor, dtype: torch.dtype, columns: int) -> None:

@@ -8,7 +8,6 @@ maxima (up to 20 per slice, in registers) are what bounds it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import triton
@@ -18,23 +17,10 @@ from torch import Tensor
 from flashserve_kernels.gpu.device import GPUProperties
 from flashserve_kernels.gpu.launch import ModelShape, Variant, launch, record
 from flashserve_kernels.gpu.sampling import load_logits
+from flashserve_kernels.logprobs import MAX_TOP, Logprobs, check_num_top
 
-MAX_TOP = 20
 _SLICE = 4096
 _NO_TOKEN = tl.constexpr(0x7FFFFFFF)
-
-
-class Logprobs(NamedTuple):
-    """Natural logarithms of probabilities, for N rows."""
-
-    chosen: Tensor
-    """[N] float32."""
-    rank: Tensor
-    """[N] int64: 1 plus the number of more probable tokens."""
-    top: Tensor
-    """[N, n] float32, falling."""
-    top_tokens: Tensor
-    """[N, n] int64; of equal ones the lower token first."""
 
 
 @triton.jit
@@ -118,14 +104,10 @@ def join_logprobs_kernel(
         tl.store(out_tokens_ptr + row * num_top + i, best.to(tl.int64))
 
 
-def logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
-    """Of softmax(logits): the chosen token's log-probability and rank, and the num_top most probable tokens.
-
-    logits: [N, V], any dtype; tokens: [N] int64; num_top: 0 to 20, and at most V. Nothing is read back to the host.
-    """
+def log_probabilities(logits: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
+    """As :func:`flashserve_kernels.logprobs.log_probabilities`. Nothing is read back to the host."""
     num_rows, vocab = logits.shape
-    if not 0 <= num_top <= min(MAX_TOP, vocab):
-        raise ValueError(f"num_top must be 0 to {min(MAX_TOP, vocab)}, not {num_top}")
+    check_num_top(num_top, vocab)
     num_slices = triton.cdiv(vocab, _SLICE)
 
     def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -175,20 +157,12 @@ def logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
     return result
 
 
-def logprobs_reference(logits: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
-    """:func:`logprobs` in torch."""
-    every = logits.float().log_softmax(-1)
-    chosen = every.gather(1, tokens[:, None])
-    order = every.sort(dim=-1, descending=True, stable=True)
-    return Logprobs(chosen[:, 0], (every > chosen).sum(-1) + 1, order.values[:, :num_top], order.indices[:, :num_top])
-
-
 def variants(properties: GPUProperties, shape: ModelShape) -> Iterator[Variant]:
     """Whatever this launcher starts for a model, with logits of its dtype or float32."""
 
     def calls() -> None:
         tokens = torch.empty(2, dtype=torch.int64, device="meta")
         for dtype in dict.fromkeys((shape.dtype, torch.float32)):
-            logprobs(torch.empty((2, shape.vocab_size), dtype=dtype, device="meta"), tokens, MAX_TOP)
+            log_probabilities(torch.empty((2, shape.vocab_size), dtype=dtype, device="meta"), tokens, MAX_TOP)
 
     yield from record(properties, calls)

@@ -10,9 +10,10 @@ from torch import Tensor
 from flashserve_kernels import kv_cache
 from flashserve_kernels.activation import Activation
 from flashserve_kernels.attention import AttentionBatch
-from flashserve_kernels.gpu import attention, block_copy, embedding, norm, penalties, rope_cache, sampling
+from flashserve_kernels.gpu import attention, block_copy, embedding, logprobs, norm, penalties, rope_cache, sampling
 from flashserve_kernels.gpu.activation import activate, activate_and_mul, soft_cap_
 from flashserve_kernels.kv_cache import KVCacheSpec, KVLayer
+from flashserve_kernels.logprobs import Logprobs
 from flashserve_kernels.ops import Ops
 
 
@@ -111,3 +112,6 @@ class TritonOps(Ops):
         penalties.count_tokens_(counts, slots, tokens)
 
     _sample_rows = staticmethod(sampling.sample_rows)
+
+    def log_probabilities(self, logits: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
+        return logprobs.log_probabilities(logits, tokens, num_top)

@@ -7,7 +7,14 @@ import torch
 
 from flashserve_kernels import sampling as reference
 from flashserve_kernels.cpu.program import Program
-from flashserve_kernels.cpu.sampling import apply_penalties_, count_tokens_, greedy, logprobs, sample, sample_rows
+from flashserve_kernels.cpu.sampling import (
+    apply_penalties_,
+    count_tokens_,
+    greedy,
+    log_probabilities,
+    sample,
+    sample_rows,
+)
 from flashserve_kernels.recording import LOGITS
 from flashserve_kernels.sampling import Stage
 
@@ -148,7 +155,7 @@ def test_log_probabilities(pool, dtype, vocab, num_top):
     logits = torch.randn(9, vocab).mul_(3).to(dtype)
     logits[:, vocab // 2] = logits[:, 0]  # equal ones
     tokens = torch.randint(vocab, (9,))
-    chosen, rank, top, top_tokens = logprobs(pool, logits, tokens, num_top)
+    chosen, rank, top, top_tokens = log_probabilities(pool, logits, tokens, num_top)
     every = logits.double().log_softmax(-1)
     own = every.gather(1, tokens[:, None])
     order = logits.float().sort(dim=-1, descending=True, stable=True)
@@ -180,4 +187,4 @@ def test_wrong_arguments_are_refused(pool):
     with pytest.raises(ValueError, match="int64"):
         sample(pool, logits, *numbers)
     with pytest.raises(ValueError, match="num_top"):
-        logprobs(pool, logits, torch.zeros(2, dtype=torch.int64), 5)
+        log_probabilities(pool, logits, torch.zeros(2, dtype=torch.int64), 5)

@@ -133,8 +133,8 @@ def row_calls(shape: ModelShape, count: int, device: str) -> list[Callable[[], o
             lambda logits=logits: sampling.sample(logits, numbers, None, None, None, ids, ids),
             lambda logits=logits: sampling.sample(logits, numbers, None, ids, None, ids, ids),
             lambda logits=logits: sampling.sample(logits, numbers, numbers, ids, numbers, ids, ids),
-            lambda logits=logits: logprobs.logprobs(logits, ids, 0),
-            lambda logits=logits: logprobs.logprobs(logits, ids, 7),
+            lambda logits=logits: logprobs.log_probabilities(logits, ids, 0),
+            lambda logits=logits: logprobs.log_probabilities(logits, ids, 7),
             lambda logits=logits: penalties.apply_penalties_(
                 logits, ids, counts, counts.bool(), numbers, numbers, numbers
             ),

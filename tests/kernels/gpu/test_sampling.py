@@ -11,6 +11,7 @@ from flashserve_kernels import noise as reference_noise
 from flashserve_kernels import penalties as reference_penalties
 from flashserve_kernels import sampling as reference
 from flashserve_kernels.gpu import logprobs, noise, penalties, sampling
+from flashserve_kernels.logprobs import log_probabilities
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -217,8 +218,8 @@ def test_logprobs(dtype, rows, vocab, num_top, device):
     logits[0, vocab // 2 :] = logits[0].max()  # ties
     tokens = torch.randint(0, vocab, (rows,), generator=torch.Generator().manual_seed(8))
     exact = logits.double().log_softmax(-1)
-    expected = logprobs.logprobs_reference(logits, tokens, num_top)
-    actual = [x.cpu() for x in logprobs.logprobs(logits.to(device), tokens.to(device), num_top)]
+    expected = log_probabilities(logits, tokens, num_top)
+    actual = [x.cpu() for x in logprobs.log_probabilities(logits.to(device), tokens.to(device), num_top)]
     assert torch.equal(actual[1], expected.rank) and torch.equal(actual[3], expected.top_tokens)
     chosen = exact.gather(1, tokens[:, None])[:, 0]
     torch_error = (logits.float().log_softmax(-1) - exact).abs().max()
@@ -229,12 +230,12 @@ def test_logprobs(dtype, rows, vocab, num_top, device):
 def test_logprobs_where_fewer_tokens_are_possible_than_asked_for(device):
     logits = torch.full((1, 4200), -math.inf)
     logits[0, [4, 4100]] = torch.tensor([1.0, 2.0])
-    found = logprobs.logprobs(logits.to(device), torch.tensor([4], device=device), 5)
+    found = logprobs.log_probabilities(logits.to(device), torch.tensor([4], device=device), 5)
     assert found.top_tokens.tolist() == [[4100, 4, 0, 1, 2]]
     assert found.rank.tolist() == [2]
     assert found.top[0, 2:].tolist() == [-math.inf] * 3
     with pytest.raises(ValueError, match="0 to 20, not 21"):
-        logprobs.logprobs(logits, torch.tensor([4]), 21)
+        logprobs.log_probabilities(logits, torch.tensor([4]), 21)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -75,9 +75,9 @@ def test_structured_output_is_refused_by_name(chat, method):
     assert raised.value.param == field
 
 
-def test_log_probabilities_are_refused(chat):
-    with pytest.raises(openai.BadRequestError, match="log probabilities"):
-        chat.bind(logprobs=True).invoke("hello")
+def test_log_probabilities_come_with_the_answer(chat):
+    answer = chat.bind(logprobs=True).invoke("hello")
+    assert answer.response_metadata["logprobs"]["content"]
 
 
 def test_embeddings(real):

@@ -61,8 +61,6 @@ def test_what_the_engine_lacks_is_refused_by_name(ask, weather_schema):
     schema = {"type": "json_schema", "json_schema": {"name": "weather", "schema": weather_schema, "strict": True}}
     with pytest.raises(litellm.BadRequestError, match=r"response_format.*structured output"):
         litellm.completion(**ask, response_format=schema)
-    with pytest.raises(litellm.BadRequestError, match="log probabilities"):
-        litellm.completion(**ask, logprobs=True)
 
 
 def test_a_forced_tool_is_refused(ask, weather_tool):

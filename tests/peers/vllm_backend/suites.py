@@ -81,7 +81,6 @@ STRUCTURED_TOO = ExpectedFailure(
 LOG_TEXT = ExpectedFailure(
     "looks for two lines of vLLM's log after everything else", re.escape("'[vllm] Cancelling the request' not found in")
 )
-LOGPROBS = ExpectedFailure("logprobs are not there yet: refused by name", r"logprobs?=\w+ is not supported")
 
 ACCURACY = "VLLMTritonAccuracyTest"
 BACKEND_TEST = "VLLMTritonBackendTest"
@@ -89,8 +88,6 @@ METRICS = "VLLMTritonMetricsTest"
 STREAM = "VLLMTritonStreamTest"
 HEALTH = "TestCheckHealth"
 ADDITIONAL = "TestAdditionalOutputs.test_additional_outputs"
-# num_output_tokens, num_input_tokens, return_logprobs, logprobs, return_cumulative_logprob, finish_reason, stream
-NO_LOGPROBS = r"\w+-\w+-\w+-None-(None|False)-\w+-\w+"
 
 SUITES = (
     Suite(
@@ -190,10 +187,7 @@ SUITES = (
     Suite(
         "additional_outputs",
         "ci/L0_additional_outputs_vllm",
-        (
-            ExpectedTest(ADDITIONAL, "without logprobs", cases=NO_LOGPROBS, count=324),
-            ExpectedTest(ADDITIONAL, "all others", cases=".*", count=1458 - 324, failure=LOGPROBS),
-        ),
+        (ExpectedTest(ADDITIONAL, "all combinations", cases=".*", count=1458),),
         values={"additional_outputs_test.py": rewrite.finish_reasons},
         timeout_s=1200,
     ),
