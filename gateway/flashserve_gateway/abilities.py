@@ -31,11 +31,9 @@ TABLE: tuple[Ability, ...] = (
     Ability("penalties", {"presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,)}),
     Ability("biased tokens", {"logit_bias": ({},)}),
     Ability(
-        "structured output",
-        {"response_format": ({"type": "text"},), "structured_outputs": (), "guided_json": (), "guided_regex": (),
-         "guided_choice": (), "guided_grammar": ()},
+        "the older names of structured_outputs",
+        {"guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": ()},
     ),
-    Ability("a tool that must be called", {"tool_choice": ("auto", "none")}),
     Ability("text after the completion", {"suffix": ("",)}),
     Ability("audio", {"audio": (), "modalities": (["text"],)}),
     Ability("predicted output", {"prediction": ()}),

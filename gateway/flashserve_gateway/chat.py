@@ -10,7 +10,7 @@ from typing import Any
 
 from openai.types.chat import ChatCompletion
 
-from . import parameters
+from . import parameters, structure
 from .abilities import refuse_missing
 from .errors import invalid
 from .gateway import Call, usage_of
@@ -35,6 +35,8 @@ class ChatRequest:
     """Names of the tools that may be called."""
     parallel_calls: bool = True
     samples: int = 1
+    is_named: bool = False
+    """One tool must be called: then OpenAI ends with the reason of an answer without calls."""
 
 
 def read_chat(call: Call) -> ChatRequest:
@@ -47,8 +49,14 @@ def read_chat(call: Call) -> ChatRequest:
     params = parameters.engine_params(body)
     params["max_tokens"] = limits[0] or limits[1] or parameters.INT32_MAX
     params.update({name: body[name] for name in _TEMPLATE_FIELDS if body.get(name) is not None})
+    structure.add_form(params, structure.response_format(body), "response_format")
     tools = _tools(body)
     params.update(tool_params(tools, params))
+    parallel_calls = parameters.read(body, "parallel_tool_calls", bool, True)
+    required = structure.must_call(body.get("tool_choice"), tools)
+    is_named = required is not None and body["tool_choice"] != "required"
+    if required is not None:
+        structure.add_form(params, structure.call_form(required, parallel_calls and not is_named), "tool_choice")
     ask = Ask(
         model=parameters.read_model(body),
         prompt=_messages(body),
@@ -61,7 +69,8 @@ def read_chat(call: Call) -> ChatRequest:
         ask=ask,
         usage_wanted=parameters.read_usage_wanted(body, stream),
         tools=tuple(tool["function"]["name"] for tool in tools),
-        parallel_calls=parameters.read(body, "parallel_tool_calls", bool, True),
+        parallel_calls=parallel_calls,
+        is_named=is_named,
         samples=parameters.read_samples(body, call.gateway.settings.limits.samples),
     )
 
@@ -108,7 +117,8 @@ async def make_reader(call: Call, chat: ChatRequest) -> Reader:
     answer = ToolReader(chat.tools) if chat.tools else PlainReader()
     template = template_of(chat.ask)
     has_begun = False
-    if not template.get("continue_final_message"):
+    # A form begins with the first token: whatever the prompt opened, the model does not reason.
+    if not template.get("continue_final_message") and "structured_outputs" not in chat.ask.params:
         has_begun = await call.gateway.pool.prompt_ends_with(OPENING, chat.ask.model, template)
     return ReasoningReader(answer, has_begun)
 
@@ -148,7 +158,7 @@ async def _stream_choice(
                 events += reader.end()
             if event := writer.write(events):
                 yield event
-    yield chunks.finish(finish_reason(reason, writer.has_called))
+    yield chunks.finish(finish_reason(reason, writer.has_called and not chat.is_named))
 
 
 class _DeltaWriter:
@@ -192,7 +202,7 @@ async def complete_chat(call: Call, chat: ChatRequest) -> ChatCompletion:
     choices = []
     for index, (result, reader) in enumerate(zip(results, readers, strict=True)):
         message = read_message([*reader.feed(result.text), *reader.end()], chat.parallel_calls)
-        reason = finish_reason(result.finish_reason or "stop", bool(message.calls))
+        reason = finish_reason(result.finish_reason or "stop", bool(message.calls) and not chat.is_named)
         choices.append({"index": index, "message": message.as_openai(), "finish_reason": reason, "logprobs": None})
     return ChatCompletion.model_validate(
         {

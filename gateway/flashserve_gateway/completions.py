@@ -10,7 +10,7 @@ from openai.types import Completion
 
 from flashserve_client import GenerateResult
 
-from . import parameters
+from . import parameters, structure
 from .abilities import refuse_missing
 from .chat import finish_reason
 from .errors import invalid
@@ -43,6 +43,7 @@ def read_completion(call: Call) -> CompletionRequest:
     stream = parameters.read(body, "stream", bool, False)
     params = parameters.engine_params(body)
     params["max_tokens"] = parameters.read_count(body, "max_tokens") or _DEFAULT_MAX_TOKENS
+    structure.add_form(params, structure.response_format(body), "response_format")
     model = parameters.read_model(body)
     priority = call.caller.priority(parameters.read_priority(body))
     limits = call.gateway.settings.limits

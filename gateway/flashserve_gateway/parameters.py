@@ -18,18 +18,20 @@ T = TypeVar("T")
 # Sampling parameters of OpenAI's API, and those of vLLM's that clients send as extra_body.
 ENGINE = frozenset(
     {"temperature", "top_p", "seed", "stop", "top_k", "min_p", "min_tokens", "stop_token_ids",
-     "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "truncate_prompt_tokens", "cache_salt"}
+     "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "truncate_prompt_tokens", "cache_salt",
+     "structured_outputs", "allowed_token_ids"}
 )  # fmt: skip
 # Of OpenAI's service, and without a meaning for an engine of one's own; every client sends some of them.
 IGNORED = frozenset(
     {"user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options",
      "safety_identifier"}
 )  # fmt: skip
-COMMON = frozenset({"model", "stream", "stream_options", "max_tokens", "priority", "n"})
+COMMON = frozenset({"model", "stream", "stream_options", "max_tokens", "priority", "n", "response_format"})
 CHAT = COMMON | {
     "messages",
     "max_completion_tokens",
     "tools",
+    "tool_choice",
     "parallel_tool_calls",
     "chat_template_kwargs",
     "add_generation_prompt",

@@ -28,6 +28,7 @@ class Slot:
     end: int = 0
     """Tokens computed so far, cached ones included."""
     last_sample: int | None = None
+    is_masked: bool = False
 
     @property
     def name(self) -> Name:
@@ -84,6 +85,8 @@ class FakeRunner:
         self._copy_blocks(plan.block_copies)
         written = self._write(plan.rows)
         samples = [self._attend(row) for row in plan.rows]
+        for index, _ in plan.token_masks:
+            self.slots[plan.rows[index].slot].is_masked = True
         self._check_decodes_go_on(plan)
         step = Step(plan.step, StepResult(samples), written)
         self._in_flight.append(step)
@@ -235,10 +238,10 @@ class FakeRunner:
 
     def _check_decodes_go_on(self, plan: SchedulerOutput) -> None:
         """Every sequence that decodes has a row in every step, unless the sample in flight reaches its limit, or it
-        drafts on samples that are in flight."""
+        drafts on samples that are in flight, or these decide its mask."""
         chosen = {row.slot for row in plan.rows}
-        awaited = self.run_ahead and self.drafts
         for index, slot in self.slots.items():
             at_limit = slot.end == slot.oracle.limit - 1
             left_out = slot.last_sample is not None and index not in chosen and not at_limit
+            awaited = self.run_ahead and (self.drafts or slot.is_masked)
             check(not left_out or awaited, "a decode was left out", slot)

@@ -175,8 +175,7 @@ def test_every_field_of_openais_api_has_its_place(params: type, own: frozenset[s
     [
         ("logprobs", True), ("logprobs", 0), ("top_logprobs", 0), ("presence_penalty", 0.5),
         ("frequency_penalty", -1), ("repetition_penalty", 1.1), ("logit_bias", {"5": 3}),
-        ("response_format", {"type": "json_object"}), ("tool_choice", "required"),
-        ("tool_choice", {"type": "function", "function": {"name": "f"}}), ("audio", {"voice": "x"}),
+        ("guided_json", {"type": "object"}), ("audio", {"voice": "x"}),
         ("modalities", ["text", "audio"]), ("functions", [{"name": "f"}]), ("reasoning_effort", "high"),
     ],
 )  # fmt: skip

@@ -22,6 +22,7 @@ from flashserve.runner.step_model import StepModel
 from flashserve.runner.steps import EagerSteps, RecordedSteps, Steps
 from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput, StepResult
 from flashserve_kernels import Ops
+from flashserve_kernels.token_mask import num_words
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ class ModelRunner:
         observe = self.observe_logits
         if observe is not None:
             queue.run(lambda: observe(step, logits))
+        if plan.token_masks:
+            masked = _token_masks(plan, step, logits.shape[1])
+            queue.run(lambda: self._ops.mask_logits_(logits, *map(queue.to_device, masked)))
         early = self._slots.early_ends(step.sample_slots, step.sample_positions)
         if early is not None:
             queue.run(lambda: self._ops.mask_tokens_(logits, *map(queue.to_device, early)))
@@ -150,6 +154,16 @@ class ModelRunner:
                     steps.logits(builder.arrange(SchedulerOutput(0, [], [row], length, [])))
                     steps.sample(model.every_stage)
             self._device.synchronize()
+
+
+def _token_masks(plan: SchedulerOutput, step: Arrangement, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(bits [M, words] int32, rows of the logits [M] int64)."""
+    places = {row: place for place, row in enumerate(step.plan_rows.tolist())}
+    bits = np.zeros((len(plan.token_masks), num_words(vocab_size)), np.int32)
+    for words, (_, mask) in zip(bits, plan.token_masks, strict=True):
+        given = np.frombuffer(mask, np.int32)[: len(words)]  # a tokenizer may know more tokens than the model
+        words[: len(given)] = given
+    return bits, np.array([places[row] for row, _ in plan.token_masks], np.int64)
 
 
 def decode_batch_sizes(max_num_seqs: int) -> list[int]:

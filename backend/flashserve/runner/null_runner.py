@@ -29,9 +29,11 @@ class NullRunner:
         if self._step_s:
             time.sleep(self._step_s)
         ids = self._ids
-        return StepResult(
-            [[ids[(row.start + row.num_tokens) % len(ids)]] if row.num_logits else [] for row in plan.rows]
-        )
+        tokens = [[ids[(row.start + row.num_tokens) % len(ids)]] if row.num_logits else [] for row in plan.rows]
+        for row, mask in plan.token_masks:
+            bits = int.from_bytes(mask, "little")
+            tokens[row] = [(bits & -bits).bit_length() - 1]  # the first that may be
+        return StepResult(tokens)
 
     def wait(self, handle: StepResult) -> StepResult:
         return handle

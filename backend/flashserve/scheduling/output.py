@@ -78,6 +78,9 @@ class SchedulerOutput(msgspec.Struct, frozen=True, array_like=True):
     block_copies: list[tuple[int, int]] = []
     """(from, to): what shares a block gets its own before it writes there. No block is written twice, or written and
     read."""
+    token_masks: list[tuple[int, bytes]] = []
+    """(index of a row that samples, which tokens it may choose): a bit for each token, the lowest of each byte first,
+    in whole words of 4 bytes. Tokens behind the last word may not be chosen."""
 
 
 @dataclass(frozen=True, slots=True)

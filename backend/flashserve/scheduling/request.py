@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from flashserve.protocol import GenerateRequest, RequestTimings
 from flashserve.scheduling.block_manager import BlockHash
+from flashserve.scheduling.matcher import Matcher
 from flashserve.scheduling.sequence import Sequence, Terms
 
 Hold = str
@@ -65,6 +66,15 @@ class Request:
         first = Sequence(terms, 0, list(message.prompt_token_ids))
         forks = [Sequence(terms, index, []) for index in range(1, params.n)]
         return cls(terms, message.deadline, [first, *forks], set(holds))
+
+    def constrain(self, matcher: Matcher) -> None:
+        """Let its sequences, none of which has begun, keep to what a matcher says; each has its own."""
+        for sequence in self.sequences:
+            sequence.matcher = matcher if sequence.index == 0 else matcher.copy()
+
+    @property
+    def is_constrained(self) -> bool:
+        return self.sequences[0].matcher is not None
 
     @property
     def id(self) -> int:

@@ -23,6 +23,7 @@ def check_prompt(name: str, token_ids: list[int], params: SamplingParams, limits
         raise InvalidArgument(f"{name} is empty: a prompt needs at least one token")
     check_vocabulary(name, token_ids, limits)
     check_vocabulary("stop_token_ids", params.stop_token_ids, limits)
+    check_vocabulary("allowed_token_ids", params.allowed_token_ids, limits)
     if len(token_ids) >= limits.max_model_len:
         raise InvalidArgument(
             f"prompt has {len(token_ids)} tokens, the model's context takes at most {limits.max_model_len} "

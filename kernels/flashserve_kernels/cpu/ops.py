@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashserve_kernels.activation import Activation
 from flashserve_kernels.attention import AttentionBatch
-from flashserve_kernels.cpu import attention, elementwise, grouped, kv_cache, linear, norm, sampling, tokens
+from flashserve_kernels.cpu import attention, elementwise, grouped, kv_cache, linear, norm, sampling, token_mask, tokens
 from flashserve_kernels.cpu.grouped import PackedGrouped, PackedParts
 from flashserve_kernels.cpu.kv_cache import PackedKVLayer
 from flashserve_kernels.cpu.linear import PackedLinear
@@ -121,6 +121,9 @@ class NativeOps(Ops):
         softcap: float | None = None,
     ) -> Tensor:
         return attention.paged_attention(self._pool, q, cache, batch, scale, window, softcap)
+
+    def mask_logits_(self, logits: Tensor, bits: Tensor, rows: Tensor) -> None:
+        token_mask.mask_logits_(self._pool, logits, bits, rows)
 
     def sample(self, logits: Tensor, slots: Tensor, positions: Tensor, state: SamplerColumns, stages: Stage) -> Tensor:
         return sampling.sample_rows(self._pool, logits, slots, positions, stages, **state)

@@ -10,7 +10,7 @@ from torch import Tensor
 from flashserve_kernels import kv_cache
 from flashserve_kernels.activation import Activation
 from flashserve_kernels.attention import AttentionBatch
-from flashserve_kernels.gpu import attention, block_copy, embedding, norm, rope_cache, sampling
+from flashserve_kernels.gpu import attention, block_copy, embedding, norm, rope_cache, sampling, token_mask
 from flashserve_kernels.gpu.activation import activate, activate_and_mul, soft_cap_
 from flashserve_kernels.kv_cache import KVCacheSpec, KVLayer
 from flashserve_kernels.ops import Ops
@@ -94,5 +94,8 @@ class TritonOps(Ops):
         softcap: float | None = None,
     ) -> Tensor:
         return attention.paged_attention(q, cache, batch, scale, window, softcap)
+
+    def mask_logits_(self, logits: Tensor, bits: Tensor, rows: Tensor) -> None:
+        token_mask.mask_logits_(logits, bits, rows)
 
     _sample_rows = staticmethod(sampling.sample_rows)

@@ -1,0 +1,139 @@
+"""Whether a grammar can be compiled, found out where it can do no harm.
+
+llguidance's own limits do not bound its compiler of schemas: unions nested in each other took three times as long with
+each level, 4 s with eleven and more than a minute with sixteen. So a grammar is first compiled in a child of a small
+helper process, with little memory and time; what it does ends with the child, however that ends. The helper holds the
+tokenizer and forks, which takes 2 ms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from flashserve.engine.grammar.source import compile_grammar, make_tokenizer
+
+JUDGE_S = 1.0
+JUDGE_BYTES = 256 << 20
+"""What compiling may take, beyond the helper's own memory."""
+_ANSWER_S = 60.0  # the first answer comes after the tokenizer was read
+_OK = b"ok"
+
+
+class Judge:
+    """Owns the helper, started at the first question and again if it died. Safe to use from several threads."""
+
+    def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: list[int]) -> None:
+        self._setup = json.dumps([tokenizer_json, vocab_size, eos_token_ids]).encode()
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._closed = False
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def refusal(self, source: str) -> str | None:
+        """Why a grammar cannot be had, or None if it can. Raises OSError if no helper can be started."""
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                self._ask(theirs)
+            ours.settimeout(_ANSWER_S)
+            answer = b""
+            with contextlib.suppress(OSError):  # the child, or the helper, is gone
+                ours.sendall(source.encode())
+                ours.shutdown(socket.SHUT_WR)
+                answer = b"".join(iter(lambda: ours.recv(1 << 16), b""))
+        if not answer:
+            return f"it cannot be compiled within {JUDGE_S:g} s and {JUDGE_BYTES >> 20} MiB"
+        return None if answer == _OK else answer.decode()
+
+    def close(self) -> None:
+        """End the helper. Idempotent."""
+        with self._lock:
+            self._closed = True
+            self._end()
+
+    def _ask(self, theirs: socket.socket) -> None:
+        """Hand the helper an end of a question's own connection."""
+        with self._lock:
+            for is_last in (False, True):
+                if self._closed:
+                    raise OSError("the engine is ending")
+                if self._process is None or self._process.poll() is not None:
+                    self._start()
+                assert self._control is not None
+                try:
+                    socket.send_fds(self._control, [b"?"], [theirs.fileno()])
+                    return
+                except OSError:
+                    if is_last:
+                        raise
+                    self._end()
+
+    def _start(self) -> None:
+        self._end()
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "flashserve.engine.grammar.judge", str(theirs.fileno())]
+            # Modules are found where this process finds them.
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()], env=environment
+            )
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
+            stdin.write(self._setup)
+
+    def _end(self) -> None:
+        if self._control is not None:
+            self._control.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._control = self._process = None
+
+
+def main() -> None:
+    """The helper: ends when the engine closes its end of the control connection."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the engine decides when to end
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
+    os.nice(5)  # requests that run come first
+    control = socket.socket(fileno=int(sys.argv[1]))
+    tokenizer = make_tokenizer(*json.load(sys.stdin))
+    while True:
+        _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+        if not descriptors:
+            return
+        with socket.socket(fileno=descriptors[0]) as connection:
+            if os.fork() == 0:
+                control.close()
+                _limit()
+                source = b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode()
+                _, error = compile_grammar(tokenizer, source)
+                connection.sendall(error.encode() or _OK)
+                os._exit(0)
+
+
+def _limit() -> None:
+    """Of this process: what passes a limit ends it."""
+    memory = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + JUDGE_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # a word about memory that could not be had
+    signal.setitimer(signal.ITIMER_REAL, JUDGE_S)
+
+
+if __name__ == "__main__":
+    main()

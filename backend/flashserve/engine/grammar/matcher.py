@@ -1,0 +1,55 @@
+"""What the tokens of one sequence may be. Implements Matcher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+
+class GrammarMatcher:
+    """Follows a grammar."""
+
+    follows_samples = True
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        """matcher: taken over."""
+        self._matcher = matcher
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self._matcher.is_stopped())
+
+    def mask(self) -> bytes:
+        return bytes(self._matcher.compute_bitmask())
+
+    def take(self, token_id: int) -> bool:
+        return bool(self._matcher.consume_token(token_id))
+
+    def copy(self) -> GrammarMatcher:
+        return GrammarMatcher(self._matcher.deep_copy())
+
+
+class AllowedTokens:
+    """The same tokens, always."""
+
+    follows_samples = False
+    is_done = False
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        """token_ids: at least one; of the vocabulary."""
+        bits = bytearray(max(token_ids) // 32 * 4 + 4)
+        for token_id in token_ids:
+            bits[token_id >> 3] |= 1 << (token_id & 7)
+        self._mask = bytes(bits)
+
+    def mask(self) -> bytes:
+        return self._mask
+
+    def take(self, token_id: int) -> bool:
+        return True
+
+    def copy(self) -> AllowedTokens:
+        return self
