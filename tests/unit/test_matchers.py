@@ -15,6 +15,8 @@ EVERYTHING = (1 << VOCAB_SIZE) - 1
 class Script:
     """Allows everything, but ends or refuses at a given token. Keeps what it was told."""
 
+    end_token = 0
+
     def __init__(self, done_at: int = 1 << 30, refuses_at: int = 1 << 30, follows_samples: bool = True) -> None:
         self.done_at, self.refuses_at, self.follows_samples = done_at, refuses_at, follows_samples
         self.taken: list[int] = []
@@ -101,13 +103,22 @@ def test_a_constant_mask_waits_for_no_sample_on_an_engine_that_runs_ahead():
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_its_end_is_the_sequences_end(seed: int):
+def test_its_end_is_the_sequences_end_and_takes_no_step(seed: int):
     engine = MiniEngine()
-    request = start(engine, Script(done_at=3), max_tokens=20, seed=seed)
+    matcher = Script(done_at=3)
+    request = start(engine, matcher, max_tokens=20, seed=seed)
     engine.run()
     assert engine.ended[request].reason == "stop"
-    assert len(engine.ended[request].token_ids) == 3
+    assert engine.ended[request].token_ids == [*matcher.taken, matcher.end_token]
+    assert len(engine.plans) == len(matcher.taken) == 3
     engine.check_idle()
+
+
+def test_an_end_that_max_tokens_has_no_room_for_is_none():
+    engine = MiniEngine()
+    request = start(engine, Script(done_at=3), max_tokens=3)
+    engine.run()
+    assert (engine.ended[request].reason, len(engine.ended[request].token_ids)) == ("length", 3)
 
 
 def test_a_token_that_it_refuses_ends_the_sequence_with_an_error():

@@ -18,6 +18,11 @@ class Matcher(Protocol):
         """Whether the text is complete, and nothing can follow."""
         ...
 
+    @property
+    def end_token(self) -> int:
+        """What says so: the one token that may still come, which is taken without a step of its own."""
+        ...
+
     def mask(self) -> bytes:
         """A bit for each token that may come next, the lowest of each byte first, in whole words of 4 bytes. Tokens
         behind the last word may not come."""

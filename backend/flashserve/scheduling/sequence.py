@@ -89,9 +89,13 @@ class Sequence:
             if matcher is not None and not matcher.take(token_id):
                 return token_ids[: count - 1], "error"
             known.append(token_id)
-            if token_id in terms.end_token_ids and len(known) - terms.num_prompt_tokens > terms.params.min_tokens:
-                return token_ids[:count], "stop"
             if matcher is not None and matcher.is_done:
+                if token_id == matcher.end_token:
+                    return token_ids[:count], "stop"
+                if len(known) < terms.max_total_tokens:
+                    known.append(matcher.end_token)
+                    return [*token_ids[:count], matcher.end_token], "stop"
+            if token_id in terms.end_token_ids and len(known) - terms.num_prompt_tokens > terms.params.min_tokens:
                 return token_ids[:count], "stop"
             if len(known) >= terms.max_total_tokens:
                 return token_ids[:count], "length"

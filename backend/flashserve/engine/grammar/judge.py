@@ -1,7 +1,7 @@
 """Whether a grammar can be compiled, found out where it can do no harm.
 
-llguidance's own limits do not bound its compiler of schemas: unions nested in each other took three times as long with
-each level, 4 s with eleven and more than a minute with sixteen. So a grammar is first compiled in a child of a small
+llguidance's own limits do not bound its compiler of schemas: unions nested in each other take three times as long with
+each level, 1 s with six, before there are too many symbols. So a grammar is first compiled in a child of a small
 helper process, with little memory and time; what it does ends with the child, however that ends. The helper holds the
 tokenizer and forks, which takes 2 ms.
 """
@@ -23,16 +23,25 @@ from flashserve.engine.grammar.source import compile_grammar, make_tokenizer
 
 JUDGE_S = 1.0
 JUDGE_BYTES = 256 << 20
-"""What compiling may take, beyond the helper's own memory."""
 _ANSWER_S = 60.0  # the first answer comes after the tokenizer was read
-_OK = b"ok"
+_BEGUN, _OK = b"+", b"ok"
+"""What a child says first, and of a grammar that can be compiled."""
 
 
 class Judge:
     """Owns the helper, started at the first question and again if it died. Safe to use from several threads."""
 
-    def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: list[int]) -> None:
-        self._setup = json.dumps([tokenizer_json, vocab_size, eos_token_ids]).encode()
+    def __init__(
+        self,
+        tokenizer_json: str,
+        vocab_size: int,
+        eos_token_ids: list[int],
+        seconds: float = JUDGE_S,
+        memory: int = JUDGE_BYTES,
+    ) -> None:
+        """seconds, memory (bytes, beyond the helper's own): what compiling one grammar may take."""
+        self._setup = json.dumps([seconds, memory, tokenizer_json, vocab_size, eos_token_ids]).encode()
+        self._most = f"{seconds:g} s and {memory >> 20} MiB"
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -44,6 +53,15 @@ class Judge:
 
     def refusal(self, source: str) -> str | None:
         """Why a grammar cannot be had, or None if it can. Raises OSError if no helper can be started."""
+        answer = self._answer(source) or self._answer(source)  # again, if the helper died before it began
+        if not answer:
+            raise OSError("the helper process for grammars dies")
+        verdict = answer.removeprefix(_BEGUN)
+        if not verdict:
+            return f"it cannot be compiled within {self._most}"
+        return None if verdict == _OK else verdict.decode()
+
+    def _answer(self, source: str) -> bytes:
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
@@ -53,10 +71,9 @@ class Judge:
             with contextlib.suppress(OSError):  # the child, or the helper, is gone
                 ours.sendall(source.encode())
                 ours.shutdown(socket.SHUT_WR)
-                answer = b"".join(iter(lambda: ours.recv(1 << 16), b""))
-        if not answer:
-            return f"it cannot be compiled within {JUDGE_S:g} s and {JUDGE_BYTES >> 20} MiB"
-        return None if answer == _OK else answer.decode()
+                while piece := ours.recv(1 << 16):
+                    answer += piece
+        return answer
 
     def close(self) -> None:
         """End the helper. Idempotent."""
@@ -111,7 +128,8 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
     os.nice(5)  # requests that run come first
     control = socket.socket(fileno=int(sys.argv[1]))
-    tokenizer = make_tokenizer(*json.load(sys.stdin))
+    seconds, memory, *setup = json.load(sys.stdin)
+    tokenizer = make_tokenizer(*setup)
     while True:
         _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
         if not descriptors:
@@ -119,20 +137,21 @@ def main() -> None:
         with socket.socket(fileno=descriptors[0]) as connection:
             if os.fork() == 0:
                 control.close()
-                _limit()
+                _limit(seconds, memory)
+                connection.sendall(_BEGUN)
                 source = b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode()
                 _, error = compile_grammar(tokenizer, source)
                 connection.sendall(error.encode() or _OK)
                 os._exit(0)
 
 
-def _limit() -> None:
+def _limit(seconds: float, memory: int) -> None:
     """Of this process: what passes a limit ends it."""
-    memory = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + JUDGE_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + memory
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # a word about memory that could not be had
-    signal.setitimer(signal.ITIMER_REAL, JUDGE_S)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 if __name__ == "__main__":

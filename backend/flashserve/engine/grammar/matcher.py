@@ -14,9 +14,10 @@ class GrammarMatcher:
 
     follows_samples = True
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, end_token: int) -> None:
         """matcher: taken over."""
         self._matcher = matcher
+        self.end_token = end_token
 
     @property
     def is_done(self) -> bool:
@@ -29,7 +30,7 @@ class GrammarMatcher:
         return bool(self._matcher.consume_token(token_id))
 
     def copy(self) -> GrammarMatcher:
-        return GrammarMatcher(self._matcher.deep_copy())
+        return GrammarMatcher(self._matcher.deep_copy(), self.end_token)
 
 
 class AllowedTokens:
@@ -37,6 +38,7 @@ class AllowedTokens:
 
     follows_samples = False
     is_done = False
+    end_token = -1
 
     def __init__(self, token_ids: Sequence[int]) -> None:
         """token_ids: at least one; of the vocabulary."""

@@ -17,7 +17,7 @@ from flashserve.protocol import ErrorInfo, ModelCard, StructuredOutputs
 from flashserve.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +37,10 @@ class Grammars:
     def __init__(self, card: ModelCard, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         """vocab_size: columns of the logits."""
         self._compiler = _Compiler(card, vocab_size, eos_token_ids)
-        self._compiled: OrderedDict[StructuredOutputs, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[StructuredOutputs, GrammarMatcher] = OrderedDict()
         self._waiting: dict[StructuredOutputs, list[int]] = {}
         self._todo: queue.SimpleQueue[StructuredOutputs | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[tuple[StructuredOutputs, LLMatcher | ErrorInfo]] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[tuple[StructuredOutputs, GrammarMatcher | ErrorInfo]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
     def find(self, wanted: StructuredOutputs) -> GrammarMatcher | None:
@@ -49,7 +49,7 @@ class Grammars:
         if compiled is None:
             return None
         self._compiled.move_to_end(wanted)
-        return GrammarMatcher(compiled.deep_copy())
+        return compiled.copy()
 
     def request(self, request_id: int, wanted: StructuredOutputs) -> None:
         """Compile a grammar for a request; the result comes from :meth:`take_ready`."""
@@ -74,7 +74,7 @@ class Grammars:
             if isinstance(outcome, ErrorInfo):
                 ready += [(request_id, outcome) for request_id in request_ids]
                 continue
-            ready += [(request_id, GrammarMatcher(outcome.deep_copy())) for request_id in request_ids]
+            ready += [(request_id, outcome.copy()) for request_id in request_ids]
             self._compiled[wanted] = outcome
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
@@ -102,19 +102,23 @@ class _Compiler:
         self._loaded: tuple[LLTokenizer, Judge] | None = None
         self._closed = False
 
-    def compile(self, wanted: StructuredOutputs) -> LLMatcher | ErrorInfo:
+    def compile(self, wanted: StructuredOutputs) -> GrammarMatcher | ErrorInfo:
         """A matcher, or why there is none. Never raises."""
         try:
-            tokenizer, judge = self._load()
-            source = grammar_source(wanted)
-            refusal = judge.refusal(source)
-            if refusal is None:
+            try:
+                tokenizer, judge = self._load()
+            except ValueError as error:
+                return ErrorInfo(INVALID_ARG, f"structured_outputs: this model's tokenizer cannot be used: {error}")
+            try:
+                source = grammar_source(wanted)
+                refusal = judge.refusal(source)
+            except ValueError as error:
+                refusal = str(error)
+            if not refusal:
                 matcher, refusal = compile_grammar(tokenizer, source)
-                if not refusal:
-                    return matcher
-            return ErrorInfo(INVALID_ARG, f"structured_outputs: the {_WORDS[wanted.kind]} is refused: {refusal}")
-        except ValueError as error:  # a tokenizer or a schema that llguidance does not read
-            return ErrorInfo(INVALID_ARG, f"structured_outputs cannot be had: {error}")
+            if refusal:
+                return ErrorInfo(INVALID_ARG, f"structured_outputs: the {_WORDS[wanted.kind]} is refused: {refusal}")
+            return GrammarMatcher(matcher, tokenizer.eos_token)
         except Exception:
             log.exception("a grammar could not be compiled")
             return ErrorInfo(INTERNAL, "structured_outputs: the grammar could not be compiled")

@@ -21,13 +21,13 @@ def grammar_source(wanted: StructuredOutputs) -> str:
 
     if wanted.kind == "json":
         pattern = WHITESPACE if wanted.whitespace_pattern is None else wanted.whitespace_pattern
-        # As overrides: they come before what the schema itself says under "x-guidance".
-        spaces = {"whitespace_flexible": bool(pattern), "whitespace_pattern": pattern or None}
         return str(
             LLMatcher.grammar_from_json_schema(
                 wanted.text,
+                # They come before what the schema itself says under "x-guidance".
                 overrides={
-                    **spaces,
+                    "whitespace_flexible": bool(pattern),
+                    "whitespace_pattern": pattern or None,
                     "item_separator": ",",
                     "key_separator": ":",
                     "lenient": False,

@@ -15,6 +15,7 @@ import pytest
 
 from driver import Engine, load
 from flashserve import LLM
+from flashserve.engine.grammar.judge import Judge
 from flashserve.engine.grammar.matcher import GrammarMatcher
 from flashserve.engine.grammar.service import Grammars
 from flashserve.engine.grammar.source import compile_grammar, grammar_source, make_tokenizer
@@ -51,7 +52,7 @@ def matcher_of(tokenizer):
     def make(wanted: StructuredOutputs) -> GrammarMatcher:
         matcher, error = compile_grammar(reader, grammar_source(wanted))
         assert not error, (wanted, error)
-        return GrammarMatcher(matcher)
+        return GrammarMatcher(matcher, EOS_ID)
 
     return make
 
@@ -156,11 +157,11 @@ def test_a_schemas_own_options_do_not_count(matcher_of, tokenizer):
 
 
 def exploding_unions(depth: int) -> dict:
-    schema: dict = {"type": "object", "properties": {"x": {"type": "integer"}}}
-    for level in range(depth):
-        branches = [{"properties": {f"p{level}{i}": {"type": "string", "minLength": i}}} for i in range(3)]
-        schema = {"allOf": [{"anyOf": branches}, schema]}
-    return schema
+    """llguidance takes three times as long with each level, 1 s with 6; 8 are too many symbols for it."""
+    if not depth:
+        return {"type": "object"}
+    union = [{"properties": {f"p{depth}{low}": {"type": "integer", "minimum": low}}} for low in range(3)]
+    return {"allOf": [{"anyOf": union}, exploding_unions(depth - 1)]}
 
 
 def deeply_nested(depth: int) -> dict:
@@ -171,7 +172,8 @@ def deeply_nested(depth: int) -> dict:
 
 
 HOSTILE = {
-    "exploding unions": {"json": exploding_unions(16)},
+    "exploding unions": {"json": exploding_unions(7)},
+    "more exploding unions": {"json": exploding_unions(16)},
     "deep nesting": {"json": deeply_nested(200)},
     "a union of references to itself": {"json": {"$ref": "#"}},
     "not": {"json": {"not": {"type": "string"}}},
@@ -184,7 +186,6 @@ HOSTILE = {
     "look-ahead": {"regex": "(?=a)b"},
     "a reference in a regular expression": {"regex": r"(a)\1"},
     "a regular expression that is none": {"regex": "(a"},
-    "repeated repetition": {"regex": "(((a{1,200}){1,200}){1,200}){1,200}"},
     "no grammar": {"grammar": "hello"},
     "a rule that is not there": {"grammar": "start: other"},
     "a special token that is not there": {"grammar": "start: <|nothing|>"},
@@ -197,17 +198,27 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason(grammars):
         assert isinstance(outcome, ErrorInfo), name
         assert outcome.code == INVALID_ARG, (name, outcome)
         assert re.match(r"structured_outputs: the (schema|regular expression|grammar) is refused: .", outcome.message)
-    assert "within 1 s" in outcomes[0].message
     good = answers(grammars, form(json=PLACE))
     assert isinstance(good[0], GrammarMatcher), good
 
 
-def test_left_recursion_and_large_enums_are_no_trouble(grammars, tokenizer):
+def test_what_only_looks_hostile_is_no_trouble(grammars, tokenizer):
     words = [f"word {index}" for index in range(5000)]
-    left, many = answers(grammars, form(grammar='start: start "a" | "b"'), form(json={"enum": words}))
-    assert isinstance(left, GrammarMatcher) and isinstance(many, GrammarMatcher)
+    repeated = form(regex="(((a{1,200}){1,200}){1,200}){1,200}")
+    left, many, much = answers(grammars, form(grammar='start: start "a" | "b"'), form(json={"enum": words}), repeated)
+    assert isinstance(left, GrammarMatcher) and isinstance(many, GrammarMatcher) and isinstance(much, GrammarMatcher)
     assert re.fullmatch("ba*", random_text(left, tokenizer, random.Random(1)) or "ba")
     assert json.loads(random_text(many, tokenizer, random.Random(1))) in words
+
+
+@pytest.mark.parametrize(("seconds", "memory", "words"), [(1e-4, 256 << 20, "0.0001 s"), (5.0, 1 << 20, "1 MiB")])
+def test_the_judges_limits(tokenizer, seconds, memory, words):
+    judge = Judge(tokenizer.to_json(), VOCAB_SIZE, [EOS_ID], seconds, memory)
+    for _ in range(2):  # the helper lives on
+        source = grammar_source(form(json={"enum": [f"word {index}" for index in range(15_000)]}))
+        refusal = judge.refusal(source)
+        assert refusal is not None and "cannot be compiled within" in refusal and words in refusal
+    judge.close()
 
 
 def test_a_judge_that_dies_is_started_anew(grammars):
@@ -297,15 +308,15 @@ def test_one_step_ahead_of_a_late_device(folder, seed, tokenizer):
     """With preemption and an abort among them; unconstrained ones are as if alone."""
     device = LazyCpu(seed)
     engine = Engine(
-        load(folder, device, max_num_seqs=5, max_num_batched_tokens=32, max_model_len=128, num_gpu_blocks_override=16),
-        max_tokens=60,
+        load(folder, device, max_num_seqs=5, max_num_batched_tokens=32, max_model_len=64, num_gpu_blocks_override=5),
+        max_tokens=40,
     )
-    free = Engine(load(folder, max_num_seqs=2, max_model_len=128), max_tokens=60)
+    free = Engine(load(folder, max_num_seqs=2, max_model_len=64), max_tokens=40)
     free.add(0, range(3, 20))
     free.finish()
     engine.add(0, range(3, 20))
     for index in range(1, 6):
-        regex = f"[a-f]{{{5 * index}}}(,[0-9]{{3,9}}){{1,3}}"
+        regex = f"[a-f]{{{5 * index}}}(,[0-9]{{3,5}}){{1,2}}"
         engine.add(
             index, range(3, 9), temperature=1.0, seed=index, structured_outputs=StructuredOutputs("regex", regex)
         )
@@ -316,7 +327,7 @@ def test_one_step_ahead_of_a_late_device(folder, seed, tokenizer):
     assert engine.tokens[0] == free.tokens[0]
     for index in range(1, 5):
         text = tokenizer.decode([token for token in engine.tokens[index] if token != EOS_ID])
-        assert re.fullmatch(f"[a-f]{{{5 * index}}}(,[0-9]{{3,9}}){{1,3}}", text), text
+        assert re.fullmatch(f"[a-f]{{{5 * index}}}(,[0-9]{{3,5}}){{1,2}}", text), text
     stats = engine.core.scheduler.stats()
     assert stats.free_blocks == stats.total_blocks
     assert stats.preemptions > 0
