@@ -98,12 +98,13 @@ def call_form(tools: Tools, parallel: bool) -> dict[str, Any]:
             f"name{index}: {_literal(json.dumps(name))}",
             f"arguments{index}: %json {arguments}",
         ]
-    more = f"{{0,{_MOST_CALLS - 1}}}" if parallel else "{0,0}"
+    more = f"{{0,{_MOST_CALLS - 1}}}"
+    calls = f'tagged ("\\n" tagged){more} | bare ("; " bare){more}' if parallel else "tagged | bare"
     tagged = " | ".join(_call(index, "arguments") for index in range(len(tools)))
     bare = " | ".join(_call(index, "parameters") for index in range(len(tools)))
     opening, closing = _literal("<tool_call>\n"), _literal("\n</tool_call>")
     grammar = [
-        f'start: tagged ("\\n" tagged){more} | bare ("; " bare){more}',
+        f"start: {calls}",
         f"tagged: {opening} ({tagged}) {closing}",
         f"bare: {bare}",
         *rules,

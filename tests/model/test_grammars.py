@@ -24,6 +24,9 @@ from flashserve.model_card import read_model_card
 from flashserve.protocol import Abort, ErrorInfo, SamplingParams, StructuredOutputs
 from flashserve.structured_outputs import parse_structured_outputs
 from flashserve.text.tokenizer import Tokenizer
+from flashserve_gateway.chat import read_message
+from flashserve_gateway.output.tools import ToolReader
+from flashserve_gateway.structure import call_form
 from lazy_device import LazyCpu
 from random_grammars import random_regex, random_schema
 from tiny_models import EOS_ID, VOCAB_SIZE
@@ -151,6 +154,27 @@ def test_a_schemas_own_options_do_not_count(matcher_of, tokenizer):
     own = {"x-guidance": {"whitespace_pattern": "#"}, **schema}
     text = random_text(matcher_of(form(json=own)).copy(), tokenizer, random.Random(3))
     assert "#" not in text
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_calls_that_the_gateway_asks_for_are_read_as_calls(parallel, matcher_of, tokenizer):
+    tools = [
+        {"type": "function", "function": {"name": 'say "it"', "parameters": PLACE}},
+        {"type": "function", "function": {"name": "clock"}},
+    ]
+    matcher = matcher_of(parse_structured_outputs(call_form(tools, parallel)))
+    rng, counts, marks = random.Random(4), set(), set()
+    for _ in range(30):
+        text = random_text(matcher.copy(), tokenizer, rng)
+        assert text is not None
+        message = read_message([*(reader := ToolReader(['say "it"', "clock"])).feed(text), *reader.end()])
+        assert message.calls and not message.text.strip(), text
+        for name, arguments in message.calls:
+            jsonschema.validate(json.loads(arguments), PLACE if name == 'say "it"' else {"maxProperties": 0})
+        counts.add(len(message.calls))
+        marks.add(text[0])
+    assert marks == {"<", "{"}
+    assert (counts == {1}) == (not parallel)
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
