@@ -8,6 +8,7 @@ import random
 import re
 import time
 from functools import cache
+from types import SimpleNamespace
 
 import jsonschema
 import numpy as np
@@ -15,11 +16,12 @@ import pytest
 
 from driver import Engine, load
 from flashserve import LLM
+from flashserve.engine.grammar import service
 from flashserve.engine.grammar.judge import Judge
 from flashserve.engine.grammar.matcher import GrammarMatcher
 from flashserve.engine.grammar.service import Grammars
 from flashserve.engine.grammar.source import compile_grammar, grammar_source, make_tokenizer
-from flashserve.errors import INVALID_ARG, InvalidArgument
+from flashserve.errors import INVALID_ARG, UNAVAILABLE, InvalidArgument
 from flashserve.model_card import read_model_card
 from flashserve.protocol import Abort, ErrorInfo, SamplingParams, StructuredOutputs
 from flashserve.structured_outputs import parse_structured_outputs
@@ -62,9 +64,9 @@ def matcher_of(tokenizer):
 
 @pytest.fixture
 def grammars(folder):
-    service = Grammars(read_model_card(folder), VOCAB_SIZE, (EOS_ID,))
-    yield service
-    service.close()
+    running = Grammars(read_model_card(folder), VOCAB_SIZE, (EOS_ID,))
+    yield running
+    running.close()
 
 
 def form(**given) -> StructuredOutputs:
@@ -87,14 +89,14 @@ def random_text(matcher: GrammarMatcher, tokenizer: Tokenizer, rng: random.Rando
     return None
 
 
-def answers(service: Grammars, *wanted: StructuredOutputs) -> list[GrammarMatcher | ErrorInfo]:
+def answers(grammars: Grammars, *wanted: StructuredOutputs) -> list[GrammarMatcher | ErrorInfo]:
     """What the service says to each of them, asked together."""
     for index, each in enumerate(wanted):
-        service.request(index, each)
+        grammars.request(index, each)
     found: dict[int, GrammarMatcher | ErrorInfo] = {}
     while len(found) < len(wanted):
         time.sleep(0.002)
-        found.update(service.take_ready())
+        found.update(grammars.take_ready())
     return [found[index] for index in range(len(wanted))]
 
 
@@ -259,6 +261,21 @@ def test_requests_for_the_same_share_a_compilation(grammars):
     assert isinstance(first, GrammarMatcher) and isinstance(second, GrammarMatcher)
     assert first.take(first_allowed(first))
     assert second.mask() == grammars.find(wanted).mask(), "each goes on by itself"
+
+
+def test_grammars_that_wait_are_bounded(grammars, monkeypatch):
+    monkeypatch.setattr(service, "MAX_WAITING", 1)
+    first, second = answers(grammars, form(regex="a"), form(regex="b"))
+    assert isinstance(first, GrammarMatcher)
+    assert isinstance(second, ErrorInfo) and second.code == UNAVAILABLE and second.retry_after_ms
+
+
+def test_a_fault_of_the_library_ends_one_sequence(llm, monkeypatch):
+    broken = SimpleNamespace(is_stopped=lambda: False)  # and nothing else
+    monkeypatch.setattr(Grammars, "find", lambda *_: GrammarMatcher(broken, EOS_ID))
+    with pytest.raises(InvalidArgument, match="no token was left to choose"):
+        llm.generate("x", {"structured_outputs": {"regex": "a"}, "max_tokens": 5})
+    assert llm.generate("x", {"max_tokens": 2, "ignore_eos": True})[0].finish_reason == "length"
 
 
 def first_allowed(matcher: GrammarMatcher) -> int:

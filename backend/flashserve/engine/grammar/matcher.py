@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
+
+log = logging.getLogger(__name__)
 
 
 class GrammarMatcher:
@@ -17,6 +20,7 @@ class GrammarMatcher:
     def __init__(self, matcher: LLMatcher, end_token: int) -> None:
         """matcher: taken over."""
         self._matcher = matcher
+        self._has_failed = False
         self.end_token = end_token
 
     @property
@@ -24,10 +28,16 @@ class GrammarMatcher:
         return bool(self._matcher.is_stopped())
 
     def mask(self) -> bytes:
-        return bytes(self._matcher.compute_bitmask())
+        """A fault of the library must end this sequence, not the step of all."""
+        try:
+            return bytes(self._matcher.compute_bitmask())
+        except Exception:
+            log.exception("a grammar's mask could not be computed")
+            self._has_failed = True
+            return bytes(4)
 
     def take(self, token_id: int) -> bool:
-        return bool(self._matcher.consume_token(token_id))
+        return not self._has_failed and bool(self._matcher.consume_token(token_id))
 
     def copy(self) -> GrammarMatcher:
         return GrammarMatcher(self._matcher.deep_copy(), self.end_token)

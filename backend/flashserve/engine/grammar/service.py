@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from flashserve.engine.grammar.judge import Judge
 from flashserve.engine.grammar.matcher import GrammarMatcher
 from flashserve.engine.grammar.source import compile_grammar, grammar_source, make_tokenizer
-from flashserve.errors import INTERNAL, INVALID_ARG
+from flashserve.errors import INTERNAL, INVALID_ARG, UNAVAILABLE
 from flashserve.protocol import ErrorInfo, ModelCard, StructuredOutputs
 from flashserve.text.tokenizer import Tokenizer
 
@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 HOLD = "grammar"
 """What a request waits for while its grammar is compiled."""
 MAX_COMPILED = 64
+MAX_WAITING = 1024
+"""Grammars that wait, also those whose requests have ended meanwhile: as many as requests wait by default."""
+RETRY_AFTER_MS = 1000
 THREADS = 4
 """They wait for the judge's children; what they do themselves drops the interpreter's lock."""
 
@@ -57,7 +60,11 @@ class Grammars:
         if waiting is not None:  # it is being compiled
             waiting.append(request_id)
             return
+        is_full = len(self._waiting) >= MAX_WAITING
         self._waiting[wanted] = [request_id]
+        if is_full:
+            self._done.put((wanted, ErrorInfo(UNAVAILABLE, "too many grammars wait to be compiled", RETRY_AFTER_MS)))
+            return
         if len(self._threads) < min(THREADS, len(self._waiting)):
             # Daemons: what a grammar takes must not keep an engine from ending.
             thread = threading.Thread(target=self._work, name=f"grammar-{len(self._threads)}", daemon=True)
