@@ -106,7 +106,8 @@ class ModelRunner:
             # The same token again: its key and value are written once more to the same place.
             decode = ScheduledRow(0, 0, num_tokens - 1, 1, [], [], 1)
             copies = [(0, resolved.num_blocks - 1)] if resolved.num_blocks > 1 else []
-            self.wait(self.submit(SchedulerOutput(1, [], [decode], 1, [], copies)))
+            masks = [(0, b"\xff" * 4 * num_words(vocab))]
+            self.wait(self.submit(SchedulerOutput(1, [], [decode], 1, [], copies, masks)))
         if self._device.row_lengths:
             self._compile_all_lengths()
 
