@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import signal
 import time
 from functools import cache
 from types import SimpleNamespace
@@ -252,6 +253,20 @@ def test_a_judge_that_dies_is_started_anew(grammars):
     judge = grammars._compiler._loaded[1]
     os.kill(judge.pid, 9)
     assert isinstance(answers(grammars, form(regex="b"))[0], GrammarMatcher)
+
+
+def test_a_judge_that_does_not_run_is_ended(tokenizer, monkeypatch):
+    judge = Judge(tokenizer.to_json(), VOCAB_SIZE, [EOS_ID])
+    source = grammar_source(form(regex="a"))
+    assert judge.refusal(source) is None
+    stopped = judge.pid
+    monkeypatch.setattr("flashserve.engine.grammar.judge._ANSWER_S", 0.2)
+    os.kill(stopped, signal.SIGSTOP)
+    assert judge._answer(source) == b""
+    monkeypatch.setattr("flashserve.engine.grammar.judge._ANSWER_S", 30.0)
+    assert judge.refusal(source) is None
+    assert judge.pid != stopped
+    judge.close()
 
 
 def test_requests_for_the_same_share_a_compilation(grammars):

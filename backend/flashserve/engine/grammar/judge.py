@@ -23,7 +23,7 @@ from flashserve.engine.grammar.source import compile_grammar, make_tokenizer
 
 JUDGE_S = 1.0
 JUDGE_BYTES = 256 << 20
-_ANSWER_S = 60.0  # the first answer comes after the tokenizer was read
+_ANSWER_S = 30.0  # the first answer comes after the tokenizer was read
 _BEGUN, _OK = b"+", b"ok"
 """What a child says first, and of a grammar that can be compiled."""
 
@@ -53,19 +53,20 @@ class Judge:
 
     def refusal(self, source: str) -> str | None:
         """Why a grammar cannot be had, or None if it can. Raises OSError if no helper can be started."""
-        answer = self._answer(source) or self._answer(source)  # again, if the helper died before it began
+        answer = self._answer(source) or self._answer(source)  # again, by another helper
         if not answer:
-            raise OSError("the helper process for grammars dies")
+            raise OSError("the helper process for grammars ends before it answers")
         verdict = answer.removeprefix(_BEGUN)
         if not verdict:
             return f"it cannot be compiled within {self._most}"
         return None if verdict == _OK else verdict.decode()
 
     def _answer(self, source: str) -> bytes:
+        """What a child said; nothing if the helper died before it began, or does not run, and is ended for that."""
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
-                self._ask(theirs)
+                helper = self._ask(theirs)
             ours.settimeout(_ANSWER_S)
             answer = b""
             with contextlib.suppress(OSError):  # the child, or the helper, is gone
@@ -73,6 +74,10 @@ class Judge:
                 ours.shutdown(socket.SHUT_WR)
                 while piece := ours.recv(1 << 16):
                     answer += piece
+        if not answer:
+            with self._lock:
+                if self._process is helper:  # nobody has started another one meanwhile
+                    self._end()
         return answer
 
     def close(self) -> None:
@@ -81,22 +86,23 @@ class Judge:
             self._closed = True
             self._end()
 
-    def _ask(self, theirs: socket.socket) -> None:
-        """Hand the helper an end of a question's own connection."""
+    def _ask(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
+        """Hand the helper an end of a question's own connection. Returns the helper."""
         with self._lock:
             for is_last in (False, True):
                 if self._closed:
                     raise OSError("the engine is ending")
                 if self._process is None or self._process.poll() is not None:
                     self._start()
-                assert self._control is not None
+                assert self._control is not None and self._process is not None
                 try:
                     socket.send_fds(self._control, [b"?"], [theirs.fileno()])
-                    return
+                    return self._process
                 except OSError:
                     if is_last:
                         raise
                     self._end()
+        raise AssertionError("the second try returns or raises")
 
     def _start(self) -> None:
         self._end()
