@@ -107,16 +107,14 @@ class Judge:
     def _start(self) -> None:
         self._end()
         self._control, theirs = socket.socketpair()
-        with theirs:
+        # A file, not a pipe: nobody waits until a helper reads it.
+        with theirs, os.fdopen(os.memfd_create("grammar-judge"), "w+b") as setup:
+            setup.write(self._setup)
+            setup.seek(0)
             command = [sys.executable, "-m", "flashserve.engine.grammar.judge", str(theirs.fileno())]
             # Modules are found where this process finds them.
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()], env=environment
-            )
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
-            stdin.write(self._setup)
+            self._process = subprocess.Popen(command, stdin=setup, pass_fds=[theirs.fileno()], env=environment)
 
     def _end(self) -> None:
         if self._control is not None:
