@@ -21,7 +21,7 @@ import msgspec
 
 from flashserve.config import EngineConfig
 from flashserve.engine.loading import load_engine
-from flashserve.engine.process import engine_limits
+from flashserve.engine.process import HELD_POLL_S, engine_limits
 from flashserve.errors import BY_CODE, InternalError, InvalidArgument
 from flashserve.pooling_params import EMBEDDING_PARAMS, parse_pooling_params
 from flashserve.protocol import Abort, FinishReason, GenerateRequest, PoolingParams, RequestTimings, SamplingParams
@@ -150,6 +150,8 @@ class LLM:
                 # The queue is bounded as in the server; offline there is nobody to refuse.
                 while pending and self._core.scheduler.has_room(len(pending[0].prompt_token_ids)):
                     self._core.handle(pending.popleft())
+                if self._core.is_held:  # by grammars that are being compiled
+                    time.sleep(HELD_POLL_S)
                 for output in self._core.step().outputs:
                     sample = output.request_id, output.index
                     completion = completions.get(sample)

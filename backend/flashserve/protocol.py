@@ -19,6 +19,19 @@ GREEDY_BELOW = 1e-5
 """Temperatures below it are greedy, as in vLLM: dividing logits by less only loses their digits."""
 
 
+GrammarKind = Literal["json", "regex", "choice", "grammar"]
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, array_like=True):
+    """The form that a text must have. Built by ``flashserve.structured_outputs``."""
+
+    kind: GrammarKind
+    text: str
+    """A JSON schema, a regular expression, a JSON list of strings, a grammar in Lark."""
+    whitespace_pattern: str | None = None
+    """Between the parts of JSON; None: the engine's own, empty: nothing."""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """How a request's tokens are chosen and when it ends. Names and meanings are vLLM's.
 
@@ -43,6 +56,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     skip_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None
     """Keep this many tokens at the prompt's end; -1: as many as fit the context."""
+    structured_outputs: StructuredOutputs | None = None
+    allowed_token_ids: tuple[int, ...] = ()
+    """No others are chosen; empty: all may be."""
     n: int = 1
     """Samples of one prompt, the next one with the next seed."""
     presence_penalty: float = 0.0

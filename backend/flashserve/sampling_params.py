@@ -16,8 +16,9 @@ from typing import Any, Literal
 from flashserve.coercion import bool_of, integer_of, is_unicode, list_of, number_of, plain, same, shorten
 from flashserve.errors import InvalidArgument
 from flashserve.protocol import GREEDY_BELOW, SamplingParams
+from flashserve.structured_outputs import RANGE, parse_structured_outputs
 
-Kind = Literal["int", "float", "bool", "str", "str_list", "int_list", "token_map"]
+Kind = Literal["int", "float", "bool", "str", "str_list", "int_list", "token_map", "structure"]
 
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
@@ -72,6 +73,8 @@ class Parameter:
             return f"an object of at most {self.max_items} token ids, each with a number{numbers}"
         if self.kind == "str_list":
             return f"a string or a list of at most {self.max_items} strings, each of 1 to {self.max_length} characters"
+        if self.kind == "structure":
+            return RANGE
         most = f"at most {self.max_items} " if self.max_items else ""
         return f"a list of {most}integers{numbers}"
 
@@ -100,6 +103,8 @@ TABLE: tuple[Parameter, ...] = (
     Parameter("ignore_eos", "bool"),
     Parameter("skip_special_tokens", "bool"),
     Parameter("truncate_prompt_tokens", "int", 1, INT32_MAX, also=(-1,)),
+    Parameter("structured_outputs", "structure"),
+    Parameter("allowed_token_ids", "int_list", 0, INT32_MAX),
     Parameter("n", "int", 1, MAX_SAMPLES),
     Parameter("presence_penalty", "float", -2, 2),
     Parameter("frequency_penalty", "float", -2, 2),
@@ -137,9 +142,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "flat_logprobs": (False,),
     "logprob_token_ids": (),
-    "allowed_token_ids": (),
     "logits_processors": ([],),
-    "structured_outputs": (),
     "guided_decoding": (),
     "guided_json": (),
     "guided_regex": (),
@@ -158,6 +161,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "skip_clone": (False,),
     "thinking_token_budget": (),
     "repetition_detection": (),
+}
+
+# Older names of vLLM, and what says the same now.
+RENAMED = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "guided_json_object": "json_object",
+    "guided_whitespace_pattern": "whitespace_pattern",
 }
 
 # Names of other APIs whose nearest spelling would mislead.
@@ -233,6 +246,8 @@ def _sampling(coerced: dict[str, Any], defaults: Mapping[str, Any]) -> SamplingP
     if merged.get("seed") == -1:
         del merged["seed"]
     params = SamplingParams(**merged)
+    if "allowed_token_ids" in merged:
+        _check_allowed_tokens(params)
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         origin = "" if "max_tokens" in coerced else " (the model's default)"
         raise InvalidArgument(
@@ -253,6 +268,13 @@ def _options(values: dict[str, Any]) -> RequestOptions:
     )
 
 
+def _check_allowed_tokens(params: SamplingParams) -> None:
+    if not params.allowed_token_ids:
+        raise InvalidArgument("allowed_token_ids must have at least one entry, or be left out")
+    if params.structured_outputs is not None:
+        raise InvalidArgument("allowed_token_ids cannot go with structured_outputs, whose tokens it might rule out")
+
+
 # --- names -------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +286,8 @@ def _check_unsupported(name: Any, value: Any) -> None:
     if value is None or value == "" or any(same(plain(value), item) for item in neutral):
         return
     only = f"; only {' or '.join(json.dumps(item) for item in neutral)} is" if neutral else ""
+    if name in RENAMED:
+        only = f'; structured_outputs={{"{RENAMED[name]}": …}} is its name now'
     raise InvalidArgument(f"{name}={shorten(value)} is not supported{only}")
 
 
@@ -384,4 +408,5 @@ COERCIONS: dict[Kind, Callable[[Parameter, Any], Any]] = {
     "str_list": _str_list,
     "int_list": _int_list,
     "token_map": _token_map,
+    "structure": lambda _, value: parse_structured_outputs(value),
 }

@@ -29,11 +29,9 @@ TABLE: tuple[Ability, ...] = (
     Ability("a choice of the best of several answers", {"best_of": (1,)}),
     Ability("log probabilities of a prompt, unless a completion echoes it", {"prompt_logprobs": ()}),
     Ability(
-        "structured output",
-        {"response_format": ({"type": "text"},), "structured_outputs": (), "guided_json": (), "guided_regex": (),
-         "guided_choice": (), "guided_grammar": ()},
+        "the older names of structured_outputs",
+        {"guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": ()},
     ),
-    Ability("a tool that must be called", {"tool_choice": ("auto", "none")}),
     Ability("text after the completion", {"suffix": ("",)}),
     Ability("audio", {"audio": (), "modalities": (["text"],)}),
     Ability("predicted output", {"prediction": ()}),

@@ -10,7 +10,7 @@ from typing import Any
 
 from openai.types.chat import ChatCompletion
 
-from . import parameters
+from . import parameters, structure
 from .abilities import refuse_missing
 from .errors import invalid
 from .gateway import Call, usage_of
@@ -38,6 +38,8 @@ class ChatRequest:
     samples: int = 1
     logprobs: int | None = None
     """Alternatives of each token; None: no log-probabilities."""
+    is_named: bool = False
+    """One tool must be called: then OpenAI ends with the reason of an answer without calls."""
 
 
 def read_chat(call: Call) -> ChatRequest:
@@ -51,11 +53,17 @@ def read_chat(call: Call) -> ChatRequest:
     params["max_tokens"] = limits[0] or limits[1] or parameters.INT32_MAX
     params.update({name: body[name] for name in _TEMPLATE_FIELDS if body.get(name) is not None})
     params.update(parameters.read_progress_wanted(body, stream))
+    structure.add_form(params, structure.response_format(body), "response_format")
     tools = _tools(body)
     params.update(tool_params(tools, params))
     logprobs = read_chat_count(body)
     if logprobs is not None:
         params["logprobs"] = logprobs
+    parallel_calls = parameters.read(body, "parallel_tool_calls", bool, True)
+    required = structure.must_call(body.get("tool_choice"), tools)
+    is_named = required is not None and body["tool_choice"] != "required"
+    if required is not None:
+        structure.add_form(params, structure.call_form(required, parallel_calls and not is_named), "tool_choice")
     ask = Ask(
         model=parameters.read_model(body),
         prompt=_messages(body),
@@ -68,7 +76,8 @@ def read_chat(call: Call) -> ChatRequest:
         ask=ask,
         usage_wanted=parameters.read_usage_wanted(body, stream),
         tools=tuple(tool["function"]["name"] for tool in tools),
-        parallel_calls=parameters.read(body, "parallel_tool_calls", bool, True),
+        parallel_calls=parallel_calls,
+        is_named=is_named,
         samples=parameters.read_samples(body, call.gateway.settings.limits.samples),
         logprobs=logprobs,
     )
@@ -116,7 +125,8 @@ async def make_reader(call: Call, chat: ChatRequest) -> Reader:
     answer = ToolReader(chat.tools) if chat.tools else PlainReader()
     template = template_of(chat.ask)
     has_begun = False
-    if not template.get("continue_final_message"):
+    # A form begins with the first token: whatever the prompt opened, the model does not reason.
+    if not template.get("continue_final_message") and "structured_outputs" not in chat.ask.params:
         has_begun = await call.gateway.pool.prompt_ends_with(OPENING, chat.ask.model, template)
     return ReasoningReader(answer, has_begun)
 
@@ -164,7 +174,7 @@ async def _stream_choice(
                 scored = chunks.scored(text, chat_logprobs(delta.logprobs, chat.logprobs))
             if event := writer.write(events) + scored:
                 yield event
-    yield chunks.finish(finish_reason(reason, writer.has_called))
+    yield chunks.finish(finish_reason(reason, writer.has_called and not chat.is_named))
 
 
 class _DeltaWriter:
@@ -208,7 +218,7 @@ async def complete_chat(call: Call, chat: ChatRequest) -> ChatCompletion:
     choices = []
     for index, (result, reader) in enumerate(zip(results, readers, strict=True)):
         message = read_message([*reader.feed(result.text), *reader.end()], chat.parallel_calls)
-        reason = finish_reason(result.finish_reason or "stop", bool(message.calls))
+        reason = finish_reason(result.finish_reason or "stop", bool(message.calls) and not chat.is_named)
         logprobs = None if chat.logprobs is None else chat_logprobs(result.logprobs or (), chat.logprobs)
         choices.append({"index": index, "message": message.as_openai(), "finish_reason": reason, "logprobs": logprobs})
     return ChatCompletion.model_validate(

@@ -12,7 +12,7 @@ from openai.types.completion_choice import Logprobs
 
 from flashserve_client import GenerateResult
 
-from . import parameters
+from . import parameters, structure
 from .abilities import refuse_missing
 from .chat import finish_reason
 from .errors import invalid
@@ -60,6 +60,7 @@ def read_completion(call: Call) -> CompletionRequest:
         if echo:
             params["prompt_logprobs"] = logprobs
     params.update(parameters.read_progress_wanted(body, stream))
+    structure.add_form(params, structure.response_format(body), "response_format")
     model = parameters.read_model(body)
     priority = call.caller.priority(parameters.read_priority(body))
     limits = call.gateway.settings.limits

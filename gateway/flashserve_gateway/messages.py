@@ -11,7 +11,7 @@ import orjson
 
 from flashserve_client import GenerateResult
 
-from . import parameters
+from . import parameters, structure
 from .chat import ChatRequest, make_reader, new_call_id, read_message, template_of, tool_params
 from .errors import invalid
 from .gateway import Call
@@ -62,10 +62,16 @@ def _read(call: Call, max_tokens: int) -> ChatRequest:
         parameters.read_count(thinking, "budget_tokens")
         params["chat_template_kwargs"] = {"enable_thinking": thinking["type"] != "disabled"}
     choice = parameters.read(body, "tool_choice", dict, {})
-    if choice.get("type", "auto") not in ("auto", "none"):
-        raise invalid("tool_choice", "tool_choice: this engine does not support a tool that must be called")
+    if choice.get("type", "auto") not in ("auto", "none", "any", "tool"):
+        raise invalid("tool_choice", "tool_choice.type must be auto, none, any or tool")
     tools = [] if choice.get("type") == "none" else _tools(parameters.read(body, "tools", list, []))
     params.update(tool_params(tools, params))
+    parallel_calls = not choice.get("disable_parallel_tool_use", False)
+    if choice.get("type") in ("any", "tool"):
+        if not tools:
+            raise invalid("tool_choice", "tool_choice: there are no tools to choose from")
+        required = tools if choice["type"] == "any" else structure.named_tool(choice.get("name"), tools)
+        structure.add_form(params, structure.call_form(required, parallel_calls), "tool_choice")
     ask = Ask(
         model=parameters.read_model(body),
         prompt=_conversation(body),
@@ -75,7 +81,7 @@ def _read(call: Call, max_tokens: int) -> ChatRequest:
         stream=parameters.read(body, "stream", bool, False),
     )
     names = tuple(tool["function"]["name"] for tool in tools)
-    return ChatRequest(ask, False, names, not choice.get("disable_parallel_tool_use", False))
+    return ChatRequest(ask, False, names, parallel_calls)
 
 
 def _tools(tools: list[Any]) -> list[dict[str, Any]]:

@@ -21,18 +21,21 @@ ENGINE = frozenset(
      "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "truncate_prompt_tokens", "cache_salt",
      "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "bad_words", "dry_multiplier",
      "dry_base", "dry_allowed_length", "dry_sequence_breakers", "xtc_probability", "xtc_threshold",
-     "spaces_between_special_tokens"}
+     "spaces_between_special_tokens", "structured_outputs", "allowed_token_ids"}
 )  # fmt: skip
 # Of OpenAI's service, and without a meaning for an engine of one's own; every client sends some of them.
 IGNORED = frozenset(
     {"user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options",
      "safety_identifier"}
 )  # fmt: skip
-COMMON = frozenset({"model", "stream", "stream_options", "max_tokens", "priority", "n", "return_progress"})
+COMMON = frozenset(
+    {"model", "stream", "stream_options", "max_tokens", "priority", "n", "return_progress", "response_format"}
+)
 CHAT = COMMON | {
     "messages",
     "max_completion_tokens",
     "tools",
+    "tool_choice",
     "parallel_tool_calls",
     "chat_template_kwargs",
     "add_generation_prompt",

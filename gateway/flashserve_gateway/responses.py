@@ -13,7 +13,7 @@ import orjson
 
 from flashserve_client import GenerateResult
 
-from . import parameters
+from . import parameters, structure
 from .chat import ChatRequest, make_reader, tool_params
 from .errors import ApiError, invalid
 from .gateway import Call
@@ -21,13 +21,12 @@ from .pool import Answer, Ask
 from .response_items import Fields, ItemWriter
 
 OWN = frozenset({"model", "input", "instructions", "previous_response_id", "tools", "stream", "store",
-                 "max_output_tokens", "parallel_tool_calls", "metadata", "stream_options"})  # fmt: skip
+                 "max_output_tokens", "parallel_tool_calls", "metadata", "stream_options",
+                 "text", "tool_choice"})  # fmt: skip
 SAMPLING = frozenset({"temperature", "top_p"})
 IGNORED = parameters.IGNORED | {"access_programs"}
 # What this engine does not have, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tool_choice": ("auto", "none"),
-    "text": ({}, {"format": {"type": "text"}}),
     "reasoning": ({}, {"effort": None}, {"effort": None, "summary": None}),
     # litellm and others always ask for encrypted reasoning; here it is in its item as it is, and nothing is encrypted.
     "include": ([], ["reasoning.encrypted_content"]),
@@ -126,6 +125,11 @@ def read_response_request(call: Call, store: ResponseStore) -> ResponseRequest:
     params: dict[str, Any] = {name: body[name] for name in SAMPLING if body.get(name) is not None}
     params["max_tokens"] = parameters.read_count(body, "max_output_tokens") or parameters.INT32_MAX
     params.update(tool_params(tools, params))
+    parallel_calls = parameters.read(body, "parallel_tool_calls", bool, True)
+    structure.add_form(params, structure.text_format(body), "text")
+    required = structure.must_call(body.get("tool_choice"), tools)
+    if required is not None:
+        structure.add_form(params, structure.call_form(required, parallel_calls), "tool_choice")
     ask = Ask(
         model=parameters.read_model(body),
         prompt=[*([{"role": "system", "content": instructions}] if instructions else []), *messages],
@@ -135,7 +139,7 @@ def read_response_request(call: Call, store: ResponseStore) -> ResponseRequest:
         stream=stream,
     )
     names = tuple(tool["function"]["name"] for tool in tools)
-    chat = ChatRequest(ask, False, names, parameters.read(body, "parallel_tool_calls", bool, True))
+    chat = ChatRequest(ask, False, names, parallel_calls)
     return ResponseRequest(chat, messages, parameters.read(body, "store", bool, True))
 
 
@@ -284,7 +288,7 @@ def _response(call: Call, request: ResponseRequest, status: str, output: list[Fi
         "previous_response_id": body.get("previous_response_id"),
         "store": request.is_kept,
         "temperature": body.get("temperature"),
-        "text": {"format": {"type": "text"}},
+        "text": body.get("text") or {"format": {"type": "text"}},
         "tool_choice": body.get("tool_choice") or "auto",
         "tools": body.get("tools") or [],
         "top_p": body.get("top_p"),

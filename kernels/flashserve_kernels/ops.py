@@ -17,7 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashserve_kernels import attention, embedding, kv_cache, linear, logprobs, norm, penalties, rotary, sampling
+from flashserve_kernels import (
+    attention,
+    embedding,
+    kv_cache,
+    linear,
+    logprobs,
+    norm,
+    penalties,
+    rotary,
+    sampling,
+    token_mask,
+)
 from flashserve_kernels.activation import Activation, activate, activate_and_mul, soft_cap_
 from flashserve_kernels.attention import AttentionBatch
 from flashserve_kernels.grouped import GroupedRows
@@ -182,6 +193,11 @@ class Ops:
         return attention.paged_attention(q, cache, batch, scale, window, softcap)
 
     # --- sampling ------------------------------------------------------------------------------------------------
+
+    def mask_logits_(self, logits: Tensor, bits: Tensor, rows: Tensor) -> None:
+        """Leave rows some tokens only: ``logits[rows[m], t] = -inf`` where bit ``t`` of ``bits[m]`` is 0. logits:
+        [N, V]; bits: [M, at least V / 32] int32, the lowest bit first; rows: [M] int64, all different."""
+        token_mask.mask_logits_(logits, bits, rows)
 
     def mask_tokens_(self, logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
         """Rule out single tokens: ``logits[rows[i], tokens[i]] = -inf``. rows, tokens: int64, of one length."""

@@ -18,8 +18,9 @@ from flashserve_kernels.noise import gumbel_noise
 class Stage(IntFlag):
     """What may be done to a row of logits, in the order in which all ops do it. It is vLLM's:
 
-    1. what changes the logits of greedy rows, too: tokens are ruled out (bad words; ``Ops.mask_tokens_``), then biases
-       are added, then penalties for repetition, frequency and presence, then for repeated sequences (DRY);
+    1. what changes the logits of greedy rows, too: rows keep to their grammar or their list of allowed tokens
+       (``Ops.mask_logits_``), tokens are ruled out (bad words; ``Ops.mask_tokens_``), then biases are added, then
+       penalties for repetition, frequency and presence, then for repeated sequences (DRY);
     2. a row of temperature 0 takes the most probable token of these logits, and is done;
     3. RANDOM: the others divide by their temperature; with XTC their top choices are excluded;
     4. MIN_P, TOP_K, TOP_P: the tail of the distribution is cut off;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -61,6 +62,43 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 
 
 # --- answers -----------------------------------------------------------------------------------------------------
+
+
+PLACE = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 8}, "size": {"enum": ["small", "large"]}},
+    "required": ["city", "size"],
+    "additionalProperties": False,
+}
+
+
+def test_an_answer_keeps_to_its_schema(client: openai.OpenAI):
+    wanted = {"type": "json_schema", "json_schema": {"name": "place", "schema": PLACE}}
+    ask = {"model": "llama", "messages": MESSAGES, "max_tokens": 200, "response_format": wanted, "temperature": 1}
+    choice = client.chat.completions.create(**ask).choices[0]
+    streamed = client.chat.completions.create(**ask, stream=True)
+    texts = [choice.message.content, "".join(chunk.choices[0].delta.content or "" for chunk in streamed)]
+    for answer in map(json.loads, texts):
+        assert set(answer) == {"city", "size"} and answer["size"] in ("small", "large")
+    assert choice.finish_reason == "stop"
+
+
+def test_a_tool_that_must_be_called_is(client: openai.OpenAI):
+    tool = {"type": "function", "function": {"name": "weather", "parameters": PLACE}}
+    ask = {"model": "llama", "messages": MESSAGES, "max_tokens": 300, "tools": [tool], "parallel_tool_calls": False}
+    choice = client.chat.completions.create(**ask, tool_choice="required").choices[0]
+    assert choice.finish_reason == "tool_calls"
+    call = choice.message.tool_calls[0].function
+    assert call.name == "weather" and set(json.loads(call.arguments)) == {"city", "size"}
+
+
+def test_a_schema_that_cannot_be_held_is_refused_while_others_stream(client: openai.OpenAI):
+    stream = client.chat.completions.create(model="llama", messages=MESSAGES, max_tokens=200, stream=True)
+    next(iter(stream))
+    wanted = {"type": "json_schema", "json_schema": {"name": "no", "schema": {"not": {"type": "null"}}}}
+    with pytest.raises(openai.BadRequestError, match=r"the schema is refused: Unimplemented keys"):
+        client.chat.completions.create(model="llama", messages=MESSAGES, response_format=wanted)
+    assert list(stream)[-1].choices[0].finish_reason in ("stop", "length")
 
 
 def test_a_chat_whole_and_streamed_is_the_same(client: openai.OpenAI):

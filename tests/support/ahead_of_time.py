@@ -33,11 +33,12 @@ from flashserve_kernels.gpu import (
     penalties,
     rope_cache,
     sampling,
+    token_mask,
 )
 from flashserve_kernels.gpu.device import A100, B200, H200, MI300X, GPUProperties
 from flashserve_kernels.gpu.launch import ModelShape, Variant
 
-MODULES = (activation, block_copy, embedding, logprobs, noise, norm, penalties, rope_cache, sampling)
+MODULES = (activation, block_copy, embedding, logprobs, noise, norm, penalties, rope_cache, sampling, token_mask)
 WORKERS = 2
 
 

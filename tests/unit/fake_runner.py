@@ -30,6 +30,7 @@ class Slot:
     end: int = 0
     """Tokens computed so far, cached ones included."""
     last_sample: int | None = None
+    is_masked: bool = False
 
     @property
     def name(self) -> Name:
@@ -86,6 +87,8 @@ class FakeRunner:
         self._copy_blocks(plan.block_copies)
         written = self._write(plan.rows)
         samples = [self._attend(row) for row in plan.rows]
+        for index, _ in plan.token_masks:
+            self.slots[plan.rows[index].slot].is_masked = True
         self._check_decodes_go_on(plan)
         check(plan.pools == any(row.pooled is not None for row in plan.rows), "rows that pool are not announced", plan)
         pooled = {index: self._pool(row) for index, row in enumerate(plan.rows) if row.pooled is not None}
@@ -274,10 +277,10 @@ class FakeRunner:
 
     def _check_decodes_go_on(self, plan: SchedulerOutput) -> None:
         """Every sequence that decodes has a row in every step, unless the sample in flight reaches its limit, or it
-        looks back or drafts on samples that are in flight."""
+        looks back or drafts on samples that are in flight, or these decide its mask."""
         chosen = {row.slot for row in plan.rows}
         for index, slot in self.slots.items():
             at_limit = slot.end == slot.oracle.limit - 1
             left_out = slot.last_sample is not None and index not in chosen and not at_limit
-            awaited = self.run_ahead and (self.drafts or slot.admission.params.needs_known_tokens)
+            awaited = self.run_ahead and (self.drafts or slot.admission.params.needs_known_tokens or slot.is_masked)
             check(not left_out or awaited, "a decode was left out", slot)

@@ -151,7 +151,7 @@ async def progresses(asked):
     if "return_progress" in asked.request.flags:
         for processed in (128, 300):
             progress = {"total": 300, "cache": 16, "processed": processed, "time_ms": 2.5}
-            yield Chunk("", "None", 3, 0, None, json.dumps(progress))
+            yield Chunk("", "None", 3, 0, progress=json.dumps(progress))
     yield piece("one ")
     yield piece("two", "stop")
 

@@ -174,8 +174,7 @@ def test_every_field_of_openais_api_has_its_place(params: type, own: frozenset[s
     ("field", "value"),
     [
         ("prompt_logprobs", 1),
-        ("response_format", {"type": "json_object"}), ("tool_choice", "required"),
-        ("tool_choice", {"type": "function", "function": {"name": "f"}}), ("audio", {"voice": "x"}),
+        ("guided_json", {"type": "object"}), ("audio", {"voice": "x"}),
         ("modalities", ["text", "audio"]), ("functions", [{"name": "f"}]), ("reasoning_effort", "high"),
     ],
 )  # fmt: skip

@@ -149,7 +149,7 @@ async def test_the_options_of_a_stream_are_checked():
         ({"input": []}, "input"), ({"input": [5]}, "input[0]"), ({"temprature": 1}, "temprature"),
         ({"input": [{"type": "computer_call"}]}, "input[0]"), ({"background": True}, "background"),
         ({"tools": [{"type": "web_search"}]}, "tools[0]"), ({"tool_choice": "required"}, "tool_choice"),
-        ({"text": {"format": {"type": "json_object"}}}, "text"), ({"reasoning": {"effort": "high"}}, "reasoning"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format"), ({"reasoning": {"effort": "high"}}, "reasoning"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content"),
     ],
 )  # fmt: skip

@@ -33,7 +33,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "flashserve.model_location": ("flashserve.errors", "flashserve.paths"),
     "flashserve.model_card": ("flashserve.errors", "flashserve.paths", "flashserve.protocol"),
     "flashserve.config": ("flashserve.errors", "flashserve.model_json", "flashserve.paths", "flashserve.protocol"),
-    "flashserve.sampling_params": ("flashserve.errors", "flashserve.protocol", "flashserve.coercion"),
+    "flashserve.structured_outputs": ("flashserve.errors", "flashserve.protocol", "flashserve.coercion"),
+    "flashserve.sampling_params": (
+        "flashserve.errors",
+        "flashserve.protocol",
+        "flashserve.coercion",
+        "flashserve.structured_outputs",
+    ),
     "flashserve.pooling_params": ("flashserve.errors", "flashserve.protocol", "flashserve.coercion"),
     "flashserve_kernels": (),
     # The runner knows steps, never requests: of the scheduler it may see the output type alone.
@@ -74,6 +80,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "flashserve.scheduling.output",
         "flashserve.runner",
         "flashserve.models",
+        "flashserve.text",
         "flashserve.ipc",
         "flashserve.config",
         "flashserve.protocol",

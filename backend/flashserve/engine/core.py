@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 from flashserve.config import ResolvedConfig
+from flashserve.engine.grammar.matcher import AllowedTokens
+from flashserve.engine.grammar.service import HOLD, Grammars
 from flashserve.engine.pacing import PrefillPacing
 from flashserve.engine.timeline import Timeline
-from flashserve.protocol import Abort, GenerateRequest, StepOutputs, StubMessage
+from flashserve.protocol import Abort, ErrorInfo, GenerateRequest, StepOutputs, StubMessage
 from flashserve.runner.base import Runner
 from flashserve.scheduling.block_manager import BlockManager
 from flashserve.scheduling.config import SchedulerConfig
@@ -37,12 +39,15 @@ class EngineCore:
         clock: Callable[[], float] = time.monotonic,
         pacing: PrefillPacing | None = None,
         timeline: Timeline | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
-        """pacing: for engines whose users wait for single tokens; a runner that runs ahead cannot be measured."""
+        """pacing: for engines whose users wait for single tokens; a runner that runs ahead cannot be measured.
+        grammars: for requests with structured outputs."""
         self.scheduler = scheduler
         self.pacing = pacing
         self.timeline = timeline
         self._runner = runner
+        self._grammars = grammars
         self._clock = clock
         self._in_flight: deque[tuple[SchedulerOutput, Any]] = deque()
         self._failed_steps = 0
@@ -59,17 +64,38 @@ class EngineCore:
     def handle(self, message: StubMessage) -> None:
         """Take in a message from the stub."""
         if isinstance(message, GenerateRequest):
-            self.scheduler.add(message)
+            self._add(message)
         elif isinstance(message, Abort):
             self.scheduler.abort(message.request_ids)
             for request_id, index in message.samples:
                 self.scheduler.abort_sample(request_id, index)
+
+    def _add(self, message: GenerateRequest) -> None:
+        wanted, allowed = message.params.structured_outputs, message.params.allowed_token_ids
+        if wanted is None:
+            self.scheduler.add(message, matcher=AllowedTokens(allowed) if allowed else None)
+            return
+        assert self._grammars is not None
+        matcher = self._grammars.find(wanted)
+        if self.scheduler.add(message, () if matcher else (HOLD,), matcher) and matcher is None:
+            self._grammars.request(message.request_id, wanted)
+
+    def _take_grammars(self) -> None:
+        """Let requests run whose grammars have been compiled."""
+        if self._grammars is None:
+            return
+        for request_id, outcome in self._grammars.take_ready():
+            if isinstance(outcome, ErrorInfo):
+                self.scheduler.refuse(request_id, outcome)
+            else:
+                self.scheduler.release(request_id, HOLD, outcome)
 
     def step(self) -> StepOutputs:
         """Run one step, or finish the one in flight; with run-ahead the next is submitted before that.
 
         Raises EngineBroken after repeated faults of the runner.
         """
+        self._take_grammars()
         started = self._clock()
         limit = self.pacing.limit() if self.pacing is not None else None
         plan = self.scheduler.schedule(started, limit)
@@ -91,6 +117,8 @@ class EngineCore:
 
     def close(self) -> None:
         """Free the device. Idempotent."""
+        if self._grammars is not None:
+            self._grammars.close()
         self._runner.close()
 
     def _finish(self, plan: SchedulerOutput, handle: Any) -> None:
@@ -129,4 +157,5 @@ def build_core(resolved: ResolvedConfig, runner: Runner, cache_root: str) -> Eng
         ),
         blocks,
     )
-    return EngineCore(scheduler, runner)
+    model = resolved.model
+    return EngineCore(scheduler, runner, grammars=Grammars(model.card, model.vocab_size, model.eos_token_ids))

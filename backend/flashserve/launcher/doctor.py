@@ -23,7 +23,7 @@ from flashserve.launcher.repository import RepositoryModel
 from flashserve.memory import free_memory
 
 INSTALL = f"{sys.executable} -m pip install 'flashserve[server]' (in a source checkout: pip install -e '.[server]')"
-PACKAGES = ("transformers", "tokenizers", "safetensors", "huggingface_hub", "jinja2", "msgspec", "psutil")
+PACKAGES = ("transformers", "tokenizers", "safetensors", "huggingface_hub", "jinja2", "msgspec", "llguidance", "psutil")
 # One stub's region starts at 1 MB and grows with what is in flight; a container without --shm-size has 64 MB.
 SHARED_MEMORY_MIN = 32 << 20
 MEMORY_MIN = 2 << 30

@@ -25,6 +25,7 @@ from flashserve.runner.step_model import StepModel
 from flashserve.runner.steps import EagerSteps, RecordedSteps, Steps
 from flashserve.scheduling.output import MAX_SCORED_TOKENS, Admission, ScheduledRow, SchedulerOutput, StepResult
 from flashserve_kernels import Ops
+from flashserve_kernels.token_mask import num_words
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,9 @@ class ModelRunner:
         observe = self.observe_logits
         if observe is not None:
             queue.run(lambda: observe(step, logits))
+        if plan.token_masks:
+            masked = _token_masks(plan, step, logits.shape[1])
+            queue.run(lambda: self._ops.mask_logits_(logits, *map(queue.to_device, masked)))
         early = self._slots.early_ends(step.sample_slots, step.sample_positions)
         if early is not None:
             queue.run(lambda: self._ops.mask_tokens_(logits, *map(queue.to_device, early)))
@@ -136,7 +140,8 @@ class ModelRunner:
             # The same token again: its key and value are written once more to the same place.
             decode = ScheduledRow(0, 0, num_tokens - 1, 1, [], [], 1)
             copies = [(0, resolved.num_blocks - 1)] if resolved.num_blocks > 1 else []
-            self.wait(self.submit(SchedulerOutput(1, [], [decode], 1, [], copies)))
+            masks = [(0, b"\xff" * 4 * num_words(vocab))]
+            self.wait(self.submit(SchedulerOutput(1, [], [decode], 1, [], copies, token_masks=masks)))
         if self._device.row_lengths:
             self._compile_all_lengths()
 
@@ -195,6 +200,16 @@ class ModelRunner:
                     steps.sample(model.every_stage)
                     self._steps.queue.run(partial(self._processor.compile, logits))
             self._device.synchronize()
+
+
+def _token_masks(plan: SchedulerOutput, step: Arrangement, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(bits [M, words] int32, rows of the logits [M] int64)."""
+    places = {row: place for place, row in enumerate(step.plan_rows.tolist())}
+    bits = np.zeros((len(plan.token_masks), num_words(vocab_size)), np.int32)
+    for words, (_, mask) in zip(bits, plan.token_masks, strict=True):
+        given = np.frombuffer(mask, np.int32)[: len(words)]  # a tokenizer may know more tokens than the model
+        words[: len(given)] = given
+    return bits, np.array([places[row] for row, _ in plan.token_masks], np.int64)
 
 
 def decode_batch_sizes(max_num_seqs: int) -> list[int]:

@@ -35,6 +35,9 @@ class NullRunner:
             time.sleep(self._step_s)
         ids = self._ids
         samples = [[ids[(row.start + row.num_tokens) % len(ids)]] if row.num_logits else [] for row in plan.rows]
+        for place, mask in plan.token_masks:
+            bits = int.from_bytes(mask, "little")
+            samples[place] = [(bits & -bits).bit_length() - 1]  # the first that may be
         for admission in plan.admissions:
             asks = admission.params.logprobs is not None
             (self._scored_slots.add if asks else self._scored_slots.discard)(admission.slot)

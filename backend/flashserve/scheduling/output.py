@@ -97,6 +97,9 @@ class SchedulerOutput(msgspec.Struct, frozen=True, array_like=True):
     """Sum of the rows' ``scored``: at most MAX_SCORED_TOKENS."""
     pools: bool = False
     """Whether any of the rows does."""
+    token_masks: list[tuple[int, bytes]] = []
+    """(index of a row that samples, which tokens it may choose): a bit for each token, the lowest of each byte first,
+    in whole words of 4 bytes. Tokens behind the last word may not be chosen."""
 
 
 @dataclass(frozen=True, slots=True)

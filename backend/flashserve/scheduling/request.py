@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from flashserve.protocol import GenerateRequest, PromptProgress, RequestTimings
 from flashserve.scheduling.block_manager import BlockHash
+from flashserve.scheduling.matcher import Matcher
 from flashserve.scheduling.output import Admission
 from flashserve.scheduling.pooling import PooledPrompt
 from flashserve.scheduling.sequence import Sequence, Terms
@@ -76,6 +77,15 @@ class Request:
         return cls(
             terms, message.deadline, [first, *forks], set(holds), pooled, return_progress=message.return_progress
         )
+
+    def constrain(self, matcher: Matcher) -> None:
+        """Let its sequences, none of which has begun, keep to what a matcher says; each has its own."""
+        for sequence in self.sequences:
+            sequence.matcher = matcher if sequence.index == 0 else matcher.copy()
+
+    @property
+    def is_constrained(self) -> bool:
+        return self.sequences[0].matcher is not None
 
     @property
     def id(self) -> int:

@@ -14,15 +14,21 @@ import random
 from collections.abc import Iterable
 from typing import Protocol
 
-from flashserve.errors import INTERNAL
+from flashserve.errors import INTERNAL, INVALID_ARG
 from flashserve.protocol import ErrorInfo, FinishReason, GenerateRequest, Logprobs, Stats, TokenOutput
 from flashserve.scheduling.admission import PREFILL_ORDER, AdmissionControl
 from flashserve.scheduling.block_manager import BlockManager, root_hash
 from flashserve.scheduling.config import SchedulerConfig
+from flashserve.scheduling.matcher import Matcher
 from flashserve.scheduling.output import MAX_SCORED_TOKENS, Admission, ScheduledRow, SchedulerOutput, StepResult
 from flashserve.scheduling.request import Hold, Request
 from flashserve.scheduling.running import NO_IDS, RunningSequences
 from flashserve.scheduling.sequence import Sequence
+
+NO_MASKS: list[tuple[int, bytes]] = []
+NOTHING_ALLOWED = ErrorInfo(
+    INVALID_ARG, "no token was left to choose: the request's structured_outputs and its other parameters rule out all"
+)
 
 
 class Drafter(Protocol):
@@ -51,6 +57,7 @@ class Scheduler:
         self._with_progress = self._with_pooling = 0  # requests that tell of their prompts, that are for embeddings
         self._deadlines: list[tuple[float, int]] = []
         self._outputs: list[TokenOutput] = []
+        self._num_constrained = 0
         self._seeds = random.Random(config.seed)
         self._steps = 0
         self._prompt_tokens = self._generation_tokens = 0
@@ -72,14 +79,15 @@ class Scheduler:
         """Whether the queue takes one more request of this size."""
         return self._waiting.has_room(num_prompt_tokens)
 
-    def add(self, message: GenerateRequest, holds: Iterable[Hold] = ()) -> None:
+    def add(self, message: GenerateRequest, holds: Iterable[Hold] = (), matcher: Matcher | None = None) -> bool:
         """Queue a request. It is answered with UNAVAILABLE when the queue is full, and with INVALID_ARG if its samples
-        could never run together. holds: what :meth:`release` must name before it runs."""
+        could never run together; then the result is False. holds: what :meth:`release` must name before it runs.
+        matcher: which tokens it may choose, if not all."""
         refusal = self._admission.refusal(message)
         if refusal is not None:
             ends = range(message.params.n)
             self._outputs += [TokenOutput(message.request_id, NO_IDS, "error", None, refusal, index) for index in ends]
-            return
+            return False
         seed = message.params.seed
         request = Request.from_message(
             message,
@@ -95,12 +103,28 @@ class Scheduler:
         self._waiting.push(request)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.id))
+        if matcher is not None:
+            self._constrain(request, matcher)
+        return True
 
-    def release(self, request_id: int, hold: Hold) -> None:
-        """What a request waited for is there. Unknown ids ended already; what it does not wait for changes nothing."""
+    def release(self, request_id: int, hold: Hold, matcher: Matcher | None = None) -> None:
+        """What a request waited for is there, such as its matcher. Unknown ids ended already; what it does not wait for
+        changes nothing."""
         request = self._requests.get(request_id)
         if request is not None and hold in request.holds:
+            if matcher is not None:
+                self._constrain(request, matcher)
             self._waiting.release(request, hold)
+
+    def refuse(self, request_id: int, error: ErrorInfo) -> None:
+        """What a request waited for will never be there."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._end(request, "error", error)
+
+    def _constrain(self, request: Request, matcher: Matcher) -> None:
+        request.constrain(matcher)
+        self._num_constrained += 1
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """End requests in whatever state they are. Unknown ids ended already: their outputs are on the way."""
@@ -164,7 +188,17 @@ class Scheduler:
             block_copies=copies,
             pools=self._with_pooling > 0 and any(row.pooled is not None for row in rows),
             num_scored=sum(len(row.scored) for row in rows[num_decode_rows:]),
+            token_masks=self._token_masks(rows) if self._num_constrained else NO_MASKS,
         )
+
+    def _token_masks(self, rows: list[ScheduledRow]) -> list[tuple[int, bytes]]:
+        """Of the rows that sample for a constrained sequence. All its samples are known, or its mask is constant."""
+        masks = []
+        for index, row in enumerate(rows):
+            matcher = self._requests[row.request_id].sequences[row.index].matcher if row.num_logits else None
+            if matcher is not None:
+                masks.append((index, matcher.mask()))
+        return masks
 
     def _expire(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -184,13 +218,15 @@ class Scheduler:
             looks_back = sequence.terms.needs_known_tokens
             if sequence.num_pending and (looks_back or self._drafter is not None or sequence.awaits_last_sample):
                 continue  # what it looks back on or would draft on is in flight, or the last sample is
+            if sequence.awaits_its_mask:
+                continue
             start = sequence.num_computed_tokens
             new_blocks = self._running.grow(sequence) if start == sequence.writable_end else NO_IDS
             token_ids, count = NO_IDS, 1
             if looks_back:
                 token_ids = sequence.token_ids[-1:]
                 self._running.register(sequence, start, start + 1)
-            elif drafts_left and (drafts := self._draft(sequence, drafts_left)):
+            elif drafts_left and sequence.matcher is None and (drafts := self._draft(sequence, drafts_left)):
                 token_ids = [sequence.token_ids[-1], *drafts]
                 count = len(token_ids)
                 num_drafts += len(drafts)
@@ -350,7 +386,8 @@ class Scheduler:
             if reason is None:
                 outputs.append(TokenOutput(row.request_id, taken, None, timings, None, row.index, logprobs))
             else:
-                self._end_sequence(request, sequence, reason, taken, logprobs=logprobs)
+                error = NOTHING_ALLOWED if reason == "error" else None
+                self._end_sequence(request, sequence, reason, taken, error, logprobs)
 
     def _report_progress(self, row: ScheduledRow, now: float) -> None:
         """Say how far a prompt is, if its request asks for that and has no token yet."""
@@ -414,6 +451,7 @@ class Scheduler:
         del self._requests[request.id]
         self._with_progress -= request.return_progress
         self._with_pooling -= request.pooled is not None
+        self._num_constrained -= request.is_constrained
         if len(self._deadlines) > 64 + 2 * len(self._requests):  # most requests end long before their deadline
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self._requests]
             heapq.heapify(self._deadlines)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from flashserve.protocol import FinishReason, SamplingParams
 from flashserve.scheduling.block_manager import BlockHash, chain_hash
+from flashserve.scheduling.matcher import Matcher
 from flashserve.scheduling.output import Admission
 
 MAX_PASSED_OVER = 16  # steps after which a prefill that shorter ones overtook goes first: 1/17 of the budget at worst
@@ -63,6 +64,8 @@ class Sequence:
     passed_over: int = 0
     """Steps in a row in which this prefill got no token."""
     finish_reason: FinishReason | None = None
+    matcher: Matcher | None = None
+    """What its tokens must keep to."""
 
     @property
     def num_remaining(self) -> int:
@@ -91,16 +94,30 @@ class Sequence:
         return self.num_pending > 0 and self.num_computed_tokens + 1 >= self.terms.max_total_tokens
 
     @property
+    def awaits_its_mask(self) -> bool:
+        """Whether the sample in flight decides which tokens may follow."""
+        return self.num_pending > 0 and self.matcher is not None and self.matcher.follows_samples
+
+    @property
     def prefill_order(self) -> tuple[int, int, float]:
         """Shortest remaining first within a priority; one that was passed over for long goes before."""
         remaining = 0 if self.passed_over > MAX_PASSED_OVER else self.num_remaining
         return (self.terms.priority, remaining, self.terms.arrival)
 
     def take(self, token_ids: list[int]) -> tuple[list[int], FinishReason | None]:
-        """Append samples up to the one that ends the sequence. Returns those, and why it ended, if it did."""
-        terms, known = self.terms, self.token_ids
+        """Append samples up to the one that ends the sequence. Returns those, and why it ended, if it did: with "error"
+        where the one behind them is none that its matcher allows."""
+        terms, known, matcher = self.terms, self.token_ids, self.matcher
         for count, token_id in enumerate(token_ids, 1):
+            if matcher is not None and not matcher.take(token_id):
+                return token_ids[: count - 1], "error"
             known.append(token_id)
+            if matcher is not None and matcher.is_done:
+                if token_id == matcher.end_token:
+                    return token_ids[:count], "stop"
+                if len(known) < terms.max_total_tokens:
+                    known.append(matcher.end_token)
+                    return [*token_ids[:count], matcher.end_token], "stop"
             if token_id in terms.end_token_ids and len(known) - terms.num_prompt_tokens > terms.params.min_tokens:
                 return token_ids[:count], "stop"
             if len(known) >= terms.max_total_tokens:

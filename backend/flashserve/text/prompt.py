@@ -27,6 +27,7 @@ def check_prompt(
     check_vocabulary(name, token_ids, limits)
     check_vocabulary("stop_token_ids", params.stop_token_ids, limits)
     check_vocabulary("logit_bias", [*params.logit_bias], limits)
+    check_vocabulary("allowed_token_ids", params.allowed_token_ids, limits)
     if len(token_ids) > most:
         and_output = " (prompt + at least one output token)" if room else ""
         raise InvalidArgument(

@@ -73,6 +73,10 @@ class Tokenizer:
                 tokens[key] = value
         return tokens
 
+    def to_json(self) -> str:
+        """The content of a ``tokenizer.json`` with everything that was added to the model's own."""
+        return str(self._tokenizer.to_str())
+
     def encode(
         self,
         text: str,

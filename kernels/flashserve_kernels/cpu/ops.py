@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashserve_kernels.activation import Activation
 from flashserve_kernels.attention import AttentionBatch
-from flashserve_kernels.cpu import attention, elementwise, grouped, kv_cache, linear, norm, sampling, tokens
+from flashserve_kernels.cpu import attention, elementwise, grouped, kv_cache, linear, norm, sampling, token_mask, tokens
 from flashserve_kernels.cpu.grouped import PackedGrouped, PackedParts
 from flashserve_kernels.cpu.kv_cache import PackedKVLayer
 from flashserve_kernels.cpu.linear import PackedLinear
@@ -137,6 +137,9 @@ class NativeOps(Ops):
 
     def count_tokens_(self, counts: Tensor, slots: Tensor, sampled: Tensor) -> None:
         sampling.count_tokens_(self._pool, counts, slots, sampled)
+
+    def mask_logits_(self, logits: Tensor, bits: Tensor, rows: Tensor) -> None:
+        token_mask.mask_logits_(self._pool, logits, bits, rows)
 
     def sample(self, logits: Tensor, slots: Tensor, positions: Tensor, state: SamplerColumns, stages: Stage) -> Tensor:
         return sampling.sample_rows(self._pool, logits, slots, positions, stages, **state)

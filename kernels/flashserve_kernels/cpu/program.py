@@ -28,12 +28,12 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 KINDS = (
     "embedding", "add_embedding", "norm", "linear", "activation", "rope_cache", "attention", "sample", "gather_tokens",
     "scatter_tokens", "pack_linear", "quantize", "pack_grouped", "quantize_groups", "embedding_grouped",
-    "linear_grouped",
+    "linear_grouped", "mask_logits",
 )  # fmt: skip
 """abi.h's fs_kind, by name."""
 (
     EMBEDDING, ADD_EMBEDDING, NORM, LINEAR, ACTIVATION, ROPE_CACHE, ATTENTION, SAMPLE, GATHER_TOKENS, SCATTER_TOKENS,
-    PACK_LINEAR, QUANTIZE, PACK_GROUPED, QUANTIZE_GROUPS, EMBEDDING_GROUPED, LINEAR_GROUPED,
+    PACK_LINEAR, QUANTIZE, PACK_GROUPED, QUANTIZE_GROUPS, EMBEDDING_GROUPED, LINEAR_GROUPED, MASK_LOGITS,
 ) = range(len(KINDS))  # fmt: skip
 """abi.h's fs_kind."""
 

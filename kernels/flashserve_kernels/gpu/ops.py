@@ -10,7 +10,17 @@ from torch import Tensor
 from flashserve_kernels import kv_cache
 from flashserve_kernels.activation import Activation
 from flashserve_kernels.attention import AttentionBatch
-from flashserve_kernels.gpu import attention, block_copy, embedding, logprobs, norm, penalties, rope_cache, sampling
+from flashserve_kernels.gpu import (
+    attention,
+    block_copy,
+    embedding,
+    logprobs,
+    norm,
+    penalties,
+    rope_cache,
+    sampling,
+    token_mask,
+)
 from flashserve_kernels.gpu.activation import activate, activate_and_mul, soft_cap_
 from flashserve_kernels.kv_cache import KVCacheSpec, KVLayer
 from flashserve_kernels.logprobs import Logprobs
@@ -110,6 +120,9 @@ class TritonOps(Ops):
 
     def count_tokens_(self, counts: Tensor, slots: Tensor, tokens: Tensor) -> None:
         penalties.count_tokens_(counts, slots, tokens)
+
+    def mask_logits_(self, logits: Tensor, bits: Tensor, rows: Tensor) -> None:
+        token_mask.mask_logits_(logits, bits, rows)
 
     _sample_rows = staticmethod(sampling.sample_rows)
 

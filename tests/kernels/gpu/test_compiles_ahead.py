@@ -24,10 +24,12 @@ from flashserve_kernels.gpu import (
     penalties,
     rope_cache,
     sampling,
+    token_mask,
 )
 from flashserve_kernels.gpu.device import PRESETS, GPUProperties
 from flashserve_kernels.gpu.launch import ModelShape, observe, record
 from flashserve_kernels.kv_cache import KVLayer
+from flashserve_kernels.token_mask import num_words
 
 SHARED_MEMORY = {properties.arch: properties.shared_memory_bytes for properties in PRESETS}
 CASES_AND_GPUS = [(case, properties) for case in ahead_of_time.CASES for properties in case.gpus]
@@ -123,6 +125,7 @@ def row_calls(shape: ModelShape, count: int, device: str) -> list[Callable[[], o
     ids = torch.zeros(count, dtype=torch.int64, device=device)
     numbers = torch.ones(count, device=device)
     counts = torch.zeros((count, shape.vocab_size), dtype=torch.int32, device=device)
+    bits = torch.zeros((count, num_words(shape.vocab_size)), dtype=torch.int32, device=device)
     found: list[Callable[[], object]] = [lambda: penalties.count_tokens_(counts, ids, ids)]
     for dtype in (shape.dtype, torch.float32):
         logits = torch.zeros((count, shape.vocab_size), dtype=dtype, device=device)
@@ -135,6 +138,7 @@ def row_calls(shape: ModelShape, count: int, device: str) -> list[Callable[[], o
             lambda logits=logits: sampling.sample(logits, numbers, numbers, ids, numbers, ids, ids),
             lambda logits=logits: logprobs.log_probabilities(logits, ids, 0),
             lambda logits=logits: logprobs.log_probabilities(logits, ids, 7),
+            lambda logits=logits: token_mask.mask_logits_(logits, bits, ids),
             lambda logits=logits: penalties.apply_penalties_(
                 logits, ids, counts, counts.bool(), numbers, numbers, numbers
             ),

@@ -56,11 +56,14 @@ def test_an_unknown_model(real, ask):
         pass
 
 
-def test_what_the_engine_lacks_is_refused_by_name(real, ask, weather_schema):
+def test_a_tool_that_must_be_called(real, ask, weather_schema):
     tool = {"name": "weather", "input_schema": weather_schema}
     for choice in ({"type": "any"}, {"type": "tool", "name": "weather"}):
-        with pytest.raises(anthropic.BadRequestError, match=r"tool_choice.*a tool that must be called"):
-            at(real.gateway).create(**ask, tools=[tool], tool_choice=choice)
+        answer = at(real.gateway).create(**ask | {"max_tokens": 60}, tools=[tool], tool_choice=choice)
+        assert answer.content[0].type == "tool_use" and answer.content[0].name == "weather"
+
+
+def test_what_the_engine_lacks_is_refused_by_name(real, ask, weather_schema):
     with pytest.raises(anthropic.BadRequestError, match="output_config"):
         at(real.gateway).create(**ask, output_config={"format": {"type": "json_schema", "schema": weather_schema}})
 

@@ -64,10 +64,10 @@ def test_an_unknown_model():
     assert "does not exist" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_schema_is_refused_by_name():
-    with pytest.raises(openai.BadRequestError) as raised:
-        model("real").prompt("hello", schema={"type": "object", "properties": {"city": {"type": "string"}}}).text()
-    assert raised.value.param == "response_format"
+def test_a_schema():
+    schema = {"type": "object", "properties": {"city": {"enum": ["Rome"]}}, "required": ["city"]}
+    schema["additionalProperties"] = False
+    assert json.loads(model("real").prompt("hello", schema=schema, max_tokens=60).text()) == {"city": "Rome"}
 
 
 def test_a_busy_engine_is_asked_again(new_words):

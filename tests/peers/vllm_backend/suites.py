@@ -72,12 +72,6 @@ class Suite:
     timeout_s: float = 300
 
 
-STRUCTURED = ExpectedFailure(
-    "structured output is not there yet: refused by name", r"structured_outputs='.*' is not supported"
-)
-STRUCTURED_TOO = ExpectedFailure(
-    "the test before it leaves structured_outputs in the parameters that both use", STRUCTURED.pattern
-)
 LOG_TEXT = ExpectedFailure(
     "looks for two lines of vLLM's log after everything else", re.escape("'[vllm] Cancelling the request' not found in")
 )
@@ -94,8 +88,8 @@ SUITES = (
         "accuracy_test",
         f"{BACKEND}/accuracy_test",
         (
-            ExpectedTest(f"{ACCURACY}.test_structured_outputs", failure=STRUCTURED),
-            ExpectedTest(f"{ACCURACY}.test_vllm_model", failure=STRUCTURED_TOO),
+            ExpectedTest(f"{ACCURACY}.test_structured_outputs"),
+            ExpectedTest(f"{ACCURACY}.test_vllm_model"),
         ),
     ),
     Suite(

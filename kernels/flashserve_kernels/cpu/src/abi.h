@@ -25,6 +25,7 @@ enum fs_kind : int32_t {
     FS_QUANTIZE_GROUPS,
     FS_EMBEDDING_GROUPED,
     FS_LINEAR_GROUPED,
+    FS_MASK_LOGITS,
     FS_NUM_KINDS
 };
 

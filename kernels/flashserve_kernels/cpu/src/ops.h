@@ -48,7 +48,7 @@ struct Kernel {
 extern const Kernel embedding_kernel, add_embedding_kernel, norm_kernel, linear_kernel, activation_kernel,
     rope_cache_kernel, attention_kernel, sample_kernel, gather_tokens_kernel, scatter_tokens_kernel,
     pack_linear_kernel, quantize_kernel, pack_grouped_kernel, quantize_groups_kernel, embedding_grouped_kernel,
-    linear_grouped_kernel;
+    linear_grouped_kernel, mask_logits_kernel;
 
 // [begin, end) of chunk c when n items are cut into num_chunks nearly equal parts.
 struct Range {

@@ -36,7 +36,8 @@ const Kernel* const kernels[FS_NUM_KINDS] = {&embedding_kernel, &add_embedding_k
                                              &gather_tokens_kernel, &scatter_tokens_kernel,
                                              &pack_linear_kernel,   &quantize_kernel,
                                              &pack_grouped_kernel,  &quantize_groups_kernel,
-                                             &embedding_grouped_kernel, &linear_grouped_kernel};
+                                             &embedding_grouped_kernel, &linear_grouped_kernel,
+                                             &mask_logits_kernel};
 
 double now() {
     timespec t;

@@ -1,0 +1,186 @@
+"""Sequences whose tokens must keep to something: masks in plans, their order with samples, and their ends."""
+
+from __future__ import annotations
+
+import pytest
+from mini_engine import MiniEngine
+from oracle import VOCAB_SIZE
+
+from flashserve.errors import INVALID_ARG
+from flashserve.protocol import ErrorInfo
+
+EVERYTHING = (1 << VOCAB_SIZE) - 1
+
+
+class Script:
+    """Allows everything, but ends or refuses at a given token. Keeps what it was told."""
+
+    end_token = 0
+
+    def __init__(self, done_at: int = 1 << 30, refuses_at: int = 1 << 30, follows_samples: bool = True) -> None:
+        self.done_at, self.refuses_at, self.follows_samples = done_at, refuses_at, follows_samples
+        self.taken: list[int] = []
+        self.copies: list[Script] = []
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.taken) >= self.done_at
+
+    def mask(self) -> bytes:
+        """Whose it is, and how far it is, can be read from it."""
+        return (id(self) << 32 | len(self.taken)).to_bytes(16, "little")
+
+    def take(self, token_id: int) -> bool:
+        self.taken.append(token_id)
+        return len(self.taken) < self.refuses_at
+
+    def copy(self) -> Script:
+        self.copies.append(Script(self.done_at, self.refuses_at, self.follows_samples))
+        return self.copies[-1]
+
+
+def start(engine: MiniEngine, matcher: Script, prompt: int = 5, max_tokens: int = 6, **params: object) -> int:
+    request = engine.add(prompt, max_tokens, holds=("a grammar",), **params)
+    engine.scheduler.release(request, "a grammar", matcher)
+    return request
+
+
+def check_masks(engine: MiniEngine, matcher: Script) -> int:
+    """Each mask that came from a matcher belongs to a row that samples, and counts its samples. Returns how many."""
+    seen = 0
+    for plan in engine.plans:
+        for index, mask in plan.token_masks:
+            number = int.from_bytes(mask, "little")
+            if number >> 32 == id(matcher):
+                assert plan.rows[index].num_logits == 1
+                assert number & 0xFFFF_FFFF == seen
+                seen += 1
+    return seen
+
+
+def test_every_sample_has_the_mask_of_all_samples_before_it():
+    engine = MiniEngine()
+    matcher = Script()
+    request = start(engine, matcher)
+    engine.add(7, 6)
+    engine.run()
+    engine.check_answers()
+    assert matcher.taken == engine.streams[request]
+    assert check_masks(engine, matcher) == 6
+    assert all(len(plan.token_masks) <= 1 for plan in engine.plans), "the other request has none"
+
+
+def test_without_such_a_request_plans_hold_none():
+    engine = MiniEngine()
+    start(engine, Script())
+    engine.run()
+    before = len(engine.plans)
+    engine.add(5, 6)
+    engine.run()
+    assert len(engine.plans) > before
+    assert not any(plan.token_masks for plan in engine.plans[before:])
+
+
+def test_on_an_engine_that_runs_ahead_a_mask_waits_for_the_sample_before():
+    engine = MiniEngine(run_ahead=True)
+    matchers = [Script(), Script()]
+    for matcher in matchers:
+        start(engine, matcher)
+    free = engine.add(5, 12)
+    engine.run()
+    engine.check_answers()
+    for matcher in matchers:
+        assert check_masks(engine, matcher) == 6
+    assert sum(engine.row(free, plan) is not None for plan in engine.plans) == 12
+
+
+def test_a_constant_mask_waits_for_no_sample_on_an_engine_that_runs_ahead():
+    engine = MiniEngine(run_ahead=True)
+    start(engine, Script(follows_samples=False))
+    engine.run()
+    engine.check_answers()
+    assert [len(plan.token_masks) for plan in engine.plans] == [1] * 6
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_its_end_is_the_sequences_end_and_takes_no_step(seed: int):
+    engine = MiniEngine()
+    matcher = Script(done_at=3)
+    request = start(engine, matcher, max_tokens=20, seed=seed)
+    engine.run()
+    assert engine.ended[request].reason == "stop"
+    assert engine.ended[request].token_ids == [*matcher.taken, matcher.end_token]
+    assert len(engine.plans) == len(matcher.taken) == 3
+    engine.check_idle()
+
+
+def test_an_end_that_max_tokens_has_no_room_for_is_none():
+    engine = MiniEngine()
+    request = start(engine, Script(done_at=3), max_tokens=3)
+    engine.run()
+    assert (engine.ended[request].reason, len(engine.ended[request].token_ids)) == ("length", 3)
+
+
+def test_a_token_that_it_refuses_ends_the_sequence_with_an_error():
+    engine = MiniEngine()
+    request = start(engine, Script(refuses_at=3), max_tokens=20)
+    other = engine.add(5, 6)
+    engine.run()
+    ended = engine.ended[request]
+    assert (ended.reason, len(ended.token_ids)) == ("error", 2)
+    assert ended.output.error is not None and ended.output.error.code == INVALID_ARG
+    assert engine.ended[other].reason == "length"
+    engine.check_idle()
+
+
+def test_preemption_changes_nothing_for_it():
+    engine = MiniEngine(num_blocks=10, block_size=2, max_num_seqs=4, caching=False)
+    matchers = [Script() for _ in range(3)]
+    for matcher in matchers:
+        start(engine, matcher, prompt=4, max_tokens=8)
+    engine.run()
+    engine.check_answers()
+    assert engine.scheduler.stats().preemptions > 0
+    for matcher in matchers:
+        assert check_masks(engine, matcher) == len(matcher.taken) == 8
+
+
+def test_each_sample_of_a_request_has_its_own():
+    engine = MiniEngine()
+    matcher = Script()
+    request = start(engine, matcher, n=3)
+    engine.run()
+    engine.check_answers()
+    assert len(matcher.copies) == 2
+    for index, each in enumerate([matcher, *matcher.copies]):
+        assert each.taken == engine.streams[(request, index) if index else request]
+        assert check_masks(engine, each) == 6
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_request_whose_grammar_is_refused_ends_with_the_reason(count: int):
+    engine = MiniEngine()
+    request = engine.add(5, holds=("a grammar",), n=count)
+    engine.scheduler.refuse(request, ErrorInfo(INVALID_ARG, "no such thing"))
+    engine.step()
+    for index in range(count):
+        ended = engine.ended[(request, index) if index else request]
+        assert (ended.reason, ended.output.error) == ("error", ErrorInfo(INVALID_ARG, "no such thing"))
+    engine.scheduler.refuse(request, ErrorInfo(INVALID_ARG, "again"))  # which nobody minds
+    engine.check_idle()
+
+
+def test_a_grammar_that_comes_too_late():
+    engine = MiniEngine()
+    request = engine.add(5, holds=("a grammar",))
+    engine.abort(request)
+    engine.scheduler.release(request, "a grammar", Script())
+    engine.check_idle()
+    assert engine.scheduler._num_constrained == 0
+
+
+def test_allowed_tokens_are_a_mask_of_their_own():
+    engine = MiniEngine()
+    engine.add(5, 3, allowed_token_ids=tuple(range(VOCAB_SIZE)))
+    engine.run()
+    assert [mask for plan in engine.plans for _, mask in plan.token_masks] == [EVERYTHING.to_bytes(16, "little")] * 3
