@@ -18,6 +18,7 @@ import sys
 import time
 
 import msgspec
+import psutil
 
 from flashserve.config import EngineConfig, ResolvedConfig
 from flashserve.engine.core import EngineBroken, EngineCore
@@ -126,6 +127,8 @@ def engine_limits(resolved: ResolvedConfig) -> EngineLimits:
         dtype=resolved.dtype,
         device=resolved.device.name,
         stream_interval=resolved.stream_interval,
+        model_bytes=resolved.device.used_bytes or psutil.Process().memory_info().rss,
+        kv_cache_bytes=resolved.kv_cache_bytes,
     )
 
 
