@@ -91,7 +91,7 @@ def static_batches(spans: Sequence[Span], size: int, gather_s: float = 0.0) -> l
     free_at = -float("inf")
     while waiting:
         closes_at = max(free_at, waiting[0].queued + gather_s)
-        batch = []
+        batch: list[Span] = []
         while waiting and len(batch) < size and (not batch or waiting[0].queued <= closes_at):
             batch.append(waiting.popleft())
         start = max(free_at, batch[-1].queued)
