@@ -51,7 +51,7 @@ async def test_a_model_of_the_repository_is_loaded_and_unloaded():
             refused = await again
             assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_loading")
         engine.may_load.set()
-        row = await status_of(gateway, "big", "ready", "failed")
+        row = await status_of(gateway, "big", "ready", "failed", "unloaded")  # it never seems unloaded again
         assert row["status"] == "ready" and row["load_s"] is not None and row["elapsed_s"] is None
         assert row["servers"] == {"ready": 1, "all": 1}
         assert engine.loads == [("big", "", {})]
