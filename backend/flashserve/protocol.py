@@ -256,6 +256,9 @@ class EngineLimits(msgspec.Struct, frozen=True, array_like=True):
     """Tokens of a request that one response may hold while the server is busy."""
     hidden_size: int = 0
     """Dimensions of an embedding."""
+    model_bytes: int = 0
+    """What the engine takes beside its KV cache: of a GPU's memory, or of the machine's."""
+    kv_cache_bytes: int = 0
 
 
 class ModelCard(msgspec.Struct, frozen=True, array_like=True):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Mapping
 
 import uvicorn
 
 from flashserve_client import AsyncClient, ModelInfo
 from flashserve_client.request import InferRequest
-from flashserve_client.transport import Chunk
+from flashserve_client.transport import NO_FILES, Chunk
 from flashserve_gateway.app import create_app
 from flashserve_gateway.pool import Pool
 from flashserve_gateway.protocol import bounded_protocol
@@ -33,7 +34,7 @@ class FreeTransport:
     async def models(self) -> list[ModelInfo]:
         return [ModelInfo("free", "1", "READY", "")]
 
-    async def load_model(self, model: str) -> None:
+    async def load_model(self, model: str, config: str = "", files: Mapping[str, bytes] = NO_FILES) -> None:
         raise NotImplementedError
 
     async def unload_model(self, model: str) -> None:

@@ -23,7 +23,7 @@ from .request import (
 )
 from .results import EmbedResult, GenerateResult, Health, ModelInfo
 from .stream import CLIENT_GRACE_S, AsyncStream
-from .transport import Transport
+from .transport import NO_FILES, Transport
 
 _TOKENIZE_TIMEOUT_S = 30.0
 _PROBE_PRIORITY = -1_000_000  # lower goes first: a health check must not wait behind the queue it asks about
@@ -206,9 +206,17 @@ class AsyncClient:
         """The models that the server knows, loaded or not."""
         return await self._connected().models()
 
-    async def load_model(self, name: str) -> None:
-        """Loads or reloads a model; returns when it is ready (10 minutes at most)."""
-        await self._connected().load_model(name)
+    async def load_model(
+        self, name: str, *, config: Mapping[str, Any] | None = None, files: Mapping[str, bytes] = NO_FILES
+    ) -> None:
+        """Loads or reloads a model; returns when it is ready (10 minutes at most).
+
+        Args:
+            config: the model's configuration in place of the repository's config.pbtxt.
+            files: by path, such as "1/model.json": all of the model's files, in place of those of the repository,
+                which need not know the name. Triton wants ``config`` with them.
+        """
+        await self._connected().load_model(name, "" if config is None else json.dumps(dict(config)), files)
 
     async def unload_model(self, name: str) -> None:
         """Starts to unload a model, and returns while its running requests drain."""

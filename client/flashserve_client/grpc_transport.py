@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from .errors import ConnectionFailed, FlashserveError, InternalError, NotFound, Timeout, error_from_message
 from .request import InferRequest
 from .results import ModelInfo
-from .transport import Address, Chunk
+from .transport import NO_FILES, Address, Chunk, with_unlisted
 
 _STREAM_METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 _END_TIMEOUT_S = 0.5
@@ -86,10 +86,18 @@ class GrpcTransport:
 
     async def models(self) -> list[ModelInfo]:
         reply = await self._unary(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest())
-        return [ModelInfo(m.name, m.version, m.state, m.reason) for m in reply.models]
+        ready = await self._unary(self._stub.ModelStatistics, service_pb2.ModelStatisticsRequest())
+        return with_unlisted(
+            [ModelInfo(m.name, m.version, m.state, m.reason) for m in reply.models],
+            [(m.name, m.version) for m in ready.model_stats],
+        )
 
-    async def load_model(self, model: str) -> None:
+    async def load_model(self, model: str, config: str = "", files: Mapping[str, bytes] = NO_FILES) -> None:
         message = service_pb2.RepositoryModelLoadRequest(model_name=model)
+        if config:
+            message.parameters["config"].string_param = config
+        for path, content in files.items():
+            message.parameters[f"file:{path}"].bytes_param = content
         await self._unary(self._stub.RepositoryModelLoad, message, _LOAD_TIMEOUT_S)
 
     async def unload_model(self, model: str) -> None:

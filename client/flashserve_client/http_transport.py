@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import re
@@ -16,7 +17,7 @@ from httpx_sse import EventSource, ServerSentEvent, SSEError
 from .errors import ConnectionFailed, FlashserveError, InternalError, InvalidRequest, Timeout, error_from_message
 from .request import InferRequest
 from .results import ModelInfo
-from .transport import Address, Chunk
+from .transport import NO_FILES, Address, Chunk, with_unlisted
 
 _UNARY_TIMEOUT_S = 10.0
 _LOAD_TIMEOUT_S = 600.0  # a large model reads for minutes
@@ -64,12 +65,18 @@ class HttpTransport:
         rows = _json_or_raise(response)
         if not isinstance(rows, list):
             raise InternalError(f"{self.url} sent a repository index that is no list")
-        return [
-            ModelInfo(m.get("name", ""), m.get("version", ""), m.get("state", ""), m.get("reason", "")) for m in rows
-        ]
+        stats = _json_or_raise(await self._send("GET", "/v2/models/stats"))
+        ready = stats.get("model_stats", []) if isinstance(stats, dict) else []
+        return with_unlisted(
+            [ModelInfo(m.get("name", ""), m.get("version", ""), m.get("state", ""), m.get("reason", "")) for m in rows],
+            [(m.get("name", ""), m.get("version", "")) for m in ready],
+        )
 
-    async def load_model(self, model: str) -> None:
-        await self._control(model, "load")
+    async def load_model(self, model: str, config: str = "", files: Mapping[str, bytes] = NO_FILES) -> None:
+        parameters = {"config": config} if config else {}
+        for path, content in files.items():
+            parameters[f"file:{path}"] = base64.b64encode(content).decode("ascii")
+        await self._control(model, "load", {"parameters": parameters} if parameters else {})
 
     async def unload_model(self, model: str) -> None:
         await self._control(model, "unload")
@@ -77,9 +84,9 @@ class HttpTransport:
     async def aclose(self) -> None:
         await self.client.aclose()
 
-    async def _control(self, model: str, verb: str) -> None:
+    async def _control(self, model: str, verb: str, body: Mapping[str, Any] = NO_FILES) -> None:
         path = f"/v2/repository{model_path(model, verb).removeprefix('/v2')}"
-        response = await self._send("POST", path, content=b"{}", timeout_s=_LOAD_TIMEOUT_S)
+        response = await self._send("POST", path, content=json.dumps(dict(body)).encode(), timeout_s=_LOAD_TIMEOUT_S)
         if response.status_code != 200:
             raise _response_error(response)
 

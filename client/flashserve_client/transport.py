@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from .request import InferRequest
 from .results import ModelInfo
 
+NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -49,10 +52,11 @@ class Transport(Protocol):
         """Whether Triton holds the model ready, which says nothing about its engine."""
 
     async def models(self) -> list[ModelInfo]:
-        """The repository index."""
+        """The repository index, and the ready models beside it."""
 
-    async def load_model(self, model: str) -> None:
-        """Loads (or reloads) a model and returns when it is ready."""
+    async def load_model(self, model: str, config: str = "", files: Mapping[str, bytes] = NO_FILES) -> None:
+        """Loads (or reloads) a model and returns when it is ready. ``config`` (JSON) and ``files`` (by their path
+        below the model's folder), if given, take the place of the repository's."""
 
     async def unload_model(self, model: str) -> None:
         """Asks for a model to be unloaded; returns at once while its requests drain."""
@@ -84,3 +88,10 @@ class Address(NamedTuple):
     def loopback(self) -> bool:
         """A proxy from the environment must not see requests to this machine."""
         return self.host in _LOOPBACK
+
+
+def with_unlisted(index: list[ModelInfo], ready: Iterable[tuple[str, str]]) -> list[ModelInfo]:
+    """Triton's index holds what its repositories do, and so not a model all of whose files a client gave. Such a one
+    is among those of which Triton has statistics (name and version), which are the ready ones."""
+    listed = {row.name for row in index}
+    return index + [ModelInfo(name, version, "READY", "") for name, version in ready if name not in listed]

@@ -16,10 +16,24 @@ from .errors import ApiError, body_for
 from .gateway import Gateway
 from .incoming import Bodies
 from .keys import Keyring
+from .manager import ModelManager
 from .metrics import Metrics
 from .middleware import Surround
 from .pool import Pool
-from .routes import chat, completions, embeddings, messages, models, operations, page, reference, responses, torchweave
+from .recent import RecentRequests
+from .routes import (
+    admin,
+    chat,
+    completions,
+    embeddings,
+    messages,
+    models,
+    operations,
+    page,
+    reference,
+    responses,
+    torchweave,
+)
 from .settings import Settings
 from .version import VERSION
 
@@ -44,6 +58,8 @@ def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
         Metrics(pool.in_flight),
         EngineMetrics(settings.triton_metrics),
         Bodies(settings.limits.bodies_bytes),
+        ModelManager(pool),
+        RecentRequests(),
     )
 
     @contextlib.asynccontextmanager
@@ -52,6 +68,7 @@ def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
         try:
             yield
         finally:
+            await gateway.manager.aclose()
             await gateway.engine_metrics.aclose()
             await gateway.pool.aclose()
 
@@ -60,14 +77,14 @@ def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
     )
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
-    for module in (chat, completions, embeddings, responses, messages, torchweave, models, operations, page):
+    for module in (chat, completions, embeddings, responses, messages, torchweave, models, admin, operations, page):
         app.include_router(module.routes(gateway))
     app.include_router(reference.routes(app))
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id"],
         )

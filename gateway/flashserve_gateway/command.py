@@ -50,7 +50,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=_port, default=DEFAULT_PORT, help="default: %(default)s; 0: any free one")
-    parser.add_argument("--keys", metavar="FILE", type=Path, help="API keys (default: everybody is served)")
+    parser.add_argument(
+        "--keys", metavar="FILE", type=Path,
+        help='API keys (default: everybody is served); those whose entry says "admin": true may load models',
+    )  # fmt: skip
     parser.add_argument("--new-key", metavar="NAME", help="print a new key and its entry for a keys file, and end")
     parser.add_argument(
         "--cors-origin", action="append", default=[], metavar="ORIGIN", help="pages of this origin may ask; repeatable"

@@ -23,6 +23,8 @@ _GAUGES = {
     "vllm:generation_tokens": "generated",
     "vllm:prefix_cache_queries": "queries",
     "vllm:prefix_cache_hits": "hits",
+    "flashserve:model_bytes": "model_bytes",
+    "flashserve:kv_cache_bytes": "kv_cache_bytes",
 }
 _HISTOGRAMS = {"vllm:time_to_first_token_seconds": "ttft", "vllm:inter_token_latency_seconds": "itl"}
 
@@ -37,6 +39,7 @@ class EngineMetrics:
         self._lock = asyncio.Lock()
         self._read = 0.0
         self._models: dict[str, dict[str, Any]] = {}
+        self._memory: dict[str, dict[str, int]] = {}
 
     async def models(self) -> dict[str, dict[str, Any]]:
         """By model: gauges and counters, and histograms as lists of [edge, count below], summed over servers."""
@@ -47,7 +50,15 @@ class EngineMetrics:
                 for text in texts:
                     _add(self._models, text)
                 self._read = time.monotonic()
+                for name, figures in self._models.items():
+                    if figures["model_bytes"]:
+                        self._memory[name] = {kind: int(figures[kind]) for kind in ("model_bytes", "kv_cache_bytes")}
             return self._models
+
+    async def memory(self) -> dict[str, dict[str, int]]:
+        """By model: the bytes that it and its KV cache take, of one that is not loaded when it last was."""
+        await self.models()
+        return self._memory
 
     async def aclose(self) -> None:
         """Closes the connections."""

@@ -17,10 +17,12 @@ from .engine_metrics import EngineMetrics
 from .errors import ApiError, internal_error, of_engine
 from .incoming import Bodies, read_object
 from .keys import Admission, Caller, Keyring
+from .manager import ModelManager
 from .metrics import Metrics
 from .parameters import INT32_MAX
 from .patience import Patience
 from .pool import Answer, Ask, Pool
+from .recent import RecentRequests
 from .settings import Settings
 
 log = logging.getLogger("flashserve_gateway")
@@ -42,10 +44,20 @@ class Gateway:
     metrics: Metrics
     engine_metrics: EngineMetrics
     bodies: Bodies
+    manager: ModelManager
+    recent: RecentRequests
 
     def caller(self, request: Request) -> Caller:
         """Who asks. Raises ApiError."""
         return self.keyring.caller(request.headers)
+
+    def require_admin(self, request: Request) -> None:
+        """Lets those through who may load models. Raises ApiError."""
+        if not self.caller(request).key.admin and not self.settings.is_private:
+            words = 'this needs a key whose entry in the keys file has "admin": true'
+            if self.keyring.is_open:
+                words = "this gateway serves other machines without keys: only with --keys FILE it loads models"
+            raise ApiError(403, words, code="admin_required")
 
     async def begin(self, request: Request) -> Call:
         """Reads a request with a JSON body. Raises ApiError and ClientGone."""
@@ -90,17 +102,18 @@ class Call:
         metrics, limits = self.gateway.metrics, self.gateway.settings.limits
         patience = Patience(limits.first_token_timeout_s if ask.stream else limits.whole_timeout_s)
         deltas = self.gateway.pool.answer(ask, answer)
-        has_begun, generated = False, 0
+        bar = self.gateway.recent.begin(ask.model)
         try:
             while True:
                 with patience:
                     if (delta := await anext(deltas, None)) is None:
                         return
-                if ask.stream and not has_begun and (delta.progress is None or delta.completion_tokens):
-                    has_begun = True
+                is_news = delta.progress is None or delta.completion_tokens
+                if ask.stream and bar.first is None and is_news:
+                    bar.first = time.monotonic()
                     patience.change(limits.stall_timeout_s)
                     metrics.first_token.labels(ask.model).observe(time.perf_counter() - self.started)
-                generated += delta.completion_tokens
+                bar.tokens += delta.completion_tokens
                 self._admission.use(delta.completion_tokens)
                 yield delta
         except FlashserveError as error:
@@ -109,7 +122,8 @@ class Call:
         finally:
             patience.end()
             await deltas.aclose()
-            self._settle(ask, answer, generated)
+            bar.end(None if answer.result is None else answer.result.timings)
+            self._settle(ask, answer, bar.tokens)
 
     def _settle(self, ask: Ask, answer: Answer, generated: int) -> None:
         """Counts what was read, and charges it. Leaving early is not free: an answer that was cut off costs what was

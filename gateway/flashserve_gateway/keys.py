@@ -3,10 +3,10 @@
 A keys file is a JSON list; each entry holds the SHA-256 of a key, never the key (`new_key` makes both):
 
     [{"name": "alice", "sha256": "9f86…", "requests_in_flight": 8, "tokens_per_minute": 60000,
-      "models": ["smollm2"], "priority": 0}]
+      "models": ["smollm2"], "priority": 0, "admin": false}]
 
-All but name and sha256 may be left out: no limit, every model, priority 0. Keys have 256 random bits, so that a plain
-hash protects them as well as a slow one would.
+All but name and sha256 may be left out: no limit, every model, priority 0, no say in which models are loaded. Keys have
+256 random bits, so that a plain hash protects them as well as a slow one would.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class Key:
     models: tuple[str, ...] | None = None
     priority: int = 0
     """Lower goes first. A request may ask for a higher number than its key's, not for a lower one."""
+    admin: bool = False
+    """May load and unload models: any that the server's machine can read."""
 
 
 _NOBODY = Key("anonymous", "")
@@ -229,6 +231,9 @@ def _key(entry: Any, where: str) -> Key:
     priority = entry.get("priority", 0)
     if type(priority) is not int or abs(priority) > 2**31 - 1:
         raise KeysFileError(f"{where}: priority must be a 32-bit integer")
+    admin = entry.get("admin", False)
+    if type(admin) is not bool:
+        raise KeysFileError(f"{where}: admin must be true or false")
     return Key(
         name=name,
         sha256=digest.lower(),
@@ -236,4 +241,5 @@ def _key(entry: Any, where: str) -> Key:
         tokens_per_minute=entry.get("tokens_per_minute"),
         models=None if models is None else tuple(models),
         priority=priority,
+        admin=admin,
     )

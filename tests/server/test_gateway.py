@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -278,6 +279,52 @@ def test_a_client_that_leaves_frees_its_blocks(server: Server, model: str, strea
     for connection in connections:
         connection.close()
     wait_idle(server, model)
+
+
+# --- models ------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_of_no_repository_is_loaded_and_unloaded(server: Server, client: openai.OpenAI, tmp_path: Path):
+    settings = null_model(write_null_model(tmp_path / "null"))
+    weights = settings.pop("model")
+    admin = "/v1/admin/models"
+    with httpx.Client(base_url=server.gateway, trust_env=False, timeout=30) as http:
+
+        def becomes(name: str, *statuses: str) -> dict[str, Any]:
+            row: dict[str, Any] = {}
+
+            def is_there() -> bool:
+                row.update(http.get(f"{admin}/{name}").json())
+                return row["status"] in statuses
+
+            assert wait_until(is_there, 60), row
+            return row
+
+        assert http.post(admin, json={"name": "extra", "model": weights, "settings": settings}).status_code == 202
+        row = becomes("extra", "ready", "failed")
+        assert row["status"] == "ready", row
+        # Its figures come with the next look at the metrics.
+        assert wait_until(lambda: http.get(f"{admin}/extra").json()["memory"] is not None, 5)
+        memory = http.get(f"{admin}/extra").json()["memory"]
+        assert memory["model_bytes"] > 1 << 20 and memory["kv_cache_bytes"] > 1 << 20
+        answer = client.completions.create(model="extra", prompt=[1, 2, 3], max_tokens=8)
+        assert answer.choices[0].text == letters(3, 8)
+        assert "extra" in [model.id for model in client.models.list()]
+        assert not (server.repository / "extra").exists()
+
+        assert http.delete(f"{admin}/extra").status_code == 202
+        becomes("extra", "unloaded")
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="extra", prompt=[1], max_tokens=1)
+
+        http.post(admin, json={"name": "wrong", "model": str(tmp_path / "none")})
+        row = becomes("wrong", "ready", "failed")
+        assert row["status"] == "failed" and "does not exist" in row["reason"], row
+
+        assert http.delete(f"{admin}/narrow").status_code == 202
+        becomes("narrow", "unloaded")
+        assert http.post(admin, json={"name": "narrow"}).status_code == 202
+        becomes("narrow", "ready")
 
 
 # --- the process -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ and `GrpcPeer` put it on the wire. Both remember what they were asked and which 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import threading
@@ -87,6 +88,10 @@ class Peer:
         self.controlled: list[str] = []
         self.live = self.ready = True
         self.index = [{"name": "demo", "version": "1", "state": "READY", "reason": ""}]
+        self.ready_beside: list[str] = []
+        """Models that are ready and that no repository knows."""
+        self.given: dict[str, bytes] = {}
+        """What the last load brought along."""
         self.port = 0
 
     @property
@@ -153,7 +158,14 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:
         return service_pb2.RepositoryIndexResponse(models=self.peer.index)
 
+    async def ModelStatistics(self, request: Any, context: Any) -> Any:
+        rows = [{"name": name, "version": "1"} for name in ("demo", *self.peer.ready_beside)]
+        return service_pb2.ModelStatisticsResponse(model_stats=rows)
+
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
+        self.peer.given = {
+            name: value.bytes_param or value.string_param.encode() for name, value in request.parameters.items()
+        }
         if request.model_name == "broken":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "load failed for model 'broken'")
         self.peer.controlled.append(f"load {request.model_name}")
@@ -230,10 +242,17 @@ class HttpPeer(Peer):
             if parts[-2] == "broken":
                 _reply(writer, 400, {"error": "load failed for model 'broken'"})
                 return
+            given = json.loads(body).get("parameters", {})
+            self.given = {
+                name: value.encode() if name == "config" else base64.b64decode(value) for name, value in given.items()
+            }
             self.controlled.append(f"{parts[-1]} {parts[-2]}")
             _reply(writer, 200, None)
         elif parts[-1] == "index":
             _reply(writer, 200, self.index)
+        elif parts[-1] == "stats":
+            rows = [{"name": name, "version": "1"} for name in ("demo", *self.ready_beside)]
+            _reply(writer, 200, {"model_stats": rows})
         else:
             good = self.live if parts[-1] == "live" else self.ready
             _reply(writer, 200 if good else 400, None)

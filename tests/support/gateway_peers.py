@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ import uvicorn
 
 from flashserve_client import AsyncClient, ModelInfo
 from flashserve_client.request import InferRequest
-from flashserve_client.transport import Chunk
+from flashserve_client.transport import NO_FILES, Chunk
 from flashserve_gateway.app import create_app
 from flashserve_gateway.pool import Pool
 from flashserve_gateway.protocol import bounded_protocol
@@ -79,6 +79,12 @@ async def silent(asked: Asked) -> AsyncIterator[Chunk]:
     yield piece()
 
 
+def _is_set() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
+
+
 @dataclass
 class MemoryTransport:
     """Takes the place of a connection to tritonserver."""
@@ -89,6 +95,13 @@ class MemoryTransport:
     template: str = "%s"
     """Of chat messages."""
     index_error: Exception | None = None
+    others: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Models of its repository that are not ready: state and reason."""
+    loads: list[tuple[str, str, dict[str, bytes]]] = field(default_factory=list)
+    """Names, configurations and files of models that it was told to load."""
+    may_load: asyncio.Event = field(default_factory=_is_set)
+    """Loading takes until it is set."""
+    load_error: Exception | None = None
 
     def open(self, request: InferRequest) -> MemoryReader:
         return MemoryReader(self, request)
@@ -102,13 +115,21 @@ class MemoryTransport:
     async def models(self) -> list[ModelInfo]:
         if self.index_error is not None:
             raise self.index_error
-        return [ModelInfo(name, "1", "READY", "") for name in self.names]
+        ready = [ModelInfo(name, "1", "READY", "") for name in self.names]
+        return ready + [ModelInfo(name, "1", *state) for name, state in self.others.items()]
 
-    async def load_model(self, model: str) -> None:
-        raise NotImplementedError
+    async def load_model(self, model: str, config: str = "", files: Mapping[str, bytes] = NO_FILES) -> None:
+        self.loads.append((model, config, dict(files)))
+        await self.may_load.wait()
+        if self.load_error is not None:
+            raise self.load_error
+        self.others.pop(model, None)
+        self.names = tuple(dict.fromkeys((*self.names, model)))
 
     async def unload_model(self, model: str) -> None:
-        raise NotImplementedError
+        self.names = tuple(name for name in self.names if name != model)
+        if not any(name == model and files for name, _, files in self.loads):
+            self.others[model] = ("UNAVAILABLE", "unloaded")
 
     async def aclose(self) -> None:
         pass
@@ -205,3 +226,34 @@ async def gate(
             yield Gate(url, http, engine, pool)
     finally:
         await server.shutdown()
+
+
+METRICS = """
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{model="demo",engine="a"} 3
+vllm:num_requests_running{model="demo",engine="b"} 1
+# TYPE vllm:generation_tokens_total counter
+vllm:generation_tokens_total{model="demo",engine="a"} 120
+# TYPE vllm:time_to_first_token_seconds histogram
+vllm:time_to_first_token_seconds_bucket{model="demo",le="0.01"} 5
+vllm:time_to_first_token_seconds_bucket{model="demo",le="+Inf"} 10
+vllm:time_to_first_token_seconds_sum{model="demo"} 1
+vllm:time_to_first_token_seconds_count{model="demo"} 10
+# TYPE nv_other gauge
+nv_other{model="other"} 5
+"""
+
+
+@contextlib.asynccontextmanager
+async def metrics_server(asked: list[bytes]) -> AsyncIterator[str]:
+    """A tritonserver's metrics; what it was asked goes into ``asked``."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readuntil(b"\r\n\r\n"))
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(METRICS)}\r\nConnection: close\r\n\r\n"
+        writer.write((head + METRICS).encode())
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"

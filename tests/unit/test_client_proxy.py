@@ -36,7 +36,8 @@ async def asked(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[str]]:
 async def test_a_forward_proxy_gets_the_whole_url(asked: list[str]) -> None:
     async with AsyncClient(f"http://{SERVER}") as client:
         assert await client.models() == []
-    assert asked == [f"POST http://{SERVER}/v2/repository/index HTTP/1.1"]
+    paths = ("POST", "repository/index"), ("GET", "models/stats")
+    assert asked == [f"{method} http://{SERVER}/v2/{path} HTTP/1.1" for method, path in paths]
 
 
 async def test_a_tunnel_is_asked_for_by_the_servers_name(asked: list[str]) -> None:

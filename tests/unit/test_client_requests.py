@@ -181,6 +181,16 @@ async def test_models_are_listed_loaded_and_unloaded(peer: Peer):
     assert peer.controlled == ["load demo", "unload demo"]
 
 
+async def test_a_model_can_be_loaded_from_files_that_no_repository_has(peer: Peer):
+    async with AsyncClient(peer.url) as client:
+        await client.load_model("new", config={"backend": "flashserve"}, files={"1/model.json": b"{}"})
+        assert peer.given == {"config": b'{"backend": "flashserve"}', "file:1/model.json": b"{}"}
+        peer.ready_beside.append("new")
+        assert [(row.name, row.state) for row in await client.models()] == [("demo", "READY"), ("new", "READY")]
+        await client.load_model("demo")
+        assert peer.given == {}
+
+
 @pytest.mark.parametrize(
     ("url", "parsed"),
     [

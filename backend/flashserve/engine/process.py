@@ -18,6 +18,7 @@ import sys
 import time
 
 import msgspec
+import psutil
 
 from flashserve.config import EngineConfig, ResolvedConfig
 from flashserve.engine.core import EngineBroken, EngineCore
@@ -127,6 +128,8 @@ def engine_limits(resolved: ResolvedConfig) -> EngineLimits:
         device=resolved.device.name,
         stream_interval=resolved.stream_interval,
         hidden_size=resolved.model.hidden_size,
+        model_bytes=resolved.device.used_bytes or psutil.Process().memory_info().rss,
+        kv_cache_bytes=resolved.kv_cache_bytes,
     )
 
 

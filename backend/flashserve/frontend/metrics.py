@@ -53,6 +53,8 @@ SPECS = (
     MetricSpec("vllm:num_requests_running", "gauge", "Requests in the running batch."),
     MetricSpec("vllm:num_requests_waiting", "gauge", "Requests that wait for a place in the batch."),
     MetricSpec("vllm:kv_cache_usage_perc", "gauge", "Share of the KV blocks that requests hold, 0 to 1."),
+    MetricSpec("flashserve:model_bytes", "gauge", "What the engine takes beside its KV cache when it is ready."),
+    MetricSpec("flashserve:kv_cache_bytes", "gauge", "The KV cache's size. On a CPU it takes memory as it fills."),
     MetricSpec("flashserve:engine_ready", "gauge", "1 while there is an engine process, else 0."),
     MetricSpec("flashserve:engine_stalled", "gauge", "1 while the engine has work and makes no step for 10 s, else 0."),
     MetricSpec("vllm:prompt_tokens_total", "counter", "Prompt tokens of requests that got their first token."),

@@ -23,19 +23,23 @@ _STATUSES = {
     401: "no key, or one that is not known",
     403: "this key may not, or, without keys: the Host is not this machine",
     404: "no such model",
+    409: "not now: the model is loading or unloading; or the name belongs to another model",
     408: "the body, or the answer, took too long",
     413: "the body is too large",
     415: "the body is not JSON, or is compressed",
     429: "the key's limits; Retry-After says when to ask again",
     500: "a bug; the log has the reason under x-request-id",
+    502: "the hub answered with an error",
     503: "the engine is full, starting or gone; Retry-After says when to ask again",
 }
+
+_OF_A_BODY = tuple(status for status in _STATUSES if status not in (409, 502))
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The errors of an endpoint that takes a body, or those given."""
     content = {"application/json": {"schema": _ERROR}}
-    return {status: {"description": _STATUSES[status], "content": content} for status in statuses or _STATUSES}
+    return {status: {"description": _STATUSES[status], "content": content} for status in statuses or _OF_A_BODY}
 
 
 def body(required: dict[str, Any], optional: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,10 @@ def routes(gateway: Gateway) -> APIRouter:
         models = {
             name: figures for name, figures in (await gateway.engine_metrics.models()).items() if caller.may_see(name)
         }
-        return {"models": models, "note": "" if gateway.settings.triton_metrics else _NO_METRICS}
+        return {
+            "models": models,
+            "batches": gateway.recent.pictures(caller.may_see),
+            "note": "" if gateway.settings.triton_metrics else _NO_METRICS,
+        }
 
     return router

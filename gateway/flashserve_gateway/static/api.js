@@ -5,8 +5,12 @@ export function headers() {
   return { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
 }
 
-export async function getJson(path) {
-  const response = await fetch(path, { headers: headers() });
+export function getJson(path) {
+  return sendJson("GET", path);
+}
+
+export async function sendJson(method, path, body) {
+  const response = await fetch(path, { method, headers: headers(), body: body && JSON.stringify(body) });
   if (!response.ok) throw await errorOf(response);
   return response.json();
 }

@@ -1,185 +1,117 @@
-// The conversation: it stays in this browser, and each answer is one request to the API.
+// The chat: one conversation, or two side by side. They stay in this browser; each answer is one request to the API.
 
-import { getJson, streamChat } from "./api.js";
-import { element, renderBlock, splitBlocks } from "./markdown.js";
+import { getJson } from "./api.js";
+import { Lane } from "./lane.js";
+import { element } from "./markdown.js";
 
-const RENDER_EVERY_MS = 100; // reading follows no faster, and long answers would make the page slow
 const STORED = "flashserve.chat", STORED_SETTINGS = "flashserve.settings";
-const SETTINGS = ["model", "system", "temperature", "top_p", "max_tokens", "seed"];
 const $ = (id) => document.getElementById(id);
-
-let messages = JSON.parse(localStorage.getItem(STORED) || "[]");
-let running = null; // the AbortController of the answer that is being written
+const lanes = [];
 
 export async function startChat() {
-  restoreSettings();
-  showAll();
-  $("composer").addEventListener("submit", (event) => { event.preventDefault(); running ? running.abort() : send(); });
+  addLane();
+  const stored = read(STORED);
+  const conversations = Array.isArray(stored?.lanes) ? stored.lanes : [];
+  for (let number = 1; number < Math.min(conversations.length, 2); number++) addLane();
+  lanes.forEach((lane, number) => lane.open(conversations[number]));
+  changed();
+  $("composer").addEventListener("submit", (event) => { event.preventDefault(); isRunning() ? stop() : send(); });
   $("message").addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); if (!running) send(); }
-    if (event.key === "Escape" && running) running.abort();
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); if (!isRunning()) send(); }
+    if (event.key === "Escape") stop();
   });
   $("message").addEventListener("input", grow);
-  $("new").addEventListener("click", () => { running?.abort(); messages = []; save(); showAll(); $("message").focus(); });
+  $("new").addEventListener("click", () => { for (const lane of lanes) lane.open(null); changed(); $("message").focus(); });
   $("export").addEventListener("click", exportConversation);
+  $("compare").addEventListener("change", () => { $("compare").checked ? compare() : lanes.pop().stop(); changed(); });
   $("key").addEventListener("change", listModels);
-  for (const id of SETTINGS) $(id).addEventListener("change", saveSettings);
   if (matchMedia("(max-width: 800px)").matches) $("settings").open = false;
   await listModels();
 }
 
-async function listModels() {
+/** Fills the choices of models; to be called again when they may be others. */
+export async function listModels() {
   try {
     const names = (await getJson("v1/models")).data.map((model) => model.id);
-    const wanted = JSON.parse(localStorage.getItem(STORED_SETTINGS) || "{}").model;
-    $("model").replaceChildren(...names.map((name) => element("option", name)));
-    if (names.includes(wanted)) $("model").value = wanted;
-    if (!names.length) say("No model is ready yet.");
+    for (const [number, lane] of lanes.entries()) {
+      const field = lane.fields.model, wanted = field.value || (read(STORED_SETTINGS) ?? [])[number]?.model;
+      field.replaceChildren(...names.map((name) => element("option", name)));
+      if (names.includes(wanted)) field.value = wanted;
+    }
+    if (!names.length) say("No model is ready yet. The view Models loads one.");
   } catch (error) {
     say(error.message);
     if (error.status === 401) { $("settings").open = true; $("key").focus(); }
   }
 }
 
-function send() {
+// --- lanes -----------------------------------------------------------------------------------------------------
+
+function addLane() {
+  const number = lanes.length, title = number ? "Conversation B" : "Conversation A";
+  const panel = $("lane-settings").content.firstElementChild.cloneNode(true);
+  panel.querySelector("legend").textContent = number ? "B" : "A";
+  $("panels").append(panel);
+  const fields = Object.fromEntries([...panel.querySelectorAll("[name]")].map((field) => [field.name, field]));
+  const kept = (read(STORED_SETTINGS) ?? [])[number] ?? {};
+  for (const [name, field] of Object.entries(fields)) {
+    if (name !== "model" && kept[name] !== undefined) field.value = kept[name];
+    field.addEventListener("change", saveSettings);
+  }
+  const settings = () => Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, field.value]));
+  const lane = new Lane(title, settings, { changed, say });
+  Object.assign(lane, { fields, panel });
+  lanes.push(lane);
+  return lane;
+}
+
+/** A second conversation that begins as the first one is, with the same settings. */
+function compare() {
+  const [first] = lanes, second = addLane();
+  second.fields.model.replaceChildren(...[...first.fields.model.options].map((option) => element("option", option.value)));
+  for (const [name, field] of Object.entries(second.fields)) field.value = first.fields[name].value;
+  const other = [...second.fields.model.options].find((option) => option.value !== first.fields.model.value);
+  if (other) second.fields.model.value = other.value;
+  second.open(JSON.parse(JSON.stringify(first.conversation)));
+  $("settings").open = true;
+  saveSettings();
+}
+
+function isRunning() {
+  return lanes.some((lane) => lane.running);
+}
+
+function stop() {
+  for (const lane of lanes) lane.stop();
+}
+
+async function send() {
   const content = $("message").value.trim();
   if (!content) return;
+  if (!lanes[0].fields.model.value) await listModels();
   $("message").value = "";
   grow();
-  messages.push({ role: "user", content });
-  answer();
+  for (const lane of lanes) lane.send(content);
 }
 
-async function answer() {
-  if (!$("model").value) await listModels();
-  const message = { role: "assistant", content: "", reasoning: "", model: $("model").value };
-  const body = request(message.model);
-  messages.push(message);
-  showAll();
-  const view = $("messages").lastElementChild;
-  running = new AbortController();
-  toggle();
-  const started = performance.now();
-  let first = 0, last = 0, drawn = 0;
-  const draw = () => { drawn = performance.now(); showText(view, message); follow(); };
+/** Shows and keeps what has changed. */
+function changed() {
+  const two = lanes.length > 1;
+  for (const panel of [...$("panels").children]) if (!lanes.some((lane) => lane.panel === panel)) panel.remove();
+  const lists = lanes.map((lane) => lane.list);
+  if (lists.length !== $("lanes").children.length) $("lanes").replaceChildren(...lists);
+  $("lanes").classList.toggle("two", two);
+  $("panels").classList.toggle("two", two);
+  $("compare").checked = two;
+  $("send").textContent = isRunning() ? "Stop" : "Send";
+  const isEmpty = lanes.every((lane) => !lane.conversation.nodes.length);
+  $("welcome").hidden = !isEmpty;
+  $("lanes").hidden = isEmpty;
   try {
-    for await (const chunk of streamChat(body, running.signal)) {
-      const delta = chunk.choices[0]?.delta ?? {};
-      if (chunk.choices[0]?.finish_reason) message.finish = chunk.choices[0].finish_reason;
-      if (chunk.usage) message.tokens = chunk.usage.completion_tokens;
-      if (delta.content || delta.reasoning) { last = performance.now(); first ||= last; }
-      message.content += delta.content ?? "";
-      message.reasoning += delta.reasoning ?? "";
-      if (performance.now() - drawn > RENDER_EVERY_MS) draw();
-    }
-    message.first_ms = Math.round(first - started);
-    if (message.tokens > 1 && last > first) message.per_s = (message.tokens - 1) / (last - first) * 1000;
-    say("Answer complete.");
-  } catch (error) {
-    if (running.signal.aborted) message.finish = "stopped";
-    else message.error = error.message;
-    say(message.error ?? "Stopped.");
+    localStorage.setItem(STORED, JSON.stringify({ lanes: lanes.map((lane) => lane.conversation) }));
+  } catch {
+    say("This conversation is too long for the browser to keep it.");
   }
-  running = null;
-  toggle();
-  save();
-  draw();
-  showBelow(view, message, messages.indexOf(message));
-  follow();
-}
-
-function request(model) {
-  const system = $("system").value.trim();
-  const said = messages.filter((message) => !message.error || message.content);
-  const body = {
-    model,
-    messages: [...(system ? [{ role: "system", content: system }] : []),
-      ...said.map(({ role, content }) => ({ role, content }))],
-  };
-  for (const name of ["temperature", "top_p", "max_tokens", "seed"]) {
-    if ($(name).value !== "") body[name] = Number($(name).value);
-  }
-  return body;
-}
-
-// --- what is shown ---------------------------------------------------------------------------------------------
-
-function showAll() {
-  $("messages").replaceChildren(...messages.map((message, index) => {
-    const view = element("li", element("div"), element("div"));
-    view.className = message.role === "user" ? "mine" : "theirs";
-    view.children[0].className = "text";
-    view.children[1].className = "below";
-    showText(view, message);
-    showBelow(view, message, index);
-    return view;
-  }));
-  $("welcome").hidden = messages.length > 0;
-  $("messages").scrollTop = $("messages").scrollHeight;
-}
-
-function showText(view, message) {
-  const text = view.querySelector(".text");
-  if (message.role === "user") { text.textContent = message.content; return; }
-  text.classList.toggle("waiting", !message.content && !message.error && message.finish === undefined);
-  showReasoning(view, message);
-  const blocks = splitBlocks(message.content), known = text.blocks ?? [];
-  for (let index = 0; index < blocks.length; index++) {
-    if (blocks[index] === known[index]) continue;
-    const node = renderBlock(blocks[index]);
-    if (text.children[index]) text.children[index].replaceWith(node); else text.append(node);
-  }
-  while (text.children.length > blocks.length) text.lastElementChild.remove();
-  text.blocks = blocks;
-}
-
-function showReasoning(view, message) {
-  if (!message.reasoning) return;
-  let box = view.querySelector(".reasoning");
-  if (!box) {
-    box = element("details", element("summary", "Reasoning"), element("div"));
-    box.className = "reasoning";
-    box.open = !message.content;
-    view.prepend(box);
-  }
-  box.lastElementChild.textContent = message.reasoning;
-}
-
-function showBelow(view, message, index) {
-  const below = view.querySelector(".below");
-  below.replaceChildren();
-  const action = (name, run) => {
-    const button = element("button", name);
-    button.type = "button";
-    button.addEventListener("click", () => { if (!running) run(); });
-    below.append(button);
-  };
-  if (message.role === "user") {
-    action("Edit", () => {
-      $("message").value = message.content;
-      messages = messages.slice(0, index);
-      save(); showAll(); grow(); $("message").focus();
-    });
-    return;
-  }
-  if (message.error) below.append(Object.assign(element("span", message.error), { className: "error" }));
-  const facts = [];
-  if (message.tokens) facts.push(`${message.tokens} tokens`);
-  if (message.per_s) facts.push(`${message.per_s.toFixed(1)} tokens/s`);
-  if (message.first_ms) facts.push(`first after ${message.first_ms} ms`);
-  if (message.finish === "length") facts.push("cut off at the limit");
-  if (message.finish === "stopped") facts.push("stopped");
-  if (message.model) facts.push(message.model);
-  if (facts.length && (message.tokens || message.finish)) below.append(element("span", facts.join(" · ")));
-  if (message.error || message.finish) {
-    action("Regenerate", () => { messages = messages.slice(0, index); answer(); });
-    if (message.content) action("Copy", () => navigator.clipboard.writeText(message.content));
-  }
-}
-
-function follow() {
-  const list = $("messages");
-  if (list.scrollHeight - list.scrollTop - list.clientHeight < 160) list.scrollTop = list.scrollHeight;
 }
 
 function grow() {
@@ -188,32 +120,32 @@ function grow() {
   field.style.height = `${field.scrollHeight + 2}px`;
 }
 
-function toggle() {
-  $("send").textContent = running ? "Stop" : "Send";
-}
-
 function say(words) {
   $("status").textContent = words;
-  if (!messages.length) $("welcome").textContent = words;
+  if (lanes.every((lane) => !lane.conversation.nodes.length)) $("welcome").textContent = words;
 }
 
 // --- what is kept ----------------------------------------------------------------------------------------------
 
-function save() {
-  localStorage.setItem(STORED, JSON.stringify(messages));
+function read(name) {
+  try {
+    return JSON.parse(localStorage.getItem(name));
+  } catch { // not ours
+    return null;
+  }
 }
 
 function saveSettings() {
-  localStorage.setItem(STORED_SETTINGS, JSON.stringify(Object.fromEntries(SETTINGS.map((id) => [id, $(id).value]))));
-}
-
-function restoreSettings() {
-  const stored = JSON.parse(localStorage.getItem(STORED_SETTINGS) || "{}");
-  for (const id of SETTINGS) if (stored[id] !== undefined && id !== "model") $(id).value = stored[id];
+  localStorage.setItem(STORED_SETTINGS, JSON.stringify(lanes.map((lane) => lane.settings())));
 }
 
 function exportConversation() {
-  const file = new Blob([JSON.stringify({ messages }, null, 2)], { type: "application/json" });
+  const conversations = lanes.map((lane) => ({
+    settings: lane.settings(),
+    messages: lane.conversation.path.map((index) => lane.conversation.nodes[index]),
+    branches: lane.conversation, // with what is not shown
+  }));
+  const file = new Blob([JSON.stringify({ conversations }, null, 2)], { type: "application/json" });
   const link = Object.assign(element("a"), { href: URL.createObjectURL(file), download: "conversation.json" });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);

@@ -1,10 +1,12 @@
 // What the engines do, from one answer per second that all pages share.
 
 import { getJson } from "./api.js";
+import { batchPicture } from "./batch.js";
 import { element } from "./markdown.js";
 
 const PERIOD_MS = 1000, KEPT = 120;
 const $ = (id) => document.getElementById(id);
+let batches = {};
 const history = new Map(); // by model: what was read, with its time
 let timer = null;
 
@@ -19,7 +21,8 @@ export function watchOperations(isShown) {
 
 async function look() {
   try {
-    const { models, note } = await getJson("operations");
+    const answer = await getJson("operations"), { models, note } = answer;
+    batches = answer.batches;
     $("operations-note").textContent = note;
     const now = performance.now() / 1000;
     for (const name of history.keys()) if (!(name in models)) history.delete(name);
@@ -36,7 +39,13 @@ async function look() {
 }
 
 function show() {
-  $("models").replaceChildren(...[...history].map(([name, rows]) => modelCard(name, rows)));
+  const names = [...new Set([...history.keys(), ...Object.keys(batches)])].sort();
+  $("figures").replaceChildren(...names.map((name) => {
+    const card = history.has(name) ? modelCard(name, history.get(name)) : element("section", element("h2", name));
+    card.className = "model";
+    if (batches[name]) card.append(batchPicture(batches[name]));
+    return card;
+  }));
 }
 
 function modelCard(name, rows) {
@@ -55,7 +64,6 @@ function modelCard(name, rows) {
       ["Between tokens, median", between[0], " ms"],
     ]),
     chart("Tokens per second", rates), chart("Running requests", running));
-  card.className = "model";
   const charts = element("div", ...card.querySelectorAll("figure"));
   charts.className = "charts";
   card.append(charts);

@@ -1,6 +1,7 @@
 // The frame: views, and light or dark.
 
-import { startChat } from "./chat.js";
+import { listModels, startChat } from "./chat.js";
+import { watchModels } from "./models.js";
 import { watchOperations } from "./operations.js";
 
 const THEME = "flashserve.theme";
@@ -19,8 +20,16 @@ function showView(name) {
     else button.removeAttribute("aria-current");
   }
   watchOperations(name === "operations");
+  watchModels(name === "models");
+  if (name === "chat" && hasStarted) listModels();
 }
 
+function viewOfHash() {
+  const name = location.hash.slice(1);
+  return document.querySelector(`nav button[data-view="${CSS.escape(name)}"]`) ? name : "chat";
+}
+
+let hasStarted = false;
 showTheme();
 dark.addEventListener("change", showTheme);
 document.getElementById("theme").addEventListener("click", () => {
@@ -30,6 +39,7 @@ document.getElementById("theme").addEventListener("click", () => {
 for (const button of document.querySelectorAll("nav button")) {
   button.addEventListener("click", () => { location.hash = button.dataset.view; });
 }
-addEventListener("hashchange", () => showView(location.hash.slice(1) || "chat"));
-showView(location.hash === "#operations" ? "operations" : "chat");
-startChat();
+addEventListener("hashchange", () => showView(viewOfHash()));
+showView(viewOfHash());
+await startChat();
+hasStarted = true;
