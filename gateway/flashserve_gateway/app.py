@@ -18,6 +18,7 @@ from .incoming import Bodies
 from .keys import Keyring
 from .metrics import Metrics
 from .middleware import Surround
+from .overload import Lines
 from .pool import Pool
 from .routes import chat, completions, messages, models, operations, page, reference, responses, torchweave
 from .settings import Settings
@@ -36,12 +37,13 @@ def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
     """
     if pool is None:
         clients = [AsyncClient(f"grpc://{address}", model="") for address in settings.triton]
-        pool = Pool(clients, settings.refresh_s)
+        lines = Lines(settings.limits.queue_wait_s, settings.limits.queued)
+        pool = Pool(clients, settings.refresh_s, metrics=settings.triton_metrics, lines=lines)
     gateway = Gateway(
         settings,
         pool,
         Keyring.load(settings.keys_file),
-        Metrics(pool.in_flight),
+        Metrics(pool.in_flight, pool.lines.waiting),
         EngineMetrics(settings.triton_metrics),
         Bodies(settings.limits.bodies_bytes),
     )

@@ -3,10 +3,10 @@
 A keys file is a JSON list; each entry holds the SHA-256 of a key, never the key (`new_key` makes both):
 
     [{"name": "alice", "sha256": "9f86…", "requests_in_flight": 8, "tokens_per_minute": 60000,
-      "models": ["smollm2"], "priority": 0}]
+      "models": ["smollm2"], "priority": 0, "weight": 1}]
 
-All but name and sha256 may be left out: no limit, every model, priority 0. Keys have 256 random bits, so that a plain
-hash protects them as well as a slow one would.
+All but name and sha256 may be left out: no limit, every model, priority 0, weight 1. Keys have 256 random bits, so that
+a plain hash protects them as well as a slow one would.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from typing import Any
 import orjson
 
 from .errors import ApiError, invalid, model_not_found
+from .fair_queue import Share
 
 _MAX_KEY_LENGTH = 512
 _IN_FLIGHT_RETRY_S = 1.0
+_MOST_WEIGHT = 1000
 
 
 class KeysFileError(ValueError):
@@ -44,6 +46,8 @@ class Key:
     models: tuple[str, ...] | None = None
     priority: int = 0
     """Lower goes first. A request may ask for a higher number than its key's, not for a lower one."""
+    weight: int = 1
+    """Its share of engines that are full, beside other keys that wait: of 2 twice the tokens of 1."""
 
 
 _NOBODY = Key("anonymous", "")
@@ -54,6 +58,7 @@ class Caller:
 
     def __init__(self, key: Key, clock: Callable[[], float] = time.monotonic) -> None:
         self.key = key
+        self.share = Share(key.name, key.weight)
         self._clock = clock
         self._in_flight = 0
         self._tokens = float(key.tokens_per_minute or 0)
@@ -229,6 +234,9 @@ def _key(entry: Any, where: str) -> Key:
     priority = entry.get("priority", 0)
     if type(priority) is not int or abs(priority) > 2**31 - 1:
         raise KeysFileError(f"{where}: priority must be a 32-bit integer")
+    weight = entry.get("weight", 1)
+    if type(weight) is not int or not 1 <= weight <= _MOST_WEIGHT:
+        raise KeysFileError(f"{where}: weight must be an integer in [1, {_MOST_WEIGHT}]")
     return Key(
         name=name,
         sha256=digest.lower(),
@@ -236,4 +244,5 @@ def _key(entry: Any, where: str) -> Key:
         tokens_per_minute=entry.get("tokens_per_minute"),
         models=None if models is None else tuple(models),
         priority=priority,
+        weight=weight,
     )
