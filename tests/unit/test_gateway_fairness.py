@@ -19,7 +19,7 @@ from flashserve_gateway.keys import KeysFileError, new_key, read_keys
 from flashserve_gateway.settings import Limits, Settings
 from gateway_peers import Asked, Gate, MemoryTransport, fails, gate, piece
 
-FULL = Unavailable("the queue is full: 2 requests with 6 tokens wait", retry_after_ms=50)
+FULL = Unavailable("the queue is full: 2 requests with 6 tokens wait", retry_after_ms=900)
 
 
 def entry(name: str, cost: int = 100, weight: int = 1, priority: int = 0) -> Entry[str]:
@@ -252,7 +252,7 @@ async def test_refusals_of_other_kinds_and_a_wait_of_zero_are_told_at_once():
         assert len(engine.asked) == 1
     engine = MemoryTransport(fails(FULL))
     async with gate(engine, Settings(limits=Limits(queue_wait_s=0))) as gateway:
-        assert (await gateway.chat()).headers["retry-after-ms"] == "50"
+        assert (await gateway.chat()).headers["retry-after-ms"] == "900"
         assert len(engine.asked) == 1
 
 
