@@ -18,7 +18,7 @@ _LINE = re.compile(
     r"^(vllm:num_requests_running|vllm:num_requests_waiting|vllm:kv_cache_usage_perc"
     r'|flashserve:engine_ready|flashserve:engine_stalled)\{(?:.*,)?model="([^"]*)".*\} (\S+)$',
     re.MULTILINE,
-)  # 1 ms for what a server of three models writes, of which prometheus_client's parser takes 30
+)  # 0.8 ms for the 800 lines of three models, for which prometheus_client's parser takes 37
 
 
 @dataclass

@@ -9,10 +9,12 @@ import sys
 from collections import Counter
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flashserve_client import ConnectionFailed, Unavailable
+from flashserve_gateway.command import main
 from flashserve_gateway.gauges import Gauges, parse_gauges
 from flashserve_gateway.routing import Beginnings, Candidate, beginnings, order
 from flashserve_gateway.settings import Settings
@@ -242,3 +244,44 @@ async def test_with_one_server_nothing_is_hashed():
     async with gate(MemoryTransport(says("a"))) as gateway:
         await gateway.chat(**conversation(1))
         assert len(gateway.pool._beginnings) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--triton", "a:1", "--triton", "b:1", "--triton-metrics", "a:2"], "2 --triton and 1 --triton-metrics"),
+        (["--triton-metrics", "a:2", "--triton-metrics", "b:2"], "1 --triton and 2 --triton-metrics"),
+    ],
+)
+def test_metrics_belong_to_servers(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]):
+    assert main([*arguments, "--check"]) == 1
+    assert words in capsys.readouterr().err
+    assert main(["--triton", "a:1", "--triton-metrics", "a:2", "--queue-wait", "0", "--check"]) == 0
+    with pytest.raises(SystemExit):
+        main(["--queue-wait", "-1"])
+    assert "seconds, 0 or more" in capsys.readouterr().err
+
+
+async def test_what_others_send_to_a_server_is_read_from_its_metrics():
+    """Of nine requests that it says it has, one is ours."""
+
+    async def metrics(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        body = METRICS.encode()
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        writer.close()
+
+    listener = await asyncio.start_server(metrics, "127.0.0.1", 0)
+    address = f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    busy, free = MemoryTransport(names=("a",)), MemoryTransport(names=("a",))
+    settings = Settings(refresh_s=0.02, triton_metrics=(address, "127.0.0.1:1"))
+    async with gate(busy, settings, others=(free,)) as gateway:
+        first = gateway.pool.servers[0]
+        first.in_flight = 1
+        while first.others != 8:
+            await asyncio.sleep(0.005)
+        first.in_flight = 0
+        for _ in range(6):
+            assert (await gateway.chat(model="a")).status_code == 200
+        assert (len(busy.asked), len(free.asked)) == (0, 6)
+    listener.close()
