@@ -46,6 +46,8 @@ class Line:
 
         Raises Unavailable when that does not come in time, or the line is full.
         """
+        if not self._queue:
+            self._last_end = -math.inf  # the time since the last line was no pace
         if had_turn:
             self._queue.push_back(place)
         else:

@@ -209,6 +209,24 @@ async def test_the_wait_is_foretold_from_the_pace_and_the_length():
         assert 1000 < max(int(response.headers["retry-after-ms"]) for response in refused) < 20_000
 
 
+async def test_hours_without_a_line_are_no_pace():
+    engine = Narrow(1)
+    engine.open.set()
+    async with gate(MemoryTransport(engine), Settings(limits=Limits(queue_wait_s=0.3))) as gateway:
+        await asyncio.gather(*(ask(gateway, "x", {}) for _ in range(4)))
+        line = gateway.pool.lines.of("demo")
+        assert line is not None and line._last_end > 0
+        line._last_end -= 3600
+        await asyncio.gather(*(ask(gateway, "x", {}) for _ in range(4)))
+        engine.open.clear()
+        responses = [ask(gateway, "x", {}), ask(gateway, "x", {})]
+        done, _ = await asyncio.wait(responses, return_when=asyncio.FIRST_COMPLETED)
+        (refused,) = done
+        assert int(refused.result().headers["retry-after-ms"]) < 60_000
+        engine.open.set()
+        await asyncio.gather(*responses)
+
+
 async def test_a_line_that_is_full_sends_away_the_greediest(tmp_path: Path):
     headers, settings = keyed(tmp_path, Limits(queue_wait_s=30, queued=10), greedy=1, modest=1)
     engine = Narrow(1, takes_s=0.05)
