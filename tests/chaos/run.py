@@ -101,7 +101,7 @@ async def chaos(server: Server, rng: random.Random, seconds: float, bound_s: flo
         problems += leftovers(server, MODEL)
     again = await answers(server, list(known)[:5])
     problems += [f"after it all: {good}" for good, answer in again.items() if answer != known[good]]
-    wait_until(lambda: State.of(server).descriptors <= before.descriptors, SETTLE_S, poll_s=0.5)
+    wait_until(lambda: State.of(server).descriptors <= before.descriptors + SOME_DESCRIPTORS, SETTLE_S, poll_s=0.5)
     return problems + growth(before, State.of(server), len(breaker.recovery_s.get("kill_stub", ())))
 
 
