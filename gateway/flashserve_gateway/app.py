@@ -19,6 +19,7 @@ from .keys import Keyring
 from .manager import ModelManager
 from .metrics import Metrics
 from .middleware import Surround
+from .overload import Lines
 from .pool import Pool
 from .recent import RecentRequests
 from .routes import (
@@ -50,12 +51,13 @@ def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
     """
     if pool is None:
         clients = [AsyncClient(f"grpc://{address}", model="") for address in settings.triton]
-        pool = Pool(clients, settings.refresh_s)
+        lines = Lines(settings.limits.queue_wait_s, settings.limits.queued)
+        pool = Pool(clients, settings.refresh_s, metrics=settings.triton_metrics, lines=lines)
     gateway = Gateway(
         settings,
         pool,
         Keyring.load(settings.keys_file),
-        Metrics(pool.in_flight),
+        Metrics(pool.in_flight, pool.lines.waiting),
         EngineMetrics(settings.triton_metrics),
         Bodies(settings.limits.bodies_bytes),
         ModelManager(pool),

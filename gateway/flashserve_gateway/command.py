@@ -46,7 +46,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--triton-metrics", action="append", default=[], metavar="HOST:PORT", type=_address,
-        help="the metrics of a tritonserver, for the page's figures; repeatable (default: no figures)",
+        help="the metrics of each tritonserver, in the same order: for the page's figures, and to choose among servers",
     )  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=_port, default=DEFAULT_PORT, help="default: %(default)s; 0: any free one")
@@ -64,6 +64,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--first-token-timeout", type=_seconds, default=limits.first_token_timeout_s, metavar="S",
         help="give a stream up whose first token does not come (default: %(default)g)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--queue-wait", type=_wait, default=limits.queue_wait_s, metavar="S",
+        help="so long requests wait, each key for its share, when the engines' queues are full; 0: they are refused "
+        "at once (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument("--check", action="store_true", help="check the options and the keys file, and end")
     parser.add_argument("--end-with", type=int, metavar="PID", help=argparse.SUPPRESS)  # the launcher's process
@@ -89,8 +94,15 @@ def run_gateway(arguments: argparse.Namespace) -> int:
         port=arguments.port,
         keys_file=arguments.keys,
         cors_origins=tuple(arguments.cors_origin),
-        limits=Limits(body_bytes=arguments.max_body_bytes, first_token_timeout_s=arguments.first_token_timeout),
+        limits=Limits(
+            body_bytes=arguments.max_body_bytes,
+            first_token_timeout_s=arguments.first_token_timeout,
+            queue_wait_s=arguments.queue_wait,
+        ),
     )
+    if settings.triton_metrics and len(settings.triton_metrics) != len(settings.triton):
+        asked = f"{len(settings.triton)} --triton and {len(settings.triton_metrics)} --triton-metrics"
+        return _fail(f"{asked}: they belong together, in order", "give as many of one as of the other, or no metrics")
     logging.basicConfig(format="gateway: %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if settings.keys_file is None and settings.host not in LOOPBACK:
@@ -138,6 +150,13 @@ def _seconds(text: str) -> float:
     seconds = float(text)
     if not 0 < seconds < float("inf"):
         raise argparse.ArgumentTypeError("seconds, more than 0")
+    return seconds
+
+
+def _wait(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError("seconds, 0 or more")
     return seconds
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
@@ -101,7 +102,7 @@ class Call:
         the request in the engine."""
         metrics, limits = self.gateway.metrics, self.gateway.settings.limits
         patience = Patience(limits.first_token_timeout_s if ask.stream else limits.whole_timeout_s)
-        deltas = self.gateway.pool.answer(ask, answer)
+        deltas = self.gateway.pool.answer(ask, answer, self.caller.share, functools.partial(_reserve, ask))
         bar = self.gateway.recent.begin(ask.model)
         try:
             while True:

@@ -3,10 +3,10 @@
 A keys file is a JSON list; each entry holds the SHA-256 of a key, never the key (`new_key` makes both):
 
     [{"name": "alice", "sha256": "9f86…", "requests_in_flight": 8, "tokens_per_minute": 60000,
-      "models": ["smollm2"], "priority": 0, "admin": false}]
+      "models": ["smollm2"], "priority": 0, "weight": 1, "admin": false}]
 
-All but name and sha256 may be left out: no limit, every model, priority 0, no say in which models are loaded. Keys have
-256 random bits, so that a plain hash protects them as well as a slow one would.
+All but name and sha256 may be left out: no limit, every model, priority 0, weight 1, no say in which models are loaded.
+Keys have 256 random bits, so that a plain hash protects them as well as a slow one would.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from typing import Any
 import orjson
 
 from .errors import ApiError, invalid, model_not_found
+from .fair_queue import Share
 
 _MAX_KEY_LENGTH = 512
 _IN_FLIGHT_RETRY_S = 1.0
+_MOST_WEIGHT = 1000
 
 
 class KeysFileError(ValueError):
@@ -46,6 +48,8 @@ class Key:
     """Lower goes first. A request may ask for a higher number than its key's, not for a lower one."""
     admin: bool = False
     """May load and unload models: any that the server's machine can read."""
+    weight: int = 1
+    """Its share of engines that are full, beside other keys that wait: of 2 twice the tokens of 1."""
 
 
 _NOBODY = Key("anonymous", "")
@@ -56,6 +60,7 @@ class Caller:
 
     def __init__(self, key: Key, clock: Callable[[], float] = time.monotonic) -> None:
         self.key = key
+        self.share = Share(key.name, key.weight)
         self._clock = clock
         self._in_flight = 0
         self._tokens = float(key.tokens_per_minute or 0)
@@ -234,6 +239,9 @@ def _key(entry: Any, where: str) -> Key:
     admin = entry.get("admin", False)
     if type(admin) is not bool:
         raise KeysFileError(f"{where}: admin must be true or false")
+    weight = entry.get("weight", 1)
+    if type(weight) is not int or not 1 <= weight <= _MOST_WEIGHT:
+        raise KeysFileError(f"{where}: weight must be an integer in [1, {_MOST_WEIGHT}]")
     return Key(
         name=name,
         sha256=digest.lower(),
@@ -242,4 +250,5 @@ def _key(entry: Any, where: str) -> Key:
         models=None if models is None else tuple(models),
         priority=priority,
         admin=admin,
+        weight=weight,
     )

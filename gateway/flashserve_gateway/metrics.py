@@ -15,8 +15,8 @@ _MODEL_NAME_LENGTH = 100
 class Metrics:
     """What happened since the start."""
 
-    def __init__(self, in_flight: Callable[[], float]) -> None:
-        """``in_flight`` is asked whenever metrics are read."""
+    def __init__(self, in_flight: Callable[[], float], waiting: Callable[[], float]) -> None:
+        """``in_flight`` and ``waiting`` are asked whenever metrics are read."""
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             f"{_PREFIX}requests", "Answers by endpoint and status; 499: the client had gone",
@@ -34,6 +34,9 @@ class Metrics:
             ("endpoint",), buckets=_SECONDS, registry=registry,
         )  # fmt: skip
         Gauge(f"{_PREFIX}requests_in_flight", "Requests in an engine", registry=registry).set_function(in_flight)
+        Gauge(
+            f"{_PREFIX}requests_waiting", "Requests that wait since the engines' queues are full", registry=registry
+        ).set_function(waiting)
 
     def text(self) -> bytes:
         """All of them."""

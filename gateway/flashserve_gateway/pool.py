@@ -10,9 +10,11 @@ import logging
 import math
 import random
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import httpx
 
 from flashserve_client import (
     AsyncClient,
@@ -27,6 +29,10 @@ from flashserve_client import (
 from flashserve_client.request import Prompt
 
 from .errors import model_not_found, model_unavailable
+from .fair_queue import Share
+from .gauges import Gauges, read_gauges
+from .overload import Lines
+from .routing import Beginnings, Candidate, beginnings, order
 
 log = logging.getLogger("flashserve_gateway")
 
@@ -40,6 +46,8 @@ _PROBE_MESSAGES = [{"role": "user", "content": "hello"}]
 _ENDING_LIFETIME_S = 60.0
 _KNOWN_ENDINGS = 1024
 _PROBE_LIFETIME_S = 2.0  # a probe is a request to the engine: a load balancer's every second must not be one each
+_EVERYBODY = Share()
+_NO_GAUGES = Gauges()
 
 
 @dataclass(frozen=True)
@@ -77,9 +85,19 @@ class Server:
     client: AsyncClient
     models: dict[str, ModelInfo] = field(default_factory=dict)
     """What it said when it last answered: of a model's versions the one of most use."""
+    metrics: str = ""
+    """HOST:PORT where it says how its engines are; empty: nowhere."""
+    gauges: Mapping[str, Gauges] = field(default_factory=dict)
+    """What it said there, by model."""
     in_flight: int = 0
+    others: int = 0
+    """Requests that it had then and that are not ours."""
     error: str = _NOT_ASKED
     """Why it cannot be used; empty if it can."""
+
+    def gauges_of(self, model: str) -> Gauges:
+        """What is known of a model's engines; where nothing is, they are taken to be well."""
+        return self.gauges.get(model, _NO_GAUGES)
 
 
 @dataclass(frozen=True)
@@ -93,8 +111,26 @@ class Readiness:
 class Pool:
     """Knows the servers' models, looks after them once in `refresh_s` seconds, and sends requests their way."""
 
-    def __init__(self, clients: Sequence[AsyncClient], refresh_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        clients: Sequence[AsyncClient],
+        refresh_s: float = 1.0,
+        *,
+        metrics: Sequence[str] = (),
+        lines: Lines | None = None,
+    ) -> None:
+        """
+        Args:
+            metrics: HOST:PORT of each client's server's metrics, or none at all; of a single server they are not asked.
+            lines: where requests wait while engines are full; None: they do not.
+        """
         self.servers = [Server(client) for client in clients]
+        for server, address in zip(self.servers, metrics, strict=False):
+            server.metrics = address
+        self.lines = lines if lines is not None else Lines(0.0, 0)
+        self._beginnings = Beginnings()
+        self._http = httpx.AsyncClient(trust_env=False) if metrics and len(clients) > 1 else None
+        self._random = random.Random()
         self._refresh_s = refresh_s
         self._task: asyncio.Task[None] | None = None
         self._since: dict[str, int] = {}
@@ -117,6 +153,8 @@ class Pool:
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
         await asyncio.gather(*(server.client.aclose() for server in self.servers))
+        if self._http is not None:
+            await self._http.aclose()
 
     @property
     def models(self) -> dict[str, int]:
@@ -153,27 +191,45 @@ class Pool:
                 self._readiness = (time.monotonic(), found)
             return self._readiness[1]
 
-    async def answer(self, ask: Ask, into: Answer) -> AsyncGenerator[Delta, None]:
+    async def answer(
+        self, ask: Ask, into: Answer, share: Share = _EVERYBODY, cost: Callable[[], int] = lambda: 1
+    ) -> AsyncGenerator[Delta, None]:
         """The pieces of an answer; the whole is in `into.result` at the end. Raises FlashserveError.
 
-        Another server is tried while nothing has come. Closing the generator ends the request in the engine.
+        Another server is tried while nothing has come, and a full engine is waited for. Closing the generator ends the
+        request in the engine.
+
+        Args:
+            share: whose turn it is when several wait.
+            cost: tells the tokens that it will probably be charged; asked only when it has to wait.
         """
-        candidates = self._candidates(ask.model)
-        if not candidates:
-            raise Unavailable("no server can be reached", retry_after_ms=1000)
-        for server in candidates:
-            server.in_flight += 1
-            try:
-                async with contextlib.aclosing(_pieces(server.client, ask, into)) as pieces:
-                    async for delta in pieces:
-                        into.began = True
-                        yield delta
-                return
-            except (ConnectionFailed, Unavailable):
-                if into.began or server is candidates[-1]:
-                    raise
-            finally:
-                server.in_flight -= 1
+        hashes = _beginnings_of(ask) if len(self.servers) > 1 else []
+        async with self.lines.turn(ask.model, share, cost, ask.priority) as turn:
+            while True:
+                candidates = self._route(ask.model, hashes)
+                refusals: list[FlashserveError] = []
+                for index in candidates:
+                    server = self.servers[index]
+                    self._beginnings.add(hashes, index)
+                    server.in_flight += 1
+                    try:
+                        async with contextlib.aclosing(_pieces(server.client, ask, into)) as pieces:
+                            async for delta in pieces:
+                                into.began = True
+                                yield delta
+                        return
+                    except (ConnectionFailed, Unavailable) as error:
+                        if into.began:
+                            raise
+                        refusals.append(error)
+                    finally:
+                        server.in_flight -= 1
+                if not refusals:
+                    raise Unavailable("no server can be reached", retry_after_ms=1000)
+                full = [error for error in refusals if isinstance(error, Unavailable) and error.is_full]
+                if not full:
+                    raise refusals[-1]
+                await turn.again(full[-1])
 
     async def tokenize(self, model: str, prompt: Any, template: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a text, or of messages with what else their template takes. Raises FlashserveError."""
@@ -216,6 +272,19 @@ class Pool:
         await asyncio.gather(*(self._ask(server) for server in self.servers))
         self._refreshed = time.monotonic()
 
+    def _route(self, model: str, hashes: Sequence[int]) -> list[int]:
+        """The servers that may answer, by number, in the order in which they are to be tried."""
+        having = [index for index, server in enumerate(self.servers) if not server.error and self._has(server, model)]
+        if len(having) < 2:
+            return having
+        well = [index for index in having if self.servers[index].gauges_of(model).is_healthy]
+        candidates = []
+        for index in well or having:  # gauges are a second old: an engine itself says whether it is there
+            server = self.servers[index]
+            load, kv_usage = server.in_flight + server.others, server.gauges_of(model).kv_usage
+            candidates.append(Candidate(index, load, kv_usage))
+        return order(candidates, self._beginnings.lengths(hashes), self._random)
+
     def _any_client(self, model: str) -> AsyncClient:
         candidates = self._candidates(model)
         if not candidates:
@@ -239,6 +308,8 @@ class Pool:
         except Exception as error:  # of whatever kind: the next round asks again
             is_new = server.error in ("", _NOT_ASKED)  # told once, not every second
             is_expected = isinstance(error, (FlashserveError, asyncio.TimeoutError))
+            if is_new:  # whatever it had computed is most likely gone
+                self._beginnings.forget(self.servers.index(server))
             server.error = str(error) or f"no answer within {_INDEX_TIMEOUT_S:g} s"
             if is_new:
                 log.warning("%s: %s", server.client.url, server.error, exc_info=None if is_expected else error)
@@ -249,6 +320,10 @@ class Pool:
             self._since.setdefault(info.name, int(time.time()))
         server.models = {info.name: info for info in sorted(models, key=_use)}
         server.error = ""
+        if self._http is not None and server.metrics:
+            server.gauges = await read_gauges(self._http, server.metrics)
+            requests = sum(gauges.requests for gauges in server.gauges.values())
+            server.others = max(0, requests - server.in_flight)
 
     async def _keep_fresh(self) -> None:
         while True:
@@ -272,6 +347,12 @@ class Pool:
                 return health.engine_ready, health.detail
         # Why a server cannot be reached holds its address, which is the log's and not everybody's.
         return False, "its server cannot be reached"
+
+
+def _beginnings_of(ask: Ask) -> list[int]:
+    """By what servers are told apart that have computed some of it. Tools stand before the messages in a template."""
+    seed = [ask.params.get(name) for name in ("cache_salt", "tools", "chat_template_kwargs")]
+    return beginnings([ask.model, *seed], ask.prompt)
 
 
 def _use(info: ModelInfo) -> int:

@@ -32,6 +32,11 @@ class Limits:
     """An answer that is sent at once is cancelled when it is not complete by then."""
     slow_reader_timeout_s: float = 60.0
     """A client that does not read for so long loses its connection: its tokens would wait in tritonserver."""
+    queue_wait_s: float = 4.0
+    """So long a request waits for an engine whose queue is full; 0: it is refused at once. Less than `keep_alive_s`, or
+    a stream would be refused after its status was sent."""
+    queued: int = 256
+    """Requests that wait so for one model. Each may hold a body of the largest size."""
     prompts: int = 64
     """Of one request to /v1/completions."""
     embedding_inputs: int = 2048
@@ -49,7 +54,8 @@ class Settings:
     triton: tuple[str, ...] = (DEFAULT_TRITON,)
     """HOST:PORT of each server's gRPC endpoint."""
     triton_metrics: tuple[str, ...] = ()
-    """HOST:PORT of each server's metrics, for the page; the figures are left out without."""
+    """HOST:PORT of each server's metrics, as many as servers and in their order: figures of the page, and what routing
+    knows beside our own requests. Both are left out without."""
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
     keys_file: Path | None = None

@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+import httpx
 import psutil
 
 from async_requests import engine_of
@@ -38,6 +39,18 @@ class Breaker:
         self.note_fault()  # until here
         self.recovery_s.setdefault(action.__name__, []).append(time.monotonic() - started)
 
+    async def break_gateway(self) -> None:
+        """Kills it whatever else is broken at that moment, and waits until it answers again."""
+        started = time.monotonic()
+        self.note_fault()
+        self._gateway().kill()
+        while not await asyncio.to_thread(self._gateway_answers):
+            self.note_fault()  # it may be away for longer than a fault excuses
+            assert time.monotonic() < started + RECOVERY_BOUND_S, "the gateway does not come back"
+            await asyncio.sleep(0.2)
+        self.note_fault()
+        self.recovery_s.setdefault("kill_gateway", []).append(time.monotonic() - started)
+
     async def kill_engine(self) -> None:
         self._engine().kill()
 
@@ -57,6 +70,16 @@ class Breaker:
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, self.server.unload, self.model)
         await loop.run_in_executor(None, self.server.load, self.model)
+
+    def _gateway_answers(self) -> bool:
+        try:
+            return HTTP.get(f"{self.server.gateway}/live", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def _gateway(self) -> psutil.Process:
+        (pid,) = [pid for pid, words in self.server.processes().items() if "flashserve_gateway" in words]
+        return psutil.Process(pid)
 
     def _engine(self) -> psutil.Process:
         return engine_of(self.server, self.model)
@@ -91,7 +114,8 @@ class State:
         for pid, words in server.processes().items():
             process = psutil.Process(pid)
             line = " ".join(words)
-            kind = next((kind for kind in ("flashserve.engine", "stub", "tritonserver") if kind in line), "launcher")
+            kinds = ("flashserve.engine", "flashserve_gateway", "stub", "tritonserver")
+            kind = next((kind for kind in kinds if kind in line), "launcher")
             memory[kind] = memory.get(kind, 0) + process.memory_full_info().uss
             descriptors += process.num_fds()
         assert server.launcher is not None

@@ -5,9 +5,11 @@
     make chaos ARGS="--minutes 30 --seed 7"
     make chaos ARGS="--ends 20"                 instead: how streams end with their server, counted in 20 tries
 
-A real tritonserver serves the demo model in float32. Each good request's answer is known from asking for it alone;
-whatever else happens it must be that answer, or near a fault a typed error, within its bound. Faults: the engine killed
-or stopped, the stub killed, the model loaded anew. The exit status is 0 if nothing was wrong.
+A real tritonserver serves the demo model in float32, with a gateway in front. Each good request's answer is known from
+asking for it alone; whatever else happens it must be that answer, or near a fault a typed error, within its bound, and
+what came before an error must be the answer's beginning. A third of the clients ask through the gateway. Faults: the
+engine killed or stopped, the stub or the gateway killed, the model loaded anew. The exit status is 0 if nothing was
+wrong.
 """
 
 from __future__ import annotations
@@ -20,21 +22,26 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
+
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "support")]
 
 from ends import count_ends  # noqa: E402
 from faults import Breaker, State, leftovers  # noqa: E402
-from traffic import Good, Tally, ask, good_requests, leave, offend  # noqa: E402
+from through_gateway import GatewayClient  # noqa: E402
+from traffic import Client, Good, Tally, ask, good_requests, leave, offend  # noqa: E402
 
+from flashserve.launcher.gateway import STABLE_AFTER_S  # noqa: E402
 from flashserve_client import AsyncClient  # noqa: E402
-from harness import ROOT, Server, wait_until  # noqa: E402
+from harness import HTTP, ROOT, Server, wait_until  # noqa: E402
 
 Answers = dict[Good, tuple[str, str]]
 
 MODEL = "demo"
 WEIGHTS = ROOT / "model_repository" / "demo" / "1" / "weights"
-CLIENTS, LEAVERS, OFFENDERS = 8, 2, 2
+CLIENTS, LEAVERS, OFFENDERS = 9, 2, 2
+PROTOCOLS = ("grpc", "http", "gateway")
 FAULT_EVERY_S = 6.0
 SOME_DESCRIPTORS = 8  # of connections that are just being closed
 # Triton 2.51 never ends the requests that a killed stub had open, and so keeps its region of shared memory (open and
@@ -59,8 +66,9 @@ def main() -> int:
     if args.ends:
         return verdict(count_ends(args.ends))
     settings = {"model": str(WEIGHTS), "device": "cpu", "dtype": "float32", "kv_cache_memory_bytes": 64 << 20}
-    server = Server({MODEL: settings})
+    server = Server({MODEL: settings}, gateway=True)
     with server:
+        wait_gateway(server)
         problems = asyncio.run(chaos(server, random.Random(args.seed), args.minutes * 60, args.bound))
         if problems and args.log:
             args.log.write_text(server.log)
@@ -85,6 +93,7 @@ async def chaos(server: Server, rng: random.Random, seconds: float, bound_s: flo
         *(leaving(server, known, random.Random(rng.random()), end, tally) for _ in range(LEAVERS)),
         *(offending(server, random.Random(rng.random()), end, tally) for _ in range(OFFENDERS)),
         breaking(breaker, end),
+        breaking_gateway(breaker, end),
         progress(tally, end),
     )
     show(tally, breaker)
@@ -93,8 +102,20 @@ async def chaos(server: Server, rng: random.Random, seconds: float, bound_s: flo
         problems += leftovers(server, MODEL)
     again = await answers(server, list(known)[:5])
     problems += [f"after it all: {good}" for good, answer in again.items() if answer != known[good]]
-    wait_until(lambda: State.of(server).descriptors <= before.descriptors, SETTLE_S, poll_s=0.5)
+    wait_until(lambda: State.of(server).descriptors <= before.descriptors + SOME_DESCRIPTORS, SETTLE_S, poll_s=0.5)
     return problems + growth(before, State.of(server), len(breaker.recovery_s.get("kill_stub", ())))
+
+
+def wait_gateway(server: Server) -> None:
+    """The launcher does not wait for it."""
+
+    def is_ready() -> bool:
+        try:
+            return HTTP.get(f"{server.gateway}/ready", timeout=10).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    assert wait_until(is_ready, 30), server.log[-4000:]
 
 
 async def answers(server: Server, requests: list[Good]) -> Answers:
@@ -103,13 +124,15 @@ async def answers(server: Server, requests: list[Good]) -> Answers:
         return {good: await good.send(one, stream=False) for good in requests}
 
 
-def client(server: Server, protocol: str, timeout_s: float) -> AsyncClient:
+def client(server: Server, protocol: str, timeout_s: float) -> Client:
+    if protocol == "gateway":
+        return GatewayClient(server.gateway, MODEL, timeout_s)
     url = f"grpc://{server.grpc}" if protocol == "grpc" else server.http
     return AsyncClient(url, model=MODEL, timeout_s=timeout_s)
 
 
 async def asking(server: Server, known: Answers, rng: random.Random, end: float, tally: Tally, index: int) -> None:
-    async with client(server, ("grpc", "http")[index % 2], tally.bound_s) as one:
+    async with client(server, PROTOCOLS[index % len(PROTOCOLS)], tally.bound_s) as one:
         while time.monotonic() < end:
             good = rng.choice(list(known))
             if not await ask(good, known[good], one, rng.random() < 0.7, tally):
@@ -117,7 +140,7 @@ async def asking(server: Server, known: Answers, rng: random.Random, end: float,
 
 
 async def leaving(server: Server, known: Answers, rng: random.Random, end: float, tally: Tally) -> None:
-    async with client(server, rng.choice(("grpc", "http")), tally.bound_s) as one:
+    async with client(server, rng.choice(PROTOCOLS), tally.bound_s) as one:
         while time.monotonic() < end:
             await leave(rng.choice(list(known)), one, rng, tally)
 
@@ -132,6 +155,14 @@ async def breaking(breaker: Breaker, end: float) -> None:
     while time.monotonic() < end - FAULT_EVERY_S:
         await asyncio.sleep(breaker.rng.random() * FAULT_EVERY_S)
         await breaker.break_something()
+
+
+async def breaking_gateway(breaker: Breaker, end: float) -> None:
+    wait_s = FAULT_EVERY_S * breaker.rng.random()
+    while time.monotonic() + wait_s < end - FAULT_EVERY_S:
+        await asyncio.sleep(wait_s)
+        await breaker.break_gateway()
+        wait_s = STABLE_AFTER_S * breaker.rng.uniform(1, 2)  # sooner, the launcher would take ever longer each time
 
 
 async def progress(tally: Tally, end: float) -> None:

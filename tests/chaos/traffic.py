@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+from through_gateway import GatewayClient
 
 from flashserve_client import AsyncClient, FlashserveError
+
+Client = AsyncClient | GatewayClient
 
 PIECES = ("def ", "import os\n", "class Node:\n    ", "for x in range(", "return ", "# Sort the list\n", "try:\n    ",
           "with open(", "self.", "raise ValueError(", "print(", "if __name__", "lambda x: ", "assert ")  # fmt: skip
@@ -25,14 +28,16 @@ class Good:
     prompt: str
     params: dict[str, Any]
 
-    async def send(self, client: AsyncClient, stream: bool) -> tuple[str, str]:
-        """Text and finish reason."""
+    async def send(self, client: Client, stream: bool, pieces: list[str] | None = None) -> tuple[str, str]:
+        """Text and finish reason; ``pieces`` of a stream are there also if it fails."""
+        pieces = [] if pieces is None else pieces
         if not stream:
             result = await client.generate(self.prompt, **self.params)
             return result.text, str(result.finish_reason)
         async with client.stream(self.prompt, **self.params) as answer:
-            text = "".join([delta.text async for delta in answer])
-            return text, str(answer.result.finish_reason)
+            async for delta in answer:
+                pieces.append(delta.text)
+            return "".join(pieces), str(answer.result.finish_reason)
 
 
 def good_requests(rng: random.Random, count: int) -> list[Good]:
@@ -71,15 +76,18 @@ class Tally:
         return any(started - grace_s <= fault <= time.monotonic() for fault in self.faults)
 
 
-async def ask(good: Good, expected: tuple[str, str], client: AsyncClient, stream: bool, tally: Tally) -> bool:
+async def ask(good: Good, expected: tuple[str, str], client: Client, stream: bool, tally: Tally) -> bool:
     """Send it and judge what comes; whether there was an answer. An error is right only near a fault; a wrong or cut
     answer never is."""
     started = time.monotonic()
+    pieces: list[str] = []
     try:
-        answer = await asyncio.wait_for(good.send(client, stream), tally.bound_s + 5)
+        answer = await asyncio.wait_for(good.send(client, stream, pieces), tally.bound_s + 5)
     except FlashserveError as error:
         kind = type(error).__name__
         tally.counts[f"answered {kind}"] += 1
+        if not expected[0].startswith("".join(pieces)):
+            tally.wrong.append(f"before {kind}: {good}\n    expected {expected[0]}\n    began    {''.join(pieces)}")
         if not tally.excuses(started, tally.bound_s):
             tally.wrong.append(f"{kind} without a fault: {error}")
         return False
@@ -93,7 +101,7 @@ async def ask(good: Good, expected: tuple[str, str], client: AsyncClient, stream
     return True
 
 
-async def leave(good: Good, client: AsyncClient, rng: random.Random, tally: Tally) -> None:
+async def leave(good: Good, client: Client, rng: random.Random, tally: Tally) -> None:
     """Go away in the middle."""
     task = asyncio.create_task(good.send(client, stream=True))
     await asyncio.sleep(rng.random() * 0.5)

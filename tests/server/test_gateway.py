@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -241,23 +242,19 @@ def test_log_probabilities(client: openai.OpenAI):
     assert max(lists.token_logprobs[1:]) < 0 and len(lists.tokens) == scored.usage.prompt_tokens
 
 
-def test_a_full_queue_says_when_to_come_again(server: Server, client: openai.OpenAI):
-    body = {"model": "narrow", "prompt": [1], "max_tokens": 400, "stream": True}
-    with httpx.Client(base_url=server.gateway, trust_env=False, timeout=30) as http:
-        streams = [
-            threading.Thread(target=http.post, args=("/v1/completions",), kwargs={"json": body}) for _ in range(3)
-        ]
-        streams[0].start()
-        assert wait_until(lambda: server.metric("vllm:num_requests_running", model="narrow") == 1, 5)
-        for stream in streams[1:]:
-            stream.start()
-        assert wait_until(lambda: server.metric("vllm:num_requests_waiting", model="narrow") == 2, 5)
-        with pytest.raises(openai.InternalServerError) as raised:
-            client.completions.create(model="narrow", prompt=[1], max_tokens=1)
-        assert raised.value.status_code == 503
-        assert float(raised.value.response.headers["retry-after"]) > 0
-        for stream in streams:
-            stream.join()
+def test_a_full_queue_is_waited_for_and_then_says_when_to_come_again(server: Server, client: openai.OpenAI):
+    connections = open_streams(server, "narrow", 3)
+    with pytest.raises(openai.InternalServerError, match="queue is full") as raised:
+        client.completions.create(model="narrow", prompt=[1], max_tokens=1)
+    assert raised.value.status_code == 503
+    assert float(raised.value.response.headers["retry-after"]) > 0
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.completions.create, model="narrow", prompt=[1], max_tokens=2)
+        assert wait_until(lambda: "requests_waiting 1.0" in HTTP.get(f"{server.gateway}/metrics").text, 3)
+        for connection in connections:
+            connection.close()
+        assert waiting.result().choices[0].text == letters(1, 2)
+    wait_idle(server, "narrow")
 
 
 # --- clients that leave ------------------------------------------------------------------------------------------
@@ -267,18 +264,23 @@ def test_a_full_queue_says_when_to_come_again(server: Server, client: openai.Ope
 @pytest.mark.parametrize("model", ["paced", "narrow"])
 def test_a_client_that_leaves_frees_its_blocks(server: Server, model: str, stream: str):
     """Of `narrow` three ask and one runs: those that wait leave, too."""
+    for connection in open_streams(server, model, 3, stream):
+        connection.close()
+    wait_idle(server, model)
+
+
+def open_streams(server: Server, model: str, number: int, stream: str = "true") -> list[socket.socket]:
+    """Requests of many seconds, whose connections are to be closed."""
     host, port = server.gateway.removeprefix("http://").split(":")
     body = f'{{"model": "{model}", "prompt": [1, 2], "max_tokens": 4000, "stream": {stream}}}'
     lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
     head = "\r\n".join([*lines, f"Content-Length: {len(body)}"])
     names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
-    connections = [socket.create_connection((host, int(port))) for _ in range(3)]
+    connections = [socket.create_connection((host, int(port))) for _ in range(number)]
     for count, connection in enumerate(connections, 1):  # one by one: three at once may find the queue of two full
         connection.sendall(f"{head}\r\n\r\n{body}".encode())
         assert wait_until(lambda: sum(server.metric(name, model=model) for name in names) == count, 5)  # noqa: B023
-    for connection in connections:
-        connection.close()
-    wait_idle(server, model)
+    return connections
 
 
 # --- models ------------------------------------------------------------------------------------------------------

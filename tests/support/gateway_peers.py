@@ -16,9 +16,10 @@ from flashserve_client import AsyncClient, ModelInfo
 from flashserve_client.request import InferRequest
 from flashserve_client.transport import NO_FILES, Chunk
 from flashserve_gateway.app import create_app
+from flashserve_gateway.overload import Lines
 from flashserve_gateway.pool import Pool
 from flashserve_gateway.protocol import bounded_protocol
-from flashserve_gateway.settings import Settings
+from flashserve_gateway.settings import Limits, Settings
 
 Script = Callable[["Asked"], AsyncIterator[Chunk]]
 
@@ -202,6 +203,8 @@ class Gate:
         return await asyncio.wait_for(wait(), within_s)
 
 
+AT_ONCE = Settings(limits=Limits(queue_wait_s=0))
+"""What an engine refuses is refused at once."""
 CHAT: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -210,8 +213,10 @@ async def gate(
     engine: MemoryTransport | None = None, settings: Settings | None = None, others: tuple[MemoryTransport, ...] = ()
 ) -> AsyncIterator[Gate]:
     """A gateway on a free port, in this event loop, in front of engines in memory."""
-    engine, settings = engine or MemoryTransport(), settings or Settings()
-    pool = Pool([AsyncClient(model="", transport=transport) for transport in (engine, *others)], settings.refresh_s)
+    engine, settings = engine or MemoryTransport(), settings or AT_ONCE
+    clients = [AsyncClient(model="", transport=transport) for transport in (engine, *others)]
+    lines = Lines(settings.limits.queue_wait_s, settings.limits.queued)
+    pool = Pool(clients, settings.refresh_s, metrics=settings.triton_metrics, lines=lines)
     config = uvicorn.Config(
         create_app(settings, pool), port=0, http=bounded_protocol(settings.limits), log_config=None, access_log=False,
         timeout_graceful_shutdown=1,
