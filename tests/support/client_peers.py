@@ -94,6 +94,11 @@ class Peer:
         """What the last load brought along."""
         self.port = 0
 
+    def statistics(self) -> list[dict[str, str]]:
+        """Of every model that is ready, as Triton has them."""
+        ready = [model["name"] for model in self.index if model["state"] == "READY"]
+        return [{"name": name, "version": "1"} for name in (*ready, *self.ready_beside)]
+
     @property
     def url(self) -> str:
         raise NotImplementedError
@@ -159,8 +164,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         return service_pb2.RepositoryIndexResponse(models=self.peer.index)
 
     async def ModelStatistics(self, request: Any, context: Any) -> Any:
-        rows = [{"name": name, "version": "1"} for name in ("demo", *self.peer.ready_beside)]
-        return service_pb2.ModelStatisticsResponse(model_stats=rows)
+        return service_pb2.ModelStatisticsResponse(model_stats=self.peer.statistics())
 
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
         self.peer.given = {
@@ -251,8 +255,7 @@ class HttpPeer(Peer):
         elif parts[-1] == "index":
             _reply(writer, 200, self.index)
         elif parts[-1] == "stats":
-            rows = [{"name": name, "version": "1"} for name in ("demo", *self.ready_beside)]
-            _reply(writer, 200, {"model_stats": rows})
+            _reply(writer, 200, {"model_stats": self.statistics()})
         else:
             good = self.live if parts[-1] == "live" else self.ready
             _reply(writer, 200 if good else 400, None)
