@@ -246,7 +246,7 @@ class HttpPeer(Peer):
             if parts[-2] == "broken":
                 _reply(writer, 400, {"error": "load failed for model 'broken'"})
                 return
-            given = json.loads(body).get("parameters", {})
+            given = json.loads(body or "{}").get("parameters", {})
             self.given = {
                 name: value.encode() if name == "config" else base64.b64decode(value) for name, value in given.items()
             }
