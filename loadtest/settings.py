@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -53,10 +54,12 @@ def _parameter(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise ValueError(f"{text!r}: must be NAME=VALUE")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+    parsed: Any = value
+    with contextlib.suppress(ValueError):  # else it is a string
+        parsed = json.loads(value)
+    if name == "n" and parsed != 1:
+        raise ValueError(f"{text!r}: a load test measures one sample of each request")
+    return name, parsed
 
 
 _SHARE = _number(0, 1)

@@ -293,7 +293,7 @@ def test_objectives_decide_the_exit_code(loaded: Server, tmp_path: Path) -> None
     ("words", "code", "says"),
     [(["grpc://127.0.0.1:1", "--rate", "1"], 1, "127.0.0.1:1"), (["HTTP", "--model", "nobody"], 1, "nobody"),
      (["HTTP", "--model", "paced", "--param", "top_p=7"], 1, "top_p"),
-     (["HTTP", "--model", "paced", "--param", "n=2"], 1, "one sample"), (["HTTP"], 2, "(paced, slow, stalled)"),
+     (["HTTP", "--model", "paced", "--param", "n=2"], 2, "one sample"), (["HTTP"], 2, "(paced, slow, stalled)"),
      (["--report", "/proc/none"], 2, "/proc/none"),
      (["x"], 2, "must be grpc"),
      (["--users", "0"], 2, "whole number"), (["--users", "2", "--rate", "2"], 2, "closed loop")],
