@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 
 from flashserve_client import AsyncClient
 
+from .batch.batches import Batches
 from .engine_metrics import EngineMetrics
 from .errors import ApiError, body_for
 from .gateway import Gateway
@@ -24,9 +25,11 @@ from .pool import Pool
 from .recent import RecentRequests
 from .routes import (
     admin,
+    batches,
     chat,
     completions,
     embeddings,
+    files,
     messages,
     models,
     operations,
@@ -47,7 +50,8 @@ def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
     Args:
         pool: what answers instead of the servers that `settings.triton` names; the application ends it.
 
-    Raises KeysFileError for a keys file that cannot be used, ValueError for a bad address.
+    Raises KeysFileError for a keys file that cannot be used, DataFolderError for such a folder, ValueError for a bad
+    address.
     """
     if pool is None:
         clients = [AsyncClient(f"grpc://{address}", model="") for address in settings.triton]
@@ -64,12 +68,18 @@ def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
         RecentRequests(),
     )
 
+    kept = None if settings.data_dir is None else Batches(gateway)
+
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await gateway.pool.start()
+        if kept is not None:
+            kept.start()
         try:
             yield
         finally:
+            if kept is not None:
+                await kept.aclose()
             await gateway.manager.aclose()
             await gateway.engine_metrics.aclose()
             await gateway.pool.aclose()
@@ -81,6 +91,9 @@ def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
     app.add_exception_handler(HTTPException, _answer_http_error)
     for module in (chat, completions, embeddings, responses, messages, torchweave, models, admin, operations, page):
         app.include_router(module.routes(gateway))
+    if kept is not None:
+        app.include_router(files.routes(gateway, kept))
+        app.include_router(batches.routes(gateway, kept))
     app.include_router(reference.routes(app))
     if settings.cors_origins:
         app.add_middleware(

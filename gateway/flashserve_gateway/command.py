@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from .settings import DEFAULT_PORT, DEFAULT_TRITON, LOOPBACK, Limits, Settings
 
-_NEEDED = ("fastapi", "uvicorn", "uvloop", "httptools", "openai", "orjson", "prometheus_client")
+_NEEDED = ("fastapi", "uvicorn", "uvloop", "httptools", "openai", "orjson", "prometheus_client", "python_multipart")
 
 EXAMPLES = """\
 examples:
@@ -70,6 +71,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="so long requests wait, each key for its share, when the engines' queues are full; 0: they are refused "
         "at once (default: %(default)g)",
     )  # fmt: skip
+    parser.add_argument(
+        "--data-dir", metavar="DIR", type=Path,
+        help="where files and batches are kept, for this gateway alone (default: flashserve/gateway-PORT below "
+        "$XDG_DATA_HOME or ~/.local/share; with --port 0 there are none)",
+    )  # fmt: skip
     parser.add_argument("--check", action="store_true", help="check the options and the keys file, and end")
     parser.add_argument("--end-with", type=int, metavar="PID", help=argparse.SUPPRESS)  # the launcher's process
     parser.set_defaults(run=run_gateway)
@@ -80,6 +86,7 @@ def run_gateway(arguments: argparse.Namespace) -> int:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         return _fail(f"the gateway needs {', '.join(missing)}", "pip install 'flashserve[gateway]'")
+    from .batch.records import DataFolderError
     from .keys import Keyring, KeysFileError, new_key
     from .server import CannotListen, serve
 
@@ -94,6 +101,7 @@ def run_gateway(arguments: argparse.Namespace) -> int:
         port=arguments.port,
         keys_file=arguments.keys,
         cors_origins=tuple(arguments.cors_origin),
+        data_dir=arguments.data_dir or _data_dir(arguments.port),
         limits=Limits(
             body_bytes=arguments.max_body_bytes,
             first_token_timeout_s=arguments.first_token_timeout,
@@ -105,6 +113,7 @@ def run_gateway(arguments: argparse.Namespace) -> int:
         return _fail(f"{asked}: they belong together, in order", "give as many of one as of the other, or no metrics")
     logging.basicConfig(format="gateway: %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a form that is wrong is its sender's matter
     if settings.keys_file is None and settings.host not in LOOPBACK:
         logging.warning("it listens on %s and asks for no key: everybody who reaches it may use it", settings.host)
     try:
@@ -116,6 +125,8 @@ def run_gateway(arguments: argparse.Namespace) -> int:
         return _fail(str(error), "flashserve gateway --new-key NAME prints an entry")
     except CannotListen as error:
         return _fail(str(error), "choose another with --port PORT (0 takes any free one)")
+    except DataFolderError as error:
+        return _fail(str(error), "choose another with --data-dir DIR")
     return 0
 
 
@@ -125,6 +136,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_options(parser)
     parsed = parser.parse_args(arguments)
     return run_gateway(parsed)
+
+
+def _data_dir(port: int) -> Path | None:
+    """By default. Two gateways of a machine have two ports, and so two folders."""
+    if not port:
+        return None
+    home = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    return Path(home, "flashserve", f"gateway-{port}") if os.path.isabs(home) else None
 
 
 def _address(text: str) -> str:

@@ -56,6 +56,7 @@ class ApiError(Exception):
         code: OpenAI's word for it, where it has one.
         retry_after_s: when to ask again, in seconds.
         close: the connection ends too, since the rest of the request is not read.
+        is_full: of a 503: the engine's queue is full, and nothing else is wrong.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after_s: float | None = None,
         close: bool = False,
+        is_full: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -75,6 +77,7 @@ class ApiError(Exception):
         self.code = code
         self.retry_after_s = retry_after_s
         self.close = close
+        self.is_full = is_full
 
     @property
     def body(self) -> bytes:
@@ -137,7 +140,10 @@ def of_engine(error: FlashserveError, model: str, request_id: str) -> ApiError:
     if isinstance(error, NotFound):
         return model_not_found(model)
     if isinstance(error, Unavailable):
-        return ApiError(503, error.message, code="overloaded", retry_after_s=retry_after_s or _RETRY_UNREACHABLE_S)
+        return ApiError(
+            503, error.message, code="overloaded", retry_after_s=retry_after_s or _RETRY_UNREACHABLE_S,
+            is_full=error.is_full,
+        )  # fmt: skip
     if isinstance(error, ConnectionFailed):
         log.warning("request %s: %s", request_id, error.message)
         return ApiError(503, "the engine cannot be reached", code="unreachable", retry_after_s=_RETRY_UNREACHABLE_S)

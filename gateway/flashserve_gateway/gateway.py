@@ -66,7 +66,7 @@ class Gateway:
         body = await read_object(request, self.settings.limits, self.bodies)
         if request.headers.get("x-stainless-retry-count", "0") != "0":
             self.metrics.retries.inc()
-        return Call(self, request, caller, body)
+        return Call(self, str(request.state.request_id), caller, body)
 
 
 @dataclass
@@ -74,17 +74,15 @@ class Call:
     """A request whose body was read, and the asks to engines that it becomes."""
 
     gateway: Gateway
-    request: Request
+    request_id: str
+    """As the client sees it in x-request-id, and the engine in its log."""
     caller: Caller
     body: dict[str, Any]
+    in_background: bool = False
+    """Of a batch: it takes no place of its key's requests in flight, and leaves it half of its tokens."""
     created: int = field(default_factory=lambda: int(time.time()))
     started: float = field(default_factory=time.perf_counter)
     _admission: Admission = field(init=False)
-
-    @property
-    def request_id(self) -> str:
-        """As the client sees it in x-request-id, and the engine in its log."""
-        return str(self.request.state.request_id)
 
     @contextlib.asynccontextmanager
     async def admitted(self, model: str, asks: Sequence[Ask] = (), at_once: int | None = None) -> AsyncIterator[None]:
@@ -93,7 +91,8 @@ class Call:
         the same time; None: all."""
         tokens = sum(map(_reserve, asks)) if self.caller.is_metered else 0
         places = max(1, len(asks) if at_once is None else at_once)
-        with self.caller.admit(model, places, tokens) as self._admission:
+        admission = self.caller.admit(model, places, tokens, self.in_background)
+        with admission as self._admission:
             await self.gateway.pool.require(model)
             yield
 

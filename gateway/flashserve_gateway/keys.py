@@ -82,18 +82,21 @@ class Caller:
         return max(self.key.priority, asked if asked is not None else self.key.priority)
 
     @contextlib.contextmanager
-    def admit(self, model: str, places: int = 1, tokens: int = 0) -> Iterator[Admission]:
+    def admit(self, model: str, places: int = 1, tokens: int = 0, in_background: bool = False) -> Iterator[Admission]:
         """Lets one HTTP request in, until the block ends. Raises ApiError if the key may not, or not now.
 
         Args:
             places: how many requests to engines it becomes, all of which count as in flight.
             tokens: what it will probably use of the minute. What it has not used is given back at the end.
+            in_background: it takes no places, and waits until the key has half a minute's tokens: what the key asks
+                itself is not to wait for its batches.
         """
         if not self.may_see(model):
             raise model_not_found(model)
+        places = 0 if in_background else places
         self._check_places(places)
         per_minute = self.key.tokens_per_minute
-        if per_minute is not None and (wait_s := self._wait_s(per_minute)) > 0:
+        if per_minute is not None and (wait_s := self._wait_s(per_minute, per_minute // 2 if in_background else 0)) > 0:
             raise ApiError(
                 429, f"this key may use {per_minute} tokens per minute", code="rate_limit_exceeded",
                 retry_after_s=wait_s,
@@ -114,7 +117,7 @@ class Caller:
 
     def _check_places(self, places: int) -> None:
         limit = self.key.requests_in_flight
-        if limit is None or self._in_flight + places <= limit:
+        if limit is None or not places or self._in_flight + places <= limit:
             return
         if places > limit:  # which waiting would not change
             raise invalid("n", f"n, prompt: this becomes {places} requests; this key may have {limit} in flight")
@@ -123,13 +126,13 @@ class Caller:
             retry_after_s=_IN_FLIGHT_RETRY_S,
         )  # fmt: skip
 
-    def _wait_s(self, per_minute: int) -> float:
-        """Seconds until a token is there; 0 if there is one."""
+    def _wait_s(self, per_minute: int, left: int) -> float:
+        """Seconds until a token is there, beside those that are to be left; 0 if there is one."""
         now = self._clock()
         rate = per_minute / 60
         self._tokens = min(self._tokens + (now - self._filled) * rate, per_minute)
         self._filled = now
-        return max(0.0, (1 - self._tokens) / rate)
+        return max(0.0, (left + 1 - self._tokens) / rate)
 
 
 class Admission:
@@ -167,6 +170,11 @@ class Keyring:
     def is_open(self) -> bool:
         """Whether everybody is served."""
         return self._callers is None
+
+    def named(self, name: str) -> Caller | None:
+        """Who has this name, if anybody."""
+        callers = [self._nobody] if self._callers is None else self._callers
+        return next((caller for caller in callers if caller.key.name == name), None)
 
     def caller(self, headers: Mapping[str, str]) -> Caller:
         """Who asks, by `Authorization: Bearer KEY` or `x-api-key`. Raises ApiError."""

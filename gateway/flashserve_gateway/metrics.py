@@ -33,10 +33,16 @@ class Metrics:
             f"{_PREFIX}request_duration_seconds", "From the request to the end of its answer",
             ("endpoint",), buckets=_SECONDS, registry=registry,
         )  # fmt: skip
-        Gauge(f"{_PREFIX}requests_in_flight", "Requests in an engine", registry=registry).set_function(in_flight)
-        Gauge(
-            f"{_PREFIX}requests_waiting", "Requests that wait since the engines' queues are full", registry=registry
-        ).set_function(waiting)
+        self.batch_requests = Counter(
+            f"{_PREFIX}batch_requests", "Answers to requests of batches; outcome: completed, failed",
+            ("outcome",), registry=registry,
+        )  # fmt: skip
+        self.watch("requests_in_flight", "Requests in an engine", in_flight)
+        self.watch("requests_waiting", "Requests that wait since the engines' queues are full", waiting)
+
+    def watch(self, name: str, words: str, function: Callable[[], float]) -> None:
+        """A further gauge, asked for its value whenever metrics are read."""
+        Gauge(f"{_PREFIX}{name}", words, registry=self._registry).set_function(function)
 
     def text(self) -> bytes:
         """All of them."""

@@ -28,7 +28,7 @@ class CannotListen(OSError):
 
 
 def serve(settings: Settings, parent: int | None = None) -> None:
-    """Serves until SIGINT or SIGTERM. Raises CannotListen, KeysFileError.
+    """Serves until SIGINT or SIGTERM. Raises CannotListen, DataFolderError, KeysFileError.
 
     Args:
         parent: the process with which this one is to end.

@@ -45,6 +45,21 @@ class Limits:
     """Of these, given to the engines at the same time: they share steps, and leave room in the queue for others."""
     samples: int = 16
     """Of one prompt (`n`)."""
+    file_bytes: int = 200 << 20
+    """Of one file that is uploaded, as OpenAI allows; the same holds for `batch_lines`."""
+    files: int = 1000
+    """Of one key, at a time."""
+    files_bytes: int = 4 << 30
+    """Of all files of one key."""
+    upload_timeout_s: float = 3600.0
+    """From the headers' end to the file's. Its next piece must come within `body_timeout_s`."""
+    uploads: int = 4
+    """Files that are received at the same time: they lie in the system's folder for temporary files until they end."""
+    batch_lines: int = 50_000
+    batches: int = 16
+    """Of one key, that are not finished."""
+    batch_requests_at_once: int = 8
+    """Of all batches, in the engines: they share steps, and leave room in the queues for others."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,8 @@ class Settings:
     port: int = DEFAULT_PORT
     keys_file: Path | None = None
     cors_origins: tuple[str, ...] = ()
+    data_dir: Path | None = None
+    """Where files and batches are kept. None: there are no /v1/files and /v1/batches."""
     keep_alive_s: float = 5.0
     """So long after the last byte a stream gets a comment: it finds dead peers, and proxies do not cut it off."""
     refresh_s: float = 1.0

@@ -115,6 +115,7 @@ class Server:
         env = {
             **os.environ,
             "TMPDIR": str(temporary),
+            "XDG_DATA_HOME": str(self.folder / "data"),  # where a gateway keeps its files
             TEST_VARIABLE: self.test_id,
             "PYTHONPATH": ":".join([*self._python_path, *filter(None, [os.environ.get("PYTHONPATH")])]),
             **self._env,

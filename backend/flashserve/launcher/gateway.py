@@ -15,7 +15,10 @@ from flashserve.launcher.errors import LauncherError
 from flashserve.launcher.ports import Endpoints
 
 # What it imports beside what serving needs; looked for, not imported.
-NEEDED = ("flashserve_gateway", "fastapi", "uvicorn", "uvloop", "httptools", "openai", "orjson", "prometheus_client")
+NEEDED = (
+    *("flashserve_gateway", "fastapi", "uvicorn", "uvloop", "httptools", "openai", "orjson", "prometheus_client"),
+    "python_multipart",
+)
 BACKOFF_S = (0.5, 2.0, 5.0, 15.0, 60.0)
 START_S = 10.0  # one that ends sooner has served nobody
 STABLE_AFTER_S = 60.0  # one that ran for so long has overcome what was wrong
