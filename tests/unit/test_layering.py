@@ -34,11 +34,17 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "flashserve.model_card": ("flashserve.errors", "flashserve.paths", "flashserve.protocol"),
     "flashserve.config": ("flashserve.errors", "flashserve.model_json", "flashserve.paths", "flashserve.protocol"),
     "flashserve.structured_outputs": ("flashserve.errors", "flashserve.protocol", "flashserve.coercion"),
-    "flashserve.sampling_params": (
+    "flashserve.parameter_kinds": (
         "flashserve.errors",
         "flashserve.protocol",
         "flashserve.coercion",
         "flashserve.structured_outputs",
+    ),
+    "flashserve.sampling_params": (
+        "flashserve.errors",
+        "flashserve.protocol",
+        "flashserve.coercion",
+        "flashserve.parameter_kinds",
     ),
     "flashserve.pooling_params": ("flashserve.errors", "flashserve.protocol", "flashserve.coercion"),
     "flashserve_kernels": (),

@@ -176,7 +176,7 @@ def test_a_grammar_that_comes_too_late():
     engine.abort(request)
     engine.scheduler.release(request, "a grammar", Script())
     engine.check_idle()
-    assert engine.scheduler._num_constrained == 0
+    assert engine.scheduler._requests.num_constrained == 0
 
 
 def test_allowed_tokens_are_a_mask_of_their_own():

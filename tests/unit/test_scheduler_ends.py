@@ -250,7 +250,7 @@ def test_deadlines_of_ended_requests_are_forgotten() -> None:
     for _ in range(300):
         engine.add(1, 1, deadline=3600.0)
         engine.run()
-    assert len(engine.scheduler._deadlines) < 100
+    assert len(engine.scheduler._requests._deadlines) < 100
 
 
 def test_aborts_of_waiting_requests_leave_no_trace_behind_a_blocked_head() -> None:

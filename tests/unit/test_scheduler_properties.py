@@ -74,7 +74,7 @@ class World:
 
     def step(self, fault: str | None = None) -> None:
         engine = self.engine
-        running = [r for r in engine.scheduler._requests.values() if any(s.slot is not None for s in r.sequences)]
+        running = [r for r in engine.scheduler._requests if any(s.slot is not None for s in r.sequences)]
         oldest = min(running, key=lambda r: (r.terms.priority, r.terms.arrival, r.id), default=None)
         preemptions = oldest.preemptions if oldest else 0
         if engine.runner.failed_in_a_row == MAX_FAILED_STEPS - 1:

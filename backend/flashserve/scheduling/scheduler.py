@@ -9,19 +9,23 @@ the least left to compute first, so that a short prompt never waits for the whol
 
 from __future__ import annotations
 
-import heapq
 import random
 from collections.abc import Iterable
 from typing import Protocol
 
+import msgspec
+
 from flashserve.errors import INTERNAL, INVALID_ARG
 from flashserve.protocol import ErrorInfo, FinishReason, GenerateRequest, Logprobs, Stats, TokenOutput
-from flashserve.scheduling.admission import PREFILL_ORDER, AdmissionControl
+from flashserve.scheduling.admission import AdmissionControl
 from flashserve.scheduling.block_manager import BlockManager, root_hash
 from flashserve.scheduling.config import SchedulerConfig
+from flashserve.scheduling.counters import Counters
 from flashserve.scheduling.matcher import Matcher
-from flashserve.scheduling.output import MAX_SCORED_TOKENS, Admission, ScheduledRow, SchedulerOutput, StepResult
+from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput, StepResult
+from flashserve.scheduling.prefills import Prefills
 from flashserve.scheduling.request import Hold, Request
+from flashserve.scheduling.request_table import RequestTable
 from flashserve.scheduling.running import NO_IDS, RunningSequences
 from flashserve.scheduling.sequence import Sequence
 
@@ -50,19 +54,14 @@ class Scheduler:
         self.config = config
         self.blocks = blocks
         self._drafter = drafter
-        self._requests: dict[int, Request] = {}
+        self._counters = Counters()
+        self._requests = RequestTable()
         self._running = RunningSequences(config.max_num_seqs, blocks)
         self._admission = AdmissionControl(config, self._running)
         self._waiting = self._admission.waiting
-        self._with_progress = self._with_pooling = 0  # requests that tell of their prompts, that are for embeddings
-        self._deadlines: list[tuple[float, int]] = []
+        self._prefills = Prefills(self._requests, self._running, self._admission, self._counters)
         self._outputs: list[TokenOutput] = []
-        self._num_constrained = 0
         self._seeds = random.Random(config.seed)
-        self._steps = 0
-        self._prompt_tokens = self._generation_tokens = 0
-        self._cache_queries = self._cache_hits = 0
-        self._preemptions = self._prefill_chunks = 0
 
     # --- requests come and go -----------------------------------------------------------------------------
 
@@ -73,7 +72,7 @@ class Scheduler:
     @property
     def is_held(self) -> bool:
         """Whether every request that there is waits for something outside the engine."""
-        return all(request.holds for request in self._requests.values())
+        return all(request.holds for request in self._requests)
 
     def has_room(self, num_prompt_tokens: int) -> bool:
         """Whether the queue takes one more request of this size."""
@@ -97,14 +96,10 @@ class Scheduler:
             root=root_hash(self.config.cache_root, message.cache_salt),
             holds=holds,
         )
-        self._requests[request.id] = request
-        self._with_progress += request.return_progress
-        self._with_pooling += request.pooled is not None
+        self._requests.add(request)
         self._waiting.push(request)
-        if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.id))
         if matcher is not None:
-            self._constrain(request, matcher)
+            self._requests.constrain(request, matcher)
         return True
 
     def release(self, request_id: int, hold: Hold, matcher: Matcher | None = None) -> None:
@@ -113,7 +108,7 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is not None and hold in request.holds:
             if matcher is not None:
-                self._constrain(request, matcher)
+                self._requests.constrain(request, matcher)
             self._waiting.release(request, hold)
 
     def refuse(self, request_id: int, error: ErrorInfo) -> None:
@@ -121,10 +116,6 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is not None:
             self._end(request, "error", error)
-
-    def _constrain(self, request: Request, matcher: Matcher) -> None:
-        request.constrain(matcher)
-        self._num_constrained += 1
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """End requests in whatever state they are. Unknown ids ended already: their outputs are on the way."""
@@ -146,7 +137,7 @@ class Scheduler:
         in flight behind it read them: what has a sample in flight ends too, the others are computed anew.
         """
         failed = {row.request_id for row in plan.rows}
-        for request in list(self._requests.values()):
+        for request in list(self._requests):
             waits = request in self._waiting
             if request.id in failed or (not waits and request.num_pending):
                 self._end(request, "error", ErrorInfo(INTERNAL, message))
@@ -166,7 +157,8 @@ class Scheduler:
 
         prefill_limit: prompt tokens, if the step also decodes; None: as many as the budget has.
         """
-        self._expire(now)
+        for request in self._requests.take_expired(now):
+            self._end(request, "deadline")
         rows: list[ScheduledRow] = []
         num_decode_tokens = self._add_decode_rows(rows)
         admissions: list[Admission] = []
@@ -174,21 +166,21 @@ class Scheduler:
         if prefill_limit is not None and rows:
             budget = min(budget, prefill_limit)
         num_decode_rows = len(rows)
-        num_prompt_tokens = budget - self._fill_with_prefills(rows, admissions, budget, now)
+        num_prompt_tokens = budget - self._prefills.fill(rows, admissions, budget, now)
         if not rows:
             return None
-        self._steps += 1
+        self._counters.steps += 1
         freed, copies = self._running.take_changes()
         return SchedulerOutput(
-            step=self._steps,
+            step=self._counters.steps,
             admissions=admissions,
             rows=rows,
             num_tokens=num_decode_tokens + num_prompt_tokens,
             freed_slots=freed,
             block_copies=copies,
-            pools=self._with_pooling > 0 and any(row.pooled is not None for row in rows),
+            pools=self._requests.num_pooled > 0 and any(row.pooled is not None for row in rows),
             num_scored=sum(len(row.scored) for row in rows[num_decode_rows:]),
-            token_masks=self._token_masks(rows) if self._num_constrained else NO_MASKS,
+            token_masks=self._token_masks(rows) if self._requests.num_constrained else NO_MASKS,
         )
 
     def _token_masks(self, rows: list[ScheduledRow]) -> list[tuple[int, bytes]]:
@@ -199,13 +191,6 @@ class Scheduler:
             if matcher is not None:
                 masks.append((index, matcher.mask()))
         return masks
-
-    def _expire(self, now: float) -> None:
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, request_id = heapq.heappop(self._deadlines)
-            request = self._requests.get(request_id)
-            if request is not None:
-                self._end(request, "deadline")
 
     def _add_decode_rows(self, rows: list[ScheduledRow]) -> int:
         """A row for every decoding sequence; returns their tokens. Drafts take what the budget has beyond one each."""
@@ -264,85 +249,8 @@ class Scheduler:
         for sequence in request.live:
             self._running.release(sequence)
         request.preemptions += 1
-        self._preemptions += 1
+        self._counters.preemptions += 1
         self._waiting.push(request)
-
-    def _fill_with_prefills(
-        self, rows: list[ScheduledRow], admissions: list[Admission], budget: int, now: float
-    ) -> int:
-        """Spend ``budget`` on prompts; returns what is left of it."""
-        prefilling, scores_left = self._running.prefilling, MAX_SCORED_TOKENS
-        for sequence in prefilling.values():
-            sequence.passed_over += 1  # until it gets a row
-        while budget > 0:
-            while (admitted := self._admission.admit(now)) is not None:
-                admissions += admitted.admissions()
-                self._note_admission(admitted, now)
-            ready = [s for s in prefilling.values() if scores_left or not s.wants_scores]
-            if not ready:
-                break
-            sequence = min(ready, key=PREFILL_ORDER)
-            request = self._requests[sequence.terms.request_id]
-            if sequence.unsent_block_ids:
-                gained = self._running.share_late(sequence)
-                if request.preemptions == 0:
-                    request.cached_tokens += gained
-                    self._cache_hits += gained
-            count = min(budget, sequence.num_remaining)
-            if sequence.wants_scores:
-                count = min(count, scores_left)
-                scores_left -= count
-            self._add_prefill_row(rows, request, sequence, count)
-            budget -= count
-        return budget
-
-    def _note_admission(self, request: Request, now: float) -> None:
-        if request.first_scheduled is None:
-            request.first_scheduled = now
-            request.cached_tokens = request.sequences[0].num_computed_tokens
-            if self.blocks.enable_prefix_caching and request.terms.reads_cache:
-                self._cache_queries += request.terms.num_prompt_tokens
-                self._cache_hits += request.cached_tokens
-
-    def _add_prefill_row(self, rows: list[ScheduledRow], request: Request, sequence: Sequence, count: int) -> None:
-        """Plan the next ``count`` tokens; with the last known one come the forks of a group that begins."""
-        running, slot = self._running, sequence.slot
-        assert slot is not None
-        start = sequence.num_computed_tokens
-        end = start + count
-        new_blocks, sequence.unsent_block_ids = sequence.unsent_block_ids, NO_IDS
-        sequence.passed_over = 0
-        sequence.num_computed_tokens = end
-        running.register(sequence, start, end)
-        is_last = end == len(sequence.token_ids)
-        known = sequence.token_ids[start:end]
-        pooled = None if request.pooled is None else request.pooled.rows_of(start, end)
-        num_logits = int(is_last and request.pooled is None)
-        scored, first = sequence.score(start, end) if sequence.wants_scores else (NO_IDS, 0)
-        rows.append(
-            ScheduledRow(
-                request.id,
-                slot,
-                start,
-                count,
-                known,
-                new_blocks,
-                num_logits,
-                sequence.index,
-                None,
-                scored,
-                first,
-                pooled,
-            )
-        )
-        sequence.num_pending += bool(is_last or scored or pooled is not None)
-        if not is_last:
-            self._prefill_chunks += 1
-            return
-        del running.prefilling[slot]
-        if len(request.sequences) > 1:
-            rows += [running.fork(sequence, child) for child in request.live if not child.token_ids]
-        running.decoding[slot] = sequence
 
     # --- update -------------------------------------------------------------------------------------------
 
@@ -353,7 +261,7 @@ class Scheduler:
         if output.pooled:
             self._take_pooled(plan, output, now)
         for place, (row, token_ids) in enumerate(zip(plan.rows, output.token_ids, strict=True)):
-            if not token_ids and self._with_progress:
+            if not token_ids and self._requests.num_with_progress:
                 self._report_progress(row, now)
             if not token_ids and not row.scored:
                 continue
@@ -370,13 +278,13 @@ class Scheduler:
                 continue
             taken, reason = sequence.take(token_ids)
             request.last_token = now
-            self._generation_tokens += len(taken)
+            self._counters.generation_tokens += len(taken)
             timings = None
             if request.first_token is None:
-                if self._with_progress:
+                if self._requests.num_with_progress:
                     self._report_progress(row, now)
                 request.first_token = now
-                self._prompt_tokens += request.terms.num_prompt_tokens
+                self._counters.prompt_tokens += request.terms.num_prompt_tokens
                 timings = request.timings()
             if sequence.slot is not None:
                 if row.num_logits > 1:
@@ -410,7 +318,7 @@ class Scheduler:
             request.pooled.add(total, row.start)
             if row.start + row.num_tokens == request.terms.num_prompt_tokens:
                 request.first_token = request.last_token = now
-                self._prompt_tokens += request.terms.num_prompt_tokens
+                self._counters.prompt_tokens += request.terms.num_prompt_tokens
                 self._end_sequence(request, sequence, "stop")
 
     def _settle(self, sequence: Sequence, row: ScheduledRow) -> None:
@@ -448,13 +356,7 @@ class Scheduler:
     def _forget(self, request: Request) -> None:
         if request in self._waiting:
             self._waiting.remove(request)
-        del self._requests[request.id]
-        self._with_progress -= request.return_progress
-        self._with_pooling -= request.pooled is not None
-        self._num_constrained -= request.is_constrained
-        if len(self._deadlines) > 64 + 2 * len(self._requests):  # most requests end long before their deadline
-            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._requests]
-            heapq.heapify(self._deadlines)
+        self._requests.remove(request)
 
     # --- what others see ----------------------------------------------------------------------------------
 
@@ -464,27 +366,15 @@ class Scheduler:
             waiting=len(self._waiting),
             free_blocks=self.blocks.num_free,
             total_blocks=self.blocks.num_blocks,
-            steps=self._steps,
-            prompt_tokens=self._prompt_tokens,
-            generation_tokens=self._generation_tokens,
-            prefix_cache_queries=self._cache_queries,
-            prefix_cache_hits=self._cache_hits,
-            preemptions=self._preemptions,
-            prefill_chunks=self._prefill_chunks,
+            **msgspec.structs.asdict(self._counters),
         )
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if a request, slot or block is lost or in two places (for tests; linear time)."""
         running = {sequence.terms.request_id for sequence in self._running}
-        ids = sorted([*running, *(request.id for request in self._waiting)])
-        if ids != sorted(self._requests):
-            raise RuntimeError(f"requests {ids} are queued or running, {sorted(self._requests)} are known")
-        sequences = [sequence for request in self._requests.values() for sequence in request.sequences]
+        self._requests.check_integrity([*running, *(request.id for request in self._waiting)])
+        sequences = [sequence for request in self._requests for sequence in request.sequences]
         self._running.check_integrity(sequences)
-        requests = self._requests.values()
-        wanted = (sum(r.return_progress for r in requests), sum(r.pooled is not None for r in requests))
-        if (self._with_progress, self._with_pooling) != wanted:
-            raise RuntimeError(f"{self._with_progress} tell of their prompts, {self._with_pooling} embed, not {wanted}")
         idle = [s for s in sequences if s.slot is None]
         if any(s.block_ids for s in idle) or any(s.slot is not None for r in self._waiting for s in r.sequences):
             raise RuntimeError("what does not run holds a slot or blocks")
