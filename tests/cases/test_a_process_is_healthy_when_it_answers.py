@@ -72,6 +72,7 @@ def test_a_tritonserver_that_died_comes_back_with_its_models_until_that_helps_no
     server.assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_a_tritonserver_that_does_not_answer_is_started_anew(two_models: Server) -> None:
     (before,) = two_models.tritonserver_pids()
     os.kill(before, signal.SIGSTOP)
@@ -83,6 +84,7 @@ def test_a_tritonserver_that_does_not_answer_is_started_anew(two_models: Server)
     two_models.assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_a_stub_killed_while_its_model_loads_does_not_hold_up_the_start_for_ever() -> None:
     server = standin({"demo": {}})
     try:
@@ -108,6 +110,7 @@ def test_a_stub_that_does_not_run_is_ended_and_its_model_comes_back(two_models: 
     assert two_models.stubs("other") == [bystander]  # which had nothing to do, and yet ran
 
 
+@pytest.mark.slow
 def test_nor_does_one_that_is_stopped_while_its_model_loads_hold_up_the_start() -> None:
     server = standin({"demo": {"load_s": 3}}, arguments=["--answer-timeout", "3"])
     try:

@@ -64,6 +64,7 @@ def test_after_the_death_of_stubs(server: Server) -> None:
     assert_they_are_what_was_loaded(server)
 
 
+@pytest.mark.slow
 def test_after_the_death_of_tritonserver(server: Server) -> None:
     for _ in range(2):  # what was brought back is brought back again
         wait_until(lambda: False, health.ASK_PERIOD_S + 1)  # the launcher has asked for the models since

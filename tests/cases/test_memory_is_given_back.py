@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
+import pytest
 
 from async_requests import engine_of
 from flashserve.memory import RETURNING
@@ -17,6 +18,7 @@ LARGE_MB, AT_ONCE, TIMES = 40, 4, 3
 ALLOWED_MB = 24
 
 
+@pytest.mark.slow
 def test_tritonserver_and_stub_give_back_what_large_requests_took(tmp_path: Path) -> None:
     with Server({"demo": null_model(write_null_model(tmp_path / "null"))}) as server:
         processes = [psutil.Process(pid) for pid in (*server.tritonserver_pids(), server.stubs("demo")[0].pid)]

@@ -44,6 +44,7 @@ def text() -> list[int]:
 SETTINGS = {"dtype": "bfloat16", "max_num_batched_tokens": WINDOW, "max_model_len": WINDOW, "enforce_eager": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "worse"),
     [({"quantization": "int8"}, 0.01), ({"kv_cache_dtype": "int8"}, 0.01), ({"quantization": "int4"}, 0.05)],
@@ -55,6 +56,7 @@ def test_perplexity_is_close_to_that_of_bfloat16(settings, worse, text, drive):
     assert small != plain and abs(small / plain - 1) < worse, (plain, small)
 
 
+@pytest.mark.slow
 def test_perplexity_of_a_files_groups_is_within_1_percent_of_its_full_weights(drive):
     files = open_model(EngineConfig(str(smollm2())))
     tokenizer = Tokenizer.from_card(files.card)

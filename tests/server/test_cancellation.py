@@ -93,6 +93,7 @@ async def seconds_to_free(
     return time.perf_counter() - started
 
 
+@pytest.mark.slow
 async def test_over_grpc_its_blocks_are_soon_free_in_every_state(
     client: AsyncClient, metrics: Callable[[str], MetricsReader]
 ) -> None:

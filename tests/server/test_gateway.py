@@ -354,6 +354,7 @@ def test_a_port_that_is_taken_says_what_to_do(server: Server, tmp_path: Path):
         other.destroy()
 
 
+@pytest.mark.slow
 def test_streams_end_before_the_gateway_does(tmp_path: Path):
     """A stop lets requests finish: through the gateway, too. And a launcher that is killed takes it along."""
     models = {"paced": null_model(write_null_model(tmp_path / "null"), 5)}
