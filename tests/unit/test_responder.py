@@ -18,8 +18,17 @@ from flashserve.frontend.metrics import Metrics
 from flashserve.frontend.request_parser import OutputFlags, ParsedRequest
 from flashserve.frontend.responder import Responder
 from flashserve.frontend.responses import ResponseBuilder
-from flashserve.model_card import read_model_card
-from flashserve.protocol import Abort, GenerateRequest, SamplingParams, Stats, StepOutputs, TokenOutput
+from flashserve.model_card import ModelCard, read_model_card
+from flashserve.protocol import (
+    Abort,
+    EngineLimits,
+    EngineReady,
+    GenerateRequest,
+    SamplingParams,
+    Stats,
+    StepOutputs,
+    TokenOutput,
+)
 from flashserve.text.completion import Completion
 from flashserve.text.tokenizer import Tokenizer
 from tiny_models import write_byte_level_tokenizer
@@ -148,6 +157,16 @@ def rig(tokenizer: Tokenizer) -> Iterator[Rig]:
     rig.responder.stop()
     assert not rig.responder.open_requests
     assert not rig.responder._senders.alive
+
+
+# --- engines ------------------------------------------------------------------------------------------------
+
+
+def test_the_gauges_of_memory_are_those_of_the_engine_that_is_there(rig: Rig) -> None:
+    for model_bytes in (100, 200):
+        limits = EngineLimits(4096, 8, 512, 16, 256, 512, (0,), "float32", "null", model_bytes=model_bytes)
+        rig.responder.on_ready(EngineReady(limits, ModelCard("", {}, {})))
+        assert rig.metrics.take_gauges()["flashserve:model_bytes", ()] == model_bytes
 
 
 # --- cancellations -----------------------------------------------------------------------------------------

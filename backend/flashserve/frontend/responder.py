@@ -125,6 +125,8 @@ class Responder:
         self._stats = None
         self._merging.max_tokens = ready.limits.stream_interval
         self._metrics.set("flashserve:engine_ready", 1)
+        self._metrics.set("flashserve:model_bytes", ready.limits.model_bytes)  # not always its predecessor's
+        self._metrics.set("flashserve:kv_cache_bytes", ready.limits.kv_cache_bytes)
 
     def on_dead(self, error: Unavailable) -> None:
         self._metrics.set("flashserve:engine_ready", 0)

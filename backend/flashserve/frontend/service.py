@@ -54,8 +54,6 @@ class ModelService:
         ready = self._supervisor.start()
         try:
             self._context = ParserContext.of_engine(config, ready)
-            metrics.set("flashserve:model_bytes", ready.limits.model_bytes)
-            metrics.set("flashserve:kv_cache_bytes", ready.limits.kv_cache_bytes)
             labels = {"model": name, "version": version, "model_name": name, "engine": engine}
             self._metrics_thread = MetricsExportThread(
                 TritonExporter(metrics, pb_utils, labels),
