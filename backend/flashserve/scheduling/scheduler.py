@@ -16,7 +16,7 @@ from typing import Protocol
 import msgspec
 
 from flashserve.errors import INTERNAL, INVALID_ARG
-from flashserve.protocol import ErrorInfo, FinishReason, GenerateRequest, Logprobs, Stats, TokenOutput
+from flashserve.protocol import ErrorInfo, FinishReason, GenerateRequest, Logprobs, RequestTimings, Stats, TokenOutput
 from flashserve.scheduling.admission import AdmissionControl
 from flashserve.scheduling.block_manager import BlockManager, root_hash
 from flashserve.scheduling.config import SchedulerConfig
@@ -195,22 +195,19 @@ class Scheduler:
     def _add_decode_rows(self, rows: list[ScheduledRow]) -> int:
         """A row for every decoding sequence; returns their tokens. Drafts take what the budget has beyond one each."""
         self._make_room_for_decodes()
-        decoding, drafts_left = self._running.decoding, 0
-        if self._drafter is not None:
-            drafts_left = self.config.max_num_batched_tokens - len(decoding)
+        running, has_drafter = self._running, self._drafter is not None
+        drafts_left = self.config.max_num_batched_tokens - len(running.decoding) if has_drafter else 0
         num_drafts = 0
-        for slot, sequence in decoding.items():
-            looks_back = sequence.terms.needs_known_tokens
-            if sequence.num_pending and (looks_back or self._drafter is not None or sequence.awaits_last_sample):
-                continue  # what it looks back on or would draft on is in flight, or the last sample is
-            if sequence.awaits_its_mask:
-                continue
+        for slot, sequence in running.decoding.items():
+            if sequence.num_pending and (has_drafter or sequence.awaits_sample):
+                continue  # what is in flight would be drafted on, or must be known first
+            terms, index = sequence.terms, sequence.index
             start = sequence.num_computed_tokens
-            new_blocks = self._running.grow(sequence) if start == sequence.writable_end else NO_IDS
+            new_blocks = running.grow(sequence) if start == sequence.writable_end else NO_IDS
             token_ids, count = NO_IDS, 1
-            if looks_back:
+            if terms.needs_known_tokens:
                 token_ids = sequence.token_ids[-1:]
-                self._running.register(sequence, start, start + 1)
+                running.register(sequence, start, start + 1)
             elif drafts_left and sequence.matcher is None and (drafts := self._draft(sequence, drafts_left)):
                 token_ids = [sequence.token_ids[-1], *drafts]
                 count = len(token_ids)
@@ -218,8 +215,7 @@ class Scheduler:
                 drafts_left -= len(drafts)
             sequence.num_computed_tokens = start + count
             sequence.num_pending += 1
-            request_id = sequence.terms.request_id
-            rows.append(ScheduledRow(request_id, slot, start, count, token_ids, new_blocks, count, sequence.index))
+            rows.append(ScheduledRow(terms.request_id, slot, start, count, token_ids, new_blocks, count, index))
         return len(rows) + num_drafts
 
     def _draft(self, sequence: Sequence, limit: int) -> list[int]:
@@ -256,46 +252,57 @@ class Scheduler:
 
     def update(self, plan: SchedulerOutput, output: StepResult, now: float) -> None:
         """Take in the samples of a step: append, check for the end, report."""
-        block_size = self.blocks.block_size
-        outputs = self._outputs
+        find, outputs, block_size = self._requests.get, self._outputs, self.blocks.block_size
+        has_logprobs = bool(output.logprobs or output.prompt_logprobs)
+        num_generated = 0
         if output.pooled:
             self._take_pooled(plan, output, now)
         for place, (row, token_ids) in enumerate(zip(plan.rows, output.token_ids, strict=True)):
-            if not token_ids and self._requests.num_with_progress:
-                self._report_progress(row, now)
-            if not token_ids and not row.scored:
+            if not token_ids:
+                self._take_part(row, output, place, now)
                 continue
-            request = self._requests.get(row.request_id)
+            request = find(row.request_id)
             if request is None:
                 continue  # it ended while the step ran
             sequence = request.sequences[row.index]
             if sequence.finish_reason is not None:
                 continue
             sequence.num_pending -= 1
-            logprobs = output.logprobs_of(place)
-            if not token_ids:
-                outputs.append(TokenOutput(row.request_id, NO_IDS, None, None, None, row.index, logprobs))
-                continue
             taken, reason = sequence.take(token_ids)
             request.last_token = now
-            self._counters.generation_tokens += len(taken)
-            timings = None
-            if request.first_token is None:
-                if self._requests.num_with_progress:
-                    self._report_progress(row, now)
-                request.first_token = now
-                self._counters.prompt_tokens += request.terms.num_prompt_tokens
-                timings = request.timings()
+            num_generated += len(taken)
+            timings = self._begin_output(request, row, now) if request.first_token is None else None
             if sequence.slot is not None:
                 if row.num_logits > 1:
                     self._settle(sequence, row)
                 elif (row.start + 1) % block_size == 0 and row.is_decode:
                     self._running.register(sequence, row.start, row.start + 1)
+            logprobs = output.logprobs_of(place) if has_logprobs else None
             if reason is None:
                 outputs.append(TokenOutput(row.request_id, taken, None, timings, None, row.index, logprobs))
             else:
                 error = NOTHING_ALLOWED if reason == "error" else None
                 self._end_sequence(request, sequence, reason, taken, error, logprobs)
+        self._counters.generation_tokens += num_generated
+
+    def _take_part(self, row: ScheduledRow, output: StepResult, place: int, now: float) -> None:
+        """Take in a row without samples, a part of a prompt: how far it is, how probable its tokens are."""
+        if self._requests.num_with_progress:
+            self._report_progress(row, now)
+        request = self._requests.get(row.request_id) if row.scored else None
+        if request is None or request.sequences[row.index].finish_reason is not None:
+            return
+        request.sequences[row.index].num_pending -= 1
+        logprobs = output.logprobs_of(place)
+        self._outputs.append(TokenOutput(row.request_id, NO_IDS, None, None, None, row.index, logprobs))
+
+    def _begin_output(self, request: Request, row: ScheduledRow, now: float) -> RequestTimings:
+        """Note a request's first token."""
+        if self._requests.num_with_progress:
+            self._report_progress(row, now)
+        request.first_token = now
+        self._counters.prompt_tokens += request.terms.num_prompt_tokens
+        return request.timings()
 
     def _report_progress(self, row: ScheduledRow, now: float) -> None:
         """Say how far a prompt is, if its request asks for that and has no token yet."""

@@ -94,9 +94,17 @@ class Sequence:
         return self.num_pending > 0 and self.num_computed_tokens + 1 >= self.terms.max_total_tokens
 
     @property
-    def awaits_its_mask(self) -> bool:
-        """Whether the sample in flight decides which tokens may follow."""
-        return self.num_pending > 0 and self.matcher is not None and self.matcher.follows_samples
+    def awaits_sample(self) -> bool:
+        """Whether there can be no further row before the sample in flight is known: it is the last one, or decides
+        which tokens may follow, or the row is to look back on it."""
+        if not self.num_pending:
+            return False
+        matcher = self.matcher
+        return (
+            self.terms.needs_known_tokens
+            or self.num_computed_tokens + 1 >= self.terms.max_total_tokens
+            or (matcher is not None and matcher.follows_samples)
+        )
 
     @property
     def prefill_order(self) -> tuple[int, int, float]:
@@ -107,22 +115,41 @@ class Sequence:
     def take(self, token_ids: list[int]) -> tuple[list[int], FinishReason | None]:
         """Append samples up to the one that ends the sequence. Returns those, and why it ended, if it did: with "error"
         where the one behind them is none that its matcher allows."""
-        terms, known, matcher = self.terms, self.token_ids, self.matcher
+        if self.matcher is not None:
+            return self._take_matched(token_ids, self.matcher)
+        terms, known = self.terms, self.token_ids
+        num_known = len(known)
+        for token_id in token_ids:
+            known.append(token_id)
+            if token_id in terms.end_token_ids or len(known) >= terms.max_total_tokens:
+                reason = self._reason_to_end()
+                if reason is not None:
+                    return token_ids[: len(known) - num_known], reason
+        return token_ids, None
+
+    def _take_matched(self, token_ids: list[int], matcher: Matcher) -> tuple[list[int], FinishReason | None]:
+        known = self.token_ids
         for count, token_id in enumerate(token_ids, 1):
-            if matcher is not None and not matcher.take(token_id):
+            if not matcher.take(token_id):
                 return token_ids[: count - 1], "error"
             known.append(token_id)
-            if matcher is not None and matcher.is_done:
+            if matcher.is_done:
                 if token_id == matcher.end_token:
                     return token_ids[:count], "stop"
-                if len(known) < terms.max_total_tokens:
+                if len(known) < self.terms.max_total_tokens:
                     known.append(matcher.end_token)
                     return [*token_ids[:count], matcher.end_token], "stop"
-            if token_id in terms.end_token_ids and len(known) - terms.num_prompt_tokens > terms.params.min_tokens:
-                return token_ids[:count], "stop"
-            if len(known) >= terms.max_total_tokens:
-                return token_ids[:count], "length"
+            reason = self._reason_to_end()
+            if reason is not None:
+                return token_ids[:count], reason
         return token_ids, None
+
+    def _reason_to_end(self) -> FinishReason | None:
+        """Whether the last token ends the sequence, and why."""
+        terms, known = self.terms, self.token_ids
+        if known[-1] in terms.end_token_ids and len(known) - terms.num_prompt_tokens > terms.params.min_tokens:
+            return "stop"
+        return "length" if len(known) >= terms.max_total_tokens else None
 
     def hash_blocks(self, count: int, block_size: int) -> list[BlockHash]:
         """Hashes of the first ``count`` blocks, all of whose tokens must be known; each is computed once."""
