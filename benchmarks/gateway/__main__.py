@@ -6,7 +6,7 @@
 The share of straight gRPC's tokens per second that 32 streams keep through the gateway; the processor time of a token
 in the gateway and in a gRPC client, which depends less on what else the machine does; what the gateway adds to the time
 to the first token, one request at a time; and the chunks per second of one gateway process in front of an engine that
-costs nothing.
+costs nothing, with the memory that 10,000 requests leave there.
 """
 
 from __future__ import annotations
@@ -14,63 +14,25 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import statistics
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import psutil
 
+from benchmarks.common.machine import describe_machine
+from benchmarks.common.results import Spread, cpu_result, result_folder, rounded, write_json
 from benchmarks.common.serving import free_ports
+from benchmarks.gateway.loads import PROMPT, load_gateway, load_grpc, read_stream
 from flashserve_client import AsyncClient
 
-PROMPT = "def fibonacci(n):"
 READY_TIMEOUT_S = 120.0
-
-
-async def read_stream(port: int, body: dict[str, object]) -> tuple[int, float]:
-    """Reads one streamed completion: its chunks with text, and the seconds until the first."""
-    content = json.dumps({**body, "stream": True}).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-    started = time.perf_counter()
-    writer.write(
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(content) + content
-    )
-    count, first_s, rest = 0, 0.0, b""
-    while piece := await reader.read(1 << 16):
-        rest = rest[-16:] + piece
-        found = piece.count(b'"text":')
-        if found and not count:
-            first_s = time.perf_counter() - started
-        count += found
-    writer.close()
-    if b"[DONE]" not in rest:
-        raise SystemExit(f"a stream did not end as it should: {rest!r}")
-    return count, first_s
-
-
-async def load_gateway(port: int, model: str, streams: int, tokens: int) -> float:
-    """Tokens per second of `streams` streams at once, through the gateway."""
-    body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-    started = time.perf_counter()
-    await asyncio.gather(*(read_stream(port, body) for _ in range(streams)))
-    return streams * tokens / (time.perf_counter() - started)
-
-
-async def load_grpc(client: AsyncClient, streams: int, tokens: int) -> float:
-    """The same, straight."""
-
-    async def one() -> None:
-        async for _ in client.stream(PROMPT, max_tokens=tokens, temperature=0, ignore_eos=True):
-            pass
-
-    started = time.perf_counter()
-    await asyncio.gather(*(one() for _ in range(streams)))
-    return streams * tokens / (time.perf_counter() - started)
+MEMORY_PARTS = 5
 
 
 async def first_token(client: AsyncClient, port: int, model: str) -> tuple[float, float]:
@@ -89,7 +51,7 @@ def cpu_s(process: psutil.Process) -> float:
     return float(sum(process.cpu_times()[:2]))
 
 
-async def compare(port: int, grpc_port: int, gateway: psutil.Process, arguments: argparse.Namespace) -> None:
+async def compare(port: int, grpc_port: int, gateway: psutil.Process, arguments: argparse.Namespace) -> dict[str, Any]:
     """Rounds of both ways, in turn."""
     client_process, tokens = psutil.Process(), arguments.streams * arguments.tokens
     async with AsyncClient(f"grpc://127.0.0.1:{grpc_port}", model=arguments.model) as client:
@@ -101,7 +63,7 @@ async def compare(port: int, grpc_port: int, gateway: psutil.Process, arguments:
             through = await load_gateway(port, arguments.model, arguments.streams, arguments.tokens)
             of_gateway = cpu_s(gateway) - used
             if number:  # the first warms both up
-                shares.append(through / straight)
+                shares.append(100 * through / straight)
                 client_us.append(of_client / tokens * 1e6)
                 gateway_us.append(of_gateway / tokens * 1e6)
                 print(f"  {straight:8.0f} straight  {through:8.0f} through  {through / straight:6.1%}", flush=True)
@@ -109,25 +71,42 @@ async def compare(port: int, grpc_port: int, gateway: psutil.Process, arguments:
         for _ in range(arguments.first_tokens):
             straight_ms, through_ms = await first_token(client, port, arguments.model)
             added.append(through_ms - straight_ms)
-    print(f"{arguments.streams} streams keep {statistics.median(shares):.1%} of straight gRPC's tokens/s "
-          f"({min(shares):.1%} to {max(shares):.1%}, {arguments.rounds} rounds in turn)")  # fmt: skip
-    spread = f"{statistics.median(gateway_us):.0f} µs ({min(gateway_us):.0f} to {max(gateway_us):.0f})"
-    of_clients = f"{statistics.median(client_us):.0f} µs ({min(client_us):.0f} to {max(client_us):.0f})"
-    print(f"a token takes {spread} of processor time in the gateway, {of_clients} in a gRPC client")
-    print(f"first token: {statistics.median(added):+.1f} ms at the median of {len(added)} pairs")
+    say(f"of straight gRPC's tokens/s that {arguments.streams} streams keep, %", shares, 1)
+    say("of processor time of a token in the gateway, µs", gateway_us)
+    say("of processor time of a token in a gRPC client, µs", client_us)
+    say("added to the first token, ms", added, 2)
+    return {
+        "share_of_grpc_percent": shares,
+        "gateway_us_per_token": gateway_us,
+        "grpc_client_us_per_token": client_us,
+        "added_first_token_ms": statistics.median(added),
+    }
 
 
-async def measure_alone(port: int, process: psutil.Process, arguments: argparse.Namespace) -> None:
-    """Chunks per second, and what one costs."""
+async def measure_alone(port: int, process: psutil.Process, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Chunks per second, what one costs, and the memory that requests leave."""
     await load_gateway(port, "free", arguments.streams, 100)
     rates, costs = [], []
     for _ in range(arguments.rounds):
         used = cpu_s(process)
         rates.append(await load_gateway(port, "free", arguments.streams, arguments.free_tokens))
-        costs.append((cpu_s(process) - used) / (arguments.streams * arguments.free_tokens))
-    print(f"alone: {statistics.median(rates):,.0f} chunks/s (its reader shares the machine), "
-          f"{statistics.median(costs) * 1e6:.0f} µs of processor time each, "
-          f"{process.memory_info().rss / 2**20:.0f} MiB")  # fmt: skip
+        costs.append(1e6 * (cpu_s(process) - used) / (arguments.streams * arguments.free_tokens))
+    memory_mib = [process.memory_info().rss / 2**20]
+    for _ in range(MEMORY_PARTS):
+        for _ in range(arguments.requests // MEMORY_PARTS // arguments.streams):
+            await load_gateway(port, "free", arguments.streams, 4)
+        memory_mib.append(process.memory_info().rss / 2**20)
+    say("chunks/s of a gateway alone (its reader shares the machine)", rates)
+    say("of processor time of a chunk, µs", costs)
+    print(f"MiB, before and along {arguments.requests:,} requests: {', '.join(f'{mib:.0f}' for mib in memory_mib)}")
+    return {"chunks_per_s": rates, "us_per_chunk": costs, "requests": arguments.requests, "memory_mib": memory_mib}
+
+
+def say(what: str, values: Sequence[float], digits: int = 0) -> None:
+    """A line with median, lowest and highest."""
+    spread = Spread.of(values)
+    if spread is not None:
+        print(f"{spread.text(digits):>24} {what}", flush=True)
 
 
 @contextlib.contextmanager
@@ -168,15 +147,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--first-tokens", type=int, default=100, metavar="N", help="pairs of single requests")
     parser.add_argument("--free-tokens", type=int, default=1000, help="of each stream of the free engine")
+    parser.add_argument("--requests", type=int, default=10_000, help="for the memory that they leave")
+    parser.add_argument("--out", type=Path, default=result_folder("gateway"), help="results (default: %(default)s)")
     arguments = parser.parse_args()
+    machine = describe_machine()
     command = [sys.executable, "-m", "benchmarks.gateway.free_engine"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as alone:
         assert alone.stdout is not None
         port = int(alone.stdout.readline())
-        asyncio.run(measure_alone(port, psutil.Process(alone.pid), arguments))
+        figures = asyncio.run(measure_alone(port, psutil.Process(alone.pid), arguments))
         alone.terminate()
     with serving(arguments) as (port, grpc_port, gateway):
-        asyncio.run(compare(port, grpc_port, gateway, arguments))
+        figures |= asyncio.run(compare(port, grpc_port, gateway, arguments))
+    path = cpu_result(arguments.out, machine, arguments.model)
+    write_json(path, {"machine": machine, "streams": arguments.streams, **rounded(figures)})
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":
