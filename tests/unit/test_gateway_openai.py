@@ -10,6 +10,7 @@ from openai.types.chat import ChatCompletionChunk
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 
+from flashserve import sampling_params
 from flashserve_client import ConnectionFailed, DeadlineExceeded, InternalError, InvalidRequest, Unavailable
 from flashserve_gateway import abilities, parameters
 from gateway_peers import CHAT, MemoryTransport, fails, gate, piece, says
@@ -168,6 +169,12 @@ def test_every_field_of_openais_api_has_its_place(params: type, own: frozenset[s
     places = [own, parameters.ENGINE, parameters.IGNORED, abilities.FIELDS]
     for name in params.__annotations__:
         assert sum(name in place for place in places) == 1, name
+
+
+def test_every_sampling_parameter_of_the_engine_has_its_place():
+    """The gateway's names are a second list, since it never imports the backend."""
+    places = parameters.ENGINE | parameters.CHAT | parameters.COMPLETION | abilities.FIELDS
+    assert [known.name for known in sampling_params.TABLE if not known.of_request and known.name not in places] == []
 
 
 @pytest.mark.parametrize(
