@@ -30,6 +30,8 @@ class StructuredOutputs(msgspec.Struct, frozen=True, array_like=True):
     """A JSON schema, a regular expression, a JSON list of strings, a grammar in Lark."""
     whitespace_pattern: str | None = None
     """Between the parts of JSON; None: the engine's own, empty: nothing."""
+    close_json: bool = False
+    """Complete the text when ``max_tokens`` is near."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

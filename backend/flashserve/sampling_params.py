@@ -188,6 +188,9 @@ def _sampling(coerced: dict[str, Any], defaults: Mapping[str, Any]) -> SamplingP
     params = SamplingParams(**merged)
     if "allowed_token_ids" in merged:
         _check_allowed_tokens(params)
+    wanted = params.structured_outputs
+    if wanted is not None and wanted.close_json and params.logprobs is not None:
+        raise InvalidArgument("structured_outputs.close_json cannot go with logprobs: what closes a text has none")
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         origin = "" if "max_tokens" in coerced else " (the model's default)"
         raise InvalidArgument(

@@ -17,7 +17,7 @@ RANGE = f"an object with exactly one of {', '.join(FORMS)}"
 COMPACT = ""
 """As ``whitespace_pattern``: none at all."""
 _NAME = "structured_outputs"
-_OPTIONS = ("whitespace_pattern", "disable_any_whitespace")
+_OPTIONS = ("whitespace_pattern", "disable_any_whitespace", "close_json")
 _NEUTRAL = {"disable_fallback": (False, True), "disable_additional_properties": (False,), "structural_tag": ()}
 """Of vLLM, with the values under which they make no difference: nothing falls back to another library here."""
 
@@ -42,7 +42,7 @@ def parse_structured_outputs(value: Any) -> StructuredOutputs:
         raise InvalidArgument(f"{_NAME}.{form} has {size} bytes; at most {MAX_BYTES} are taken")
     if not is_unicode(text):
         raise InvalidArgument(f"{_NAME}.{form} has a lone surrogate")
-    return StructuredOutputs(kind, text, _whitespace(given, kind))
+    return StructuredOutputs(kind, text, _whitespace(given, kind), _closes(given, kind))
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -104,6 +104,15 @@ def _whitespace(given: dict[str, Any], kind: GrammarKind) -> str | None:
     if pattern is not None and compact:
         raise InvalidArgument(f"{_NAME} has whitespace_pattern beside disable_any_whitespace")
     return COMPACT if compact else pattern
+
+
+def _closes(given: dict[str, Any], kind: GrammarKind) -> bool:
+    closes = bool_of(given.get("close_json", False))
+    if closes is None:
+        raise InvalidArgument(f"{_NAME}.close_json must be true or false, not {shorten(given['close_json'])}")
+    if closes and kind != "json":
+        raise InvalidArgument(f"{_NAME}.close_json goes with json and json_object only")
+    return closes
 
 
 _READERS = {

@@ -29,7 +29,17 @@ IGNORED = frozenset(
      "safety_identifier"}
 )  # fmt: skip
 COMMON = frozenset(
-    {"model", "stream", "stream_options", "max_tokens", "priority", "n", "return_progress", "response_format"}
+    {
+        "model",
+        "stream",
+        "stream_options",
+        "max_tokens",
+        "priority",
+        "n",
+        "return_progress",
+        "response_format",
+        "close_json",
+    }
 )
 CHAT = COMMON | {
     "messages",

@@ -32,11 +32,16 @@ def add_form(params: dict[str, Any], form: dict[str, Any] | None, field: str) ->
 
 def response_format(body: Mapping[str, Any]) -> dict[str, Any] | None:
     """Of chat and of text completions. Raises ApiError."""
-    wanted = parameters.read(body, "response_format", dict, {})
+    wanted, holder = parameters.read(body, "response_format", dict, {}), "response_format"
     if wanted.get("type") == "json_schema":
-        inner = parameters.read(wanted, "json_schema", dict, {})
-        return _form({**inner, "type": "json_schema"}, "response_format", "response_format.json_schema")
-    return _form(wanted, "response_format", "response_format")
+        holder = "response_format.json_schema"
+        wanted = {**parameters.read(wanted, "json_schema", dict, {}), "type": "json_schema"}
+    form = _form(wanted, "response_format", holder)
+    if parameters.read(body, "close_json", bool, False):
+        if form is None:
+            raise invalid("close_json", "close_json goes with a response_format of json_object or json_schema")
+        form["close_json"] = True
+    return form
 
 
 def text_format(body: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ import pytest
 from driver import Engine, load
 from flashserve import LLM
 from flashserve.engine.grammar import service
+from flashserve.engine.grammar.closing import ClosingMatcher, Closings
 from flashserve.engine.grammar.judge import Judge
 from flashserve.engine.grammar.matcher import GrammarMatcher
 from flashserve.engine.grammar.service import Grammars
@@ -63,6 +64,20 @@ def matcher_of(tokenizer):
     return make
 
 
+@pytest.fixture(scope="module")
+def closing_matcher_of(tokenizer, matcher_of):
+    """The same, of texts that are closed."""
+    closings = Closings(make_tokenizer(tokenizer.to_json(), VOCAB_SIZE, [EOS_ID]))
+
+    def make(schema: dict) -> ClosingMatcher:
+        matcher = matcher_of(form(json=schema)).copy()._matcher
+        closing = closings.find(matcher)
+        assert closing is not None, schema
+        return ClosingMatcher(matcher, EOS_ID, closings, closing)
+
+    return make
+
+
 @pytest.fixture
 def grammars(folder):
     running = Grammars(read_model_card(folder), VOCAB_SIZE, (EOS_ID,))
@@ -76,18 +91,27 @@ def form(**given) -> StructuredOutputs:
 
 def random_text(matcher: GrammarMatcher, tokenizer: Tokenizer, rng: random.Random) -> str | None:
     """A text of the tokens that it allows, any of them each time. None if it does not end."""
+    tokens, has_ended = random_tokens(matcher, rng, MAX_TOKENS)
+    return tokenizer.decode(tokens) if has_ended else None
+
+
+def random_tokens(matcher: GrammarMatcher, rng: random.Random, most: int) -> tuple[list[int], bool]:
+    """At most so many, and whether nothing can follow them."""
     tokens: list[int] = []
-    while len(tokens) < MAX_TOKENS:
+    while len(tokens) < most:
         bits = np.unpackbits(np.frombuffer(matcher.mask(), np.uint8), bitorder="little")
         allowed = np.flatnonzero(bits[:VOCAB_SIZE]).tolist()
         assert allowed
         token = rng.choice(allowed)
+        closing = matcher.ends_with(token, most - len(tokens) - 1)
+        if closing is not None:
+            return [*tokens, *closing], True
         assert matcher.take(token)
         if token != EOS_ID:
             tokens.append(token)
         if matcher.is_done:
-            return tokenizer.decode(tokens)
-    return None
+            return tokens, True
+    return tokens, False
 
 
 def answers(grammars: Grammars, *wanted: StructuredOutputs) -> list[GrammarMatcher | ErrorInfo]:
@@ -115,6 +139,35 @@ def test_random_schemas_give_valid_json(matcher_of, tokenizer):
         ended += 1
         jsonschema.Draft202012Validator(schema).validate(json.loads(text))
     assert ended > 0.95 * NUM_SCHEMAS
+
+
+@pytest.mark.parametrize("seeds", [range(100), pytest.param(range(100, NUM_SCHEMAS), marks=pytest.mark.slow)])
+def test_random_schemas_are_closed_whatever_there_is_room_for(seeds, closing_matcher_of, tokenizer):
+    for seed in seeds:
+        rng = random.Random(seed)
+        schema = random_schema(rng)
+        matcher = closing_matcher_of(schema)
+        for more in (0, 1, rng.randrange(2, 30), rng.randrange(30, 300)):
+            most = matcher.least_tokens + more
+            tokens, _ = random_tokens(matcher.copy(), rng, most)
+            assert len(tokens) <= most
+            jsonschema.Draft202012Validator(schema).validate(json.loads(tokenizer.decode(tokens)))
+
+
+@pytest.mark.parametrize(
+    ("schema", "most"),
+    [
+        ({"type": "string", "minLength": 300}, 302),
+        ({"type": "string", "format": "uuid"}, 40),
+        ({"type": "integer", "multipleOf": 1000, "minimum": 1}, 6),
+        ({"type": "number", "exclusiveMinimum": 4.28, "maximum": 36.48}, 4),
+        ({"type": "array", "items": {"type": "string"}, "minItems": 20}, 80),
+        ({"$ref": "#/$defs/n", "$defs": {"n": {"anyOf": [{"type": "array", "items": {"$ref": "#/$defs/n"}}]}}}, 2),
+    ],
+    ids=lambda value: "" if isinstance(value, int) else json.dumps(value)[:40],
+)
+def test_short_ends_are_found(schema, most, closing_matcher_of):
+    assert 0 < closing_matcher_of(schema).least_tokens <= most
 
 
 def test_random_regular_expressions_match(matcher_of, tokenizer):
@@ -320,6 +373,34 @@ def test_different_grammars_in_one_batch_beside_unconstrained_requests(llm):
     assert results[3].text in ("yes", "no")
     assert results[4].text in ("abb", "abbb")
     assert llm.stats().free_blocks == llm.stats().total_blocks
+
+
+@pytest.mark.parametrize("schema", [PLACE, {"type": "array", "items": {"type": "string"}, "minItems": 3}])
+def test_a_text_is_closed_when_max_tokens_is_near(schema, llm):
+    """Samples of one prompt end each in its time, beside one that is free."""
+    free = {"temperature": 0, "max_tokens": 20, "ignore_eos": True}
+    alone = llm.generate("x", free)[0].token_ids
+    wanted = {"json": schema, "close_json": True}
+    params = [
+        {"temperature": 1, "seed": s, "n": 3, "max_tokens": s, "structured_outputs": wanted} for s in (45, 60, 90)
+    ]
+    *results, neighbour = llm.generate(["x"] * 4, [*params, free])
+    for result, most in zip(results, [45] * 3 + [60] * 3 + [90] * 3, strict=True):
+        jsonschema.validate(json.loads(result.text), schema)
+        assert len(result.token_ids) <= most
+    assert "length" in {result.finish_reason for result in results}
+    assert neighbour.token_ids == alone
+    assert llm.stats().free_blocks == llm.stats().total_blocks
+
+
+def test_no_room_to_close_a_text_is_refused(llm):
+    wanted = {"structured_outputs": {"json": PLACE, "close_json": True}}
+    for _ in range(2):  # while it is compiled, and afterwards
+        with pytest.raises(
+            InvalidArgument, match=r"close_json: the shortest text found of this form takes \d+ tokens, of 3"
+        ):
+            llm.generate("x", {**wanted, "max_tokens": 3})
+    assert llm.stats().free_blocks == llm.stats().total_blocks and llm.stats().running == 0
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

@@ -45,6 +45,13 @@ async def test_a_format_of_chat_and_completions(given, form):
     assert asked.get("structured_outputs") == form
 
 
+async def test_a_format_is_closed_if_that_is_asked_for():
+    asked = await chat_with(response_format=FORMAT, close_json=True)
+    assert asked["structured_outputs"] == {"json": SCHEMA, "close_json": True} and "close_json" not in asked
+    asked = await asked_with("/v1/completions", prompt="a", response_format={"type": "json_object"}, close_json=True)
+    assert asked["structured_outputs"] == {"json_object": True, "close_json": True}
+
+
 async def test_vllms_fields_go_to_the_engine_as_they_are():
     form = {"regex": "[0-9]+", "whitespace_pattern": None}
     sampling = await chat_with(structured_outputs=form)
@@ -120,6 +127,7 @@ async def test_a_tool_that_must_be_called_of_the_other_dialects():
         ({"response_format": FORMAT, "structured_outputs": {"regex": "a"}}, "response_format"),
         ({"response_format": FORMAT, "tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"close_json": True}, "close_json"),
         ({"tools": [TOOL], "tool_choice": "always"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "clock"}}}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "custom"}}, "tool_choice"),

@@ -16,6 +16,7 @@ class Script:
     """Allows everything, but ends or refuses at a given token. Keeps what it was told."""
 
     end_token = 0
+    least_tokens = 0
 
     def __init__(self, done_at: int = 1 << 30, refuses_at: int = 1 << 30, follows_samples: bool = True) -> None:
         self.done_at, self.refuses_at, self.follows_samples = done_at, refuses_at, follows_samples
@@ -29,6 +30,9 @@ class Script:
     def mask(self) -> bytes:
         """Whose it is, and how far it is, can be read from it."""
         return (id(self) << 32 | len(self.taken)).to_bytes(16, "little")
+
+    def ends_with(self, token_id: int, num_left: int) -> list[int] | None:
+        return None
 
     def take(self, token_id: int) -> bool:
         self.taken.append(token_id)

@@ -27,6 +27,7 @@ def parse(value: object) -> StructuredOutputs | None:
         (json.dumps({"json": SCHEMA}), StructuredOutputs("json", WRITTEN)),
         ({"json": True}, StructuredOutputs("json", "true")),
         ({"json_object": True}, StructuredOutputs("json", '{"type": "object"}')),
+        ({"json_object": True, "close_json": "true"}, StructuredOutputs("json", '{"type": "object"}', close_json=True)),
         ({"regex": "[0-9]+"}, StructuredOutputs("regex", "[0-9]+")),
         ({"choice": ["ja", "né"]}, StructuredOutputs("choice", '["ja", "né"]')),
         ({"grammar": 'start: "a"'}, StructuredOutputs("grammar", 'start: "a"')),
@@ -67,6 +68,8 @@ def test_properties_keep_their_order():
         ({"choice": ["a", ""]}, "structured_outputs.choice must be a non-empty list"),
         ({"choice": "a"}, "structured_outputs.choice must be a non-empty list"),
         ({"regex": "a", "whitespace_pattern": " "}, "go with json only"),
+        ({"regex": "a", "close_json": True}, "structured_outputs.close_json goes with json and json_object only"),
+        ({"json": {}, "close_json": "maybe"}, "structured_outputs.close_json must be true or false"),
         ({"json": {}, "whitespace_pattern": 5}, "whitespace_pattern must be a regular expression"),
         ({"json": {}, "disable_any_whitespace": "maybe"}, "disable_any_whitespace must be true or false"),
         ({"json": {}, "disable_any_whitespace": True, "whitespace_pattern": " "}, "beside disable_any_whitespace"),
@@ -95,3 +98,8 @@ def test_allowed_tokens():
 def test_older_names_are_refused_with_the_newer(name):
     with pytest.raises(InvalidArgument, match=f'{name}.*structured_outputs={{"{name.removeprefix("guided_")}": …}}'):
         parse_sampling_params({name: "x"})
+
+
+def test_what_closes_a_text_has_no_logprobs():
+    with pytest.raises(InvalidArgument, match=r"structured_outputs.close_json cannot go with logprobs"):
+        parse_sampling_params({"structured_outputs": {"json": {}, "close_json": True}, "logprobs": 0})

@@ -23,6 +23,16 @@ class Matcher(Protocol):
         """What says so: the one token that may still come, which is taken without a step of its own."""
         ...
 
+    @property
+    def least_tokens(self) -> int:
+        """What a text takes at least, where that matters: a request with room for less is refused."""
+        ...
+
+    def ends_with(self, token_id: int, num_left: int) -> list[int] | None:
+        """What the text must end with in place of a sample, which may come here, if behind that it would need more
+        tokens than are left, so many. None: the sample is taken."""
+        ...
+
     def mask(self) -> bytes:
         """A bit for each token that may come next, the lowest of each byte first, in whole words of 4 bytes. Tokens
         behind the last word may not come."""

@@ -99,7 +99,7 @@ class Scheduler:
         self._requests.add(request)
         self._waiting.push(request)
         if matcher is not None:
-            self._requests.constrain(request, matcher)
+            self._constrain(request, matcher)
         return True
 
     def release(self, request_id: int, hold: Hold, matcher: Matcher | None = None) -> None:
@@ -107,15 +107,23 @@ class Scheduler:
         changes nothing."""
         request = self._requests.get(request_id)
         if request is not None and hold in request.holds:
-            if matcher is not None:
-                self._requests.constrain(request, matcher)
             self._waiting.release(request, hold)
+            if matcher is not None:
+                self._constrain(request, matcher)
 
     def refuse(self, request_id: int, error: ErrorInfo) -> None:
         """What a request waited for will never be there."""
         request = self._requests.get(request_id)
         if request is not None:
             self._end(request, "error", error)
+
+    def _constrain(self, request: Request, matcher: Matcher) -> None:
+        """Let it keep to what the matcher says, if it has the room for that."""
+        self._requests.constrain(request, matcher)
+        room = request.terms.max_total_tokens - request.terms.num_prompt_tokens
+        if matcher.least_tokens > room:
+            text = f"close_json: the shortest text found of this form takes {matcher.least_tokens} tokens, of {room}"
+            self._end(request, "error", ErrorInfo(INVALID_ARG, text))
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """End requests in whatever state they are. Unknown ids ended already: their outputs are on the way."""

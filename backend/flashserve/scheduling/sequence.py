@@ -128,15 +128,19 @@ class Sequence:
         return token_ids, None
 
     def _take_matched(self, token_ids: list[int], matcher: Matcher) -> tuple[list[int], FinishReason | None]:
-        known = self.token_ids
+        known, most = self.token_ids, self.terms.max_total_tokens
         for count, token_id in enumerate(token_ids, 1):
+            closing = matcher.ends_with(token_id, most - len(known) - 1)
+            if closing is not None:
+                known += closing
+                return [*token_ids[: count - 1], *closing], "length"
             if not matcher.take(token_id):
                 return token_ids[: count - 1], "error"
             known.append(token_id)
             if matcher.is_done:
                 if token_id == matcher.end_token:
                     return token_ids[:count], "stop"
-                if len(known) < self.terms.max_total_tokens:
+                if len(known) < most:
                     known.append(matcher.end_token)
                     return [*token_ids[:count], matcher.end_token], "stop"
             reason = self._reason_to_end()

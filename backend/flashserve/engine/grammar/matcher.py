@@ -24,6 +24,10 @@ class GrammarMatcher:
         self.end_token = end_token
 
     @property
+    def least_tokens(self) -> int:
+        return 0
+
+    @property
     def is_done(self) -> bool:
         return bool(self._matcher.is_stopped())
 
@@ -35,6 +39,9 @@ class GrammarMatcher:
             log.exception("a grammar's mask could not be computed")
             self._has_failed = True
             return bytes(4)
+
+    def ends_with(self, token_id: int, num_left: int) -> list[int] | None:
+        return None
 
     def take(self, token_id: int) -> bool:
         return not self._has_failed and bool(self._matcher.consume_token(token_id))
@@ -49,6 +56,7 @@ class AllowedTokens:
     follows_samples = False
     is_done = False
     end_token = -1
+    least_tokens = 0
 
     def __init__(self, token_ids: Sequence[int]) -> None:
         """token_ids: at least one; of the vocabulary."""
@@ -59,6 +67,9 @@ class AllowedTokens:
 
     def mask(self) -> bytes:
         return self._mask
+
+    def ends_with(self, token_id: int, num_left: int) -> list[int] | None:
+        return None
 
     def take(self, token_id: int) -> bool:
         return True

@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+from flashserve.engine.grammar.closing import MAX_CLOSING, ClosingMatcher, Closings
 from flashserve.engine.grammar.judge import Judge
 from flashserve.engine.grammar.matcher import GrammarMatcher
 from flashserve.engine.grammar.source import compile_grammar, grammar_source, make_tokenizer
@@ -107,6 +108,7 @@ class _Compiler:
         self._eos_token_ids = list(eos_token_ids)
         self._lock = threading.Lock()
         self._loaded: tuple[LLTokenizer, Judge] | None = None
+        self._closings: Closings | None = None
         self._closed = False
 
     def compile(self, wanted: StructuredOutputs) -> GrammarMatcher | ErrorInfo:
@@ -125,7 +127,14 @@ class _Compiler:
                 matcher, refusal = compile_grammar(tokenizer, source)
             if refusal:
                 return ErrorInfo(INVALID_ARG, f"structured_outputs: the {_WORDS[wanted.kind]} is refused: {refusal}")
-            return GrammarMatcher(matcher, tokenizer.eos_token)
+            if not wanted.close_json:
+                return GrammarMatcher(matcher, tokenizer.eos_token)
+            closings = self._find_closings(tokenizer)
+            closing = closings.find(matcher)
+            if closing is None:
+                text = f"structured_outputs.close_json: no text of this schema was found within {MAX_CLOSING} tokens"
+                return ErrorInfo(INVALID_ARG, text)
+            return ClosingMatcher(matcher, tokenizer.eos_token, closings, closing)
         except Exception:
             log.exception("a grammar could not be compiled")
             return ErrorInfo(INTERNAL, "structured_outputs: the grammar could not be compiled")
@@ -135,6 +144,12 @@ class _Compiler:
             self._closed = True
             if self._loaded is not None:
                 self._loaded[1].close()
+
+    def _find_closings(self, tokenizer: LLTokenizer) -> Closings:
+        with self._lock:
+            if self._closings is None:
+                self._closings = Closings(tokenizer)
+            return self._closings
 
     def _load(self) -> tuple[LLTokenizer, Judge]:
         """At the first use: a quarter of a second with 49k tokens, some seconds with 152k."""
