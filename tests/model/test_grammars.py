@@ -31,6 +31,7 @@ from flashserve.text.tokenizer import Tokenizer
 from flashserve_gateway.chat import read_message
 from flashserve_gateway.output.tools import ToolReader
 from flashserve_gateway.structure import call_form
+from hostile_grammars import HOSTILE
 from lazy_device import LazyCpu
 from random_grammars import random_regex, random_schema
 from tiny_models import EOS_ID, VOCAB_SIZE
@@ -234,42 +235,6 @@ def test_calls_that_the_gateway_asks_for_are_read_as_calls(parallel, matcher_of,
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
-
-
-def exploding_unions(depth: int) -> dict:
-    """llguidance takes three times as long with each level, 1 s with 6; 8 are too many symbols for it."""
-    if not depth:
-        return {"type": "object"}
-    union = [{"properties": {f"p{depth}{low}": {"type": "integer", "minimum": low}}} for low in range(3)]
-    return {"allOf": [{"anyOf": union}, exploding_unions(depth - 1)]}
-
-
-def deeply_nested(depth: int) -> dict:
-    schema: dict = {"type": "null"}
-    for _ in range(depth):
-        schema = {"type": "array", "items": schema}
-    return schema
-
-
-HOSTILE = {
-    "exploding unions": {"json": exploding_unions(7)},
-    "more exploding unions": {"json": exploding_unions(16)},
-    "deep nesting": {"json": deeply_nested(200)},
-    "a union of references to itself": {"json": {"$ref": "#"}},
-    "not": {"json": {"not": {"type": "string"}}},
-    "unique items": {"json": {"type": "array", "uniqueItems": True}},
-    "a remote reference": {"json": {"$ref": "https://example.com/schema.json"}},
-    "an unknown format": {"json": {"type": "string", "format": "of my own"}},
-    "a reference to nothing": {"json": {"$ref": "#/$defs/nothing"}},
-    "a type that is none": {"json": {"type": "text"}},
-    "nothing can be so": {"json": {"type": "integer", "minimum": 5, "maximum": 4}},
-    "look-ahead": {"regex": "(?=a)b"},
-    "a reference in a regular expression": {"regex": r"(a)\1"},
-    "a regular expression that is none": {"regex": "(a"},
-    "no grammar": {"grammar": "hello"},
-    "a rule that is not there": {"grammar": "start: other"},
-    "a special token that is not there": {"grammar": "start: <|nothing|>"},
-}
 
 
 def test_what_cannot_be_compiled_is_refused_with_the_reason(grammars):

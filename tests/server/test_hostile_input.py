@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from flashserve.sampling_params import PARAMETERS
 from harness import Server, wait_until
+from hostile_grammars import HOSTILE
 from requests_helper import GrpcCall, Raw, call, generate, post, strings, wait_idle
 from shared_servers import LETTERS, NULL_IDS, letters
 
@@ -253,6 +255,13 @@ WRONG_VALUES: dict[str, list[Any]] = {
     "stop": [[""], [5], [None], {"a": "b"}, 5, ["x" * 1025], ["x"] * 10_000, ["\ud800"], [["x"]]],
     "stop_token_ids": [[-1], [512], [2**63], [1.0], [True], ["1"], 5, "[1", [1] * 300],
     "ignore_eos": [1, "yes", [], 0.0],
+    "include_stop_str_in_output": [2, "no", {}],
+    "skip_special_tokens": ["si", 5, []],
+    "logprobs": [-1, 21, 0.5, "all", True],
+    "prompt_logprobs": [-1, 21, "x", []],
+    "prompt_token_ids": [[], [-1], [512], [1.5], "x", 5],
+    "timeout": [-1, 2**63, "soon"],
+    "traceparent": ["\n", 5, []],
     "truncate_prompt_tokens": [0, -2, 2**31],
     "priority": [2**31, -(2**31) - 1, 0.5, "urgent"],
     "timeout_ms": [0, -1, 2**31, 0.5],
@@ -278,6 +287,10 @@ WRONG_VALUES: dict[str, list[Any]] = {
     "": [1],
     "\ud800": [1],
 }
+
+
+def test_every_parameter_has_wrong_values() -> None:
+    assert set(PARAMETERS) <= set(WRONG_VALUES)
 
 
 @pytest.mark.parametrize("name", WRONG_VALUES, ids=lambda name: ascii(name[:30]))
@@ -375,3 +388,11 @@ def test_tokenize_requests_that_are_none(server: Server, request_json: str, word
     (reply,) = call(server, model=MODEL, tokenize_request=request_json)
     assert words in reply.error
     assert reply.error.endswith("[code=INVALID_ARG]")
+
+
+# --- forms of texts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_form_that_no_text_can_have_or_nobody_can_compile(server: Server, name: str) -> None:
+    refused(server, "structured_outputs", sampling_parameters=json.dumps({"structured_outputs": HOSTILE[name]}))

@@ -289,3 +289,17 @@ def test_gauges_follow_the_engine_and_return_to_zero(server: Server) -> None:
         one.cancel()
     wait_idle(server, "narrow")
     assert read(server, "narrow")["flashserve:engine_ready"] == 1
+
+
+def test_samples_hold_their_prompts_blocks_once(server: Server) -> None:
+    total = next(int(lb["num_gpu_blocks"]) for n, lb, _ in lines(server, "paced") if n == "vllm:cache_config_info")
+    length, samples, tokens = 1000, 8, 400
+    sampling = {"prompt_token_ids": [40] * length, "n": samples, "max_tokens": tokens, "ignore_eos": True}
+    call = GrpcCall(server, {"sampling_parameters": sampling, "stream": True}, model="paced")
+    shared = length // BLOCK_SIZE
+    assert wait_until(lambda: read(server, "paced")["vllm:kv_cache_usage_perc"] * total > shared + samples - 0.5, 5)
+    used = round(read(server, "paced")["vllm:kv_cache_usage_perc"] * total)
+    most_own = (length + tokens) // BLOCK_SIZE + 1 - shared
+    assert shared + samples <= used <= shared + samples * most_own < samples * shared
+    call.cancel()
+    wait_idle(server, "paced")

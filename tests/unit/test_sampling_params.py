@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 
 from flashserve.errors import InvalidArgument
 from flashserve.protocol import SamplingParams
-from flashserve.sampling_params import NEUTRAL, PARAMETERS, RequestOptions, parse_parameters, parse_sampling_params
+from flashserve.sampling_params import (
+    NEUTRAL,
+    PARAMETERS,
+    TABLE,
+    RequestOptions,
+    parse_parameters,
+    parse_sampling_params,
+)
 
 
 def test_nothing_given_is_the_defaults():
@@ -273,3 +280,11 @@ def test_any_values_give_parameters_in_range_or_an_invalid_argument(values):
     assert options.timeout_s is None or options.timeout_s > 0
     assert all(type(token) is int and -100 <= bias <= 100 for token, bias in sampling.logit_bias.items())
     assert 0 < sampling.repetition_penalty <= 1000 and 1 <= sampling.dry_base <= 4
+
+
+@pytest.mark.parametrize("parameter", TABLE, ids=lambda parameter: parameter.name)
+def test_an_error_names_the_parameter_and_what_it_accepts(parameter):
+    with pytest.raises(InvalidArgument) as error:
+        parse_parameters({parameter.name: {"of another": "type"}})
+    assert parameter.name in error.value.message
+    assert parameter.range() in error.value.message or parameter.kind in ("structure", "token_map")
