@@ -88,16 +88,18 @@ def prompt_tokens(tree: ast.Module, complete: Complete) -> list[Change]:
     ]
 
 
-def finish_reasons(tree: ast.Module, complete: Complete) -> list[Change]:
-    """``… == "length"``: why the text of ``_prompt`` ends."""
-    (prompt,) = (ast.literal_eval(v) for c in tree.body for name, v in _assignments(c) if name == "_prompt")
-    return [
-        (value, repr(complete(prompt).finish_reason))
-        for comparison in ast.walk(tree)
-        if isinstance(comparison, ast.Compare)
-        for value in comparison.comparators
-        if isinstance(value, ast.Constant) and value.value == "length"
-    ]
+def shorter_text(tree: ast.Module, complete: Complete) -> list[Change]:
+    """``_sampling_parameters``: no more tokens than the model gives before it ends the text of ``_prompt``.
+
+    The test expects a text that ends for its length, with log-probabilities of its tokens alone; the token that ends a
+    text has one, too, and no place in the text.
+    """
+    values = {name: value for c in tree.body for name, value in _assignments(c)}
+    continuation = complete(ast.literal_eval(values["_prompt"]))
+    if continuation.finish_reason == "length":
+        return []
+    given = values["_sampling_parameters"]
+    return [(given, repr({**ast.literal_eval(given), "max_tokens": str(len(continuation.deltas))}))]
 
 
 def _functions(tree: ast.AST) -> Iterator[ast.AST]:
