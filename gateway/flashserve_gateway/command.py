@@ -112,7 +112,7 @@ def run_gateway(arguments: argparse.Namespace) -> int:
         print(f"key: {key}\nentry: {json.dumps(entry)}")
         return 0
     if arguments.redis is not None and importlib.util.find_spec("redis") is None:
-        return _fail("--redis needs redis", "pip install 'flashserve[gateway]'")
+        return _fail("--redis: it needs the package redis", "pip install 'flashserve[gateway]'")
     settings = Settings(
         triton=tuple(arguments.triton or [DEFAULT_TRITON]),
         triton_metrics=tuple(arguments.triton_metrics),
