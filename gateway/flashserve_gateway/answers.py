@@ -61,18 +61,14 @@ class AnswerCache:
 
     async def find(self, owner: str, asks: Sequence[Ask], version: str) -> list[KeptAnswer] | None:
         """The answers to all of them; None where one is missing. Raises StoreAway."""
-        found = []
-        for ask in asks:
-            body = await self._shelf.get(owner, _name(ask, version))
-            if body is None:
-                break
-            try:
-                found.append(_JSON.validate_json(body))
-            except ValidationError:  # of another version of this program
-                break
-        is_hit = len(found) == len(asks)
-        self._metrics.answer_cache.labels("hit" if is_hit else "miss").inc()
-        return found if is_hit else None
+        bodies = await self._shelf.get(owner, [_name(ask, version) for ask in asks])
+        whole = [body for body in bodies if body is not None]
+        found = None
+        if len(whole) == len(asks):
+            with contextlib.suppress(ValidationError):  # of another version of this program
+                found = [_JSON.validate_json(body) for body in whole]
+        self._metrics.answer_cache.labels("miss" if found is None else "hit").inc()
+        return found
 
     async def keep(self, owner: str, ask: Ask, version: str, answer: KeptAnswer) -> None:
         """Keeps what is whole, unless the store is away."""

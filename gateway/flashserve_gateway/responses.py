@@ -40,7 +40,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "moderation": (),
     "prompt": (),
 }
-_LONGEST_ID = 100
 _RETRY_AWAY_S = 1.0
 
 
@@ -69,7 +68,7 @@ class ResponseStore:
     async def find(self, owner: str, response_id: str) -> Kept:
         """Raises ApiError for one that is not there, or not the owner's, or if that cannot be known now."""
         try:
-            body = await self._shelf.get(owner, response_id) if len(response_id) <= _LONGEST_ID else None
+            (body,) = await self._shelf.get(owner, [response_id])
         except StoreAway:
             raise _away() from None
         if body is None:

@@ -22,10 +22,10 @@ log = logging.getLogger("flashserve_gateway")
 T = TypeVar("T")
 
 ANSWER_S = 0.5
-"""All that one question may take: waiting for a connection, connecting, greeting, the answer."""
-_SOCKET_S = 0.25
+"""All that one question may take, from connecting to the answer."""
 _LOOK_S = 1.0
-_CONNECTIONS = 32
+_AT_ONCE = 32
+"""Questions; others wait for their turn, which is no fault of Redis. Each has a connection."""
 _PROBE_LIFETIME_S = 10
 PREFIX = "flashserve:"
 """Of all keys. Deployments that must not share use different databases (redis://HOST/1)."""
@@ -37,13 +37,13 @@ class RedisConnection:
 
     def __init__(self, url: str) -> None:
         """Raises ValueError for a bad URL. Nothing is asked yet."""
-        # redis-py's own tries take three seconds of each question to a Redis that is away. Its plain pool raises when
-        # its connections are in use; this one waits.
+        # redis-py's own tries take three seconds of each question to a Redis that is away.
         options: dict[str, Any] = {
-            **parse_url(url), "max_connections": _CONNECTIONS, "timeout": _SOCKET_S, "socket_timeout": _SOCKET_S,
-            "socket_connect_timeout": _SOCKET_S, "retry": Retry(NoBackoff(), 0),
+            **parse_url(url), "max_connections": _AT_ONCE + 1, "timeout": ANSWER_S, "socket_timeout": ANSWER_S,
+            "socket_connect_timeout": ANSWER_S, "retry": Retry(NoBackoff(), 0),
         }  # fmt: skip
-        self._pool = BlockingConnectionPool(**options)
+        self._pool = BlockingConnectionPool(**options)  # the plain one raises when all are in use
+        self._turns = asyncio.Semaphore(_AT_ONCE)
         self.redis: Redis = Redis(connection_pool=self._pool)
         self._is_away = True
         self._reason: str | None = None
@@ -69,13 +69,14 @@ class RedisConnection:
 
     async def ask(self, question: Callable[[], Awaitable[T]]) -> T:
         """What Redis answers. Raises StoreAway, at once while it is known to be away."""
-        if self._is_away:
-            raise StoreAway
-        try:
-            return await asyncio.wait_for(_as_coroutine(question), ANSWER_S)
-        except (RedisError, OSError, asyncio.TimeoutError) as error:
-            self._lost(error)
-            raise StoreAway from error
+        async with self._turns:
+            if self._is_away:  # by now
+                raise StoreAway
+            try:
+                return await asyncio.wait_for(_as_coroutine(question), ANSWER_S)
+            except (RedisError, OSError, asyncio.TimeoutError) as error:
+                self._lost(error)
+                raise StoreAway from error
 
     async def _keep_looking(self) -> None:
         while True:

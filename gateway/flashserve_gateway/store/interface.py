@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -33,8 +34,8 @@ class Asked:
 class Shelf(Protocol):
     """Values by owner and name. Each is kept for the shelf's lifetime at most, and never changed."""
 
-    async def get(self, owner: str, name: str) -> bytes | None:
-        """None: not there, or not the owner's. Raises StoreAway."""
+    async def get(self, owner: str, names: Sequence[str]) -> list[bytes | None]:
+        """Several at once. None: not there, or not the owner's. Raises StoreAway."""
 
     async def put(self, owner: str, name: str, value: bytes) -> None:
         """Values that are too large for the shelf are not kept. Raises StoreAway."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from ..keys import Admission, Caller
 from .interface import Asked, Quotas, Shelf
+
+_NOTHING: Mapping[str, tuple[float, bytes]] = {}
 
 
 class MemoryShelf:
@@ -20,9 +22,9 @@ class MemoryShelf:
         self._kept: dict[str, OrderedDict[str, tuple[float, bytes]]] = {}  # by owner and name: until when, and what
         self._sizes: Counter[str] = Counter()
 
-    async def get(self, owner: str, name: str) -> bytes | None:
-        found = self._kept[owner].get(name) if owner in self._kept else None
-        return found[1] if found is not None and found[0] >= time.monotonic() else None
+    async def get(self, owner: str, names: Sequence[str]) -> list[bytes | None]:
+        now, kept = time.monotonic(), self._kept.get(owner, _NOTHING)
+        return [kept[name][1] if name in kept and kept[name][0] >= now else None for name in names]
 
     async def put(self, owner: str, name: str, value: bytes) -> None:
         now = time.monotonic()

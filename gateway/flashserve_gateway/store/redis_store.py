@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from urllib.parse import quote
 
 from .connection import PREFIX, RedisConnection
@@ -20,10 +21,10 @@ class RedisShelf:
         self._kind = kind
         self._lifetime_ms = max(1, round(lifetime_s * 1000))
 
-    async def get(self, owner: str, name: str) -> bytes | None:
-        found = await self._connection.ask(lambda: self._connection.redis.get(self._key(owner, name)))
-        assert found is None or isinstance(found, bytes)
-        return found
+    async def get(self, owner: str, names: Sequence[str]) -> list[bytes | None]:
+        keys = [self._key(owner, name) for name in names]
+        found = await self._connection.ask(lambda: self._connection.redis.mget(keys))
+        return [value if isinstance(value, bytes) else None for value in found]
 
     async def put(self, owner: str, name: str, value: bytes) -> None:
         if len(value) <= _MOST_VALUE_BYTES:
