@@ -130,23 +130,25 @@ class Call:
         self._kept = {ask.request_id: answer for ask, answer in zip(asks, found, strict=True)}
         return True
 
-    async def pieces(self, ask: Ask, answer: Answer) -> AsyncGenerator[Delta, None]:
+    def pieces(self, ask: Ask, answer: Answer) -> AsyncGenerator[Delta, None]:
         """An answer's pieces, of a request that was admitted. Raises ApiError; closing it ends the request in the
         engine."""
         if (kept := self._kept.get(ask.request_id)) is not None:
-            answer.result = kept.result
-            for delta in kept.pieces_for(ask):
-                yield delta
-            return
+            return _replayed(kept, ask, answer)
+        asked = self._asked(ask, answer)
+        return asked if self._keeps_version is None else self._keeping(asked, ask, answer, self._keeps_version)
+
+    async def _keeping(
+        self, asked: AsyncGenerator[Delta, None], ask: Ask, answer: Answer, version: str
+    ) -> AsyncGenerator[Delta, None]:
+        """The same pieces; at their end the answer is kept."""
         seen: list[Delta] = []
-        async with contextlib.aclosing(self._asked(ask, answer)) as deltas:
+        async with contextlib.aclosing(asked) as deltas:
             async for delta in deltas:
-                if self._keeps_version is not None:
-                    seen.append(delta)
+                seen.append(delta)
                 yield delta
-        if self._keeps_version is not None and self.gateway.answers is not None and answer.result is not None:
-            kept = KeptAnswer(seen, answer.result)
-            await self.gateway.answers.keep(self.caller.key.name, ask, self._keeps_version, kept)
+        if self.gateway.answers is not None and answer.result is not None:
+            await self.gateway.answers.keep(self.caller.key.name, ask, version, KeptAnswer(seen, answer.result))
 
     async def _asked(self, ask: Ask, answer: Answer) -> AsyncGenerator[Delta, None]:
         """Pieces from an engine, counted and charged."""
@@ -224,6 +226,12 @@ class Call:
             return error
         log.error("request %s failed", self.request_id, exc_info=error)
         return internal_error(self.request_id)
+
+
+async def _replayed(kept: KeptAnswer, ask: Ask, answer: Answer) -> AsyncGenerator[Delta, None]:
+    answer.result = kept.result
+    for delta in kept.pieces_for(ask):
+        yield delta
 
 
 def _prompt_tokens(ask: Ask) -> int:
