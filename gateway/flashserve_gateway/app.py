@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 
 from flashserve_client import AsyncClient
 
+from .answers import HEADER, AnswerCache
 from .batch.batches import Batches
 from .engine_metrics import EngineMetrics
 from .errors import ApiError, body_for
@@ -39,9 +40,14 @@ from .routes import (
     torchweave,
 )
 from .settings import Settings
+from .store.interface import Store
+from .store.memory import MemoryShelf, MemoryStore
 from .version import VERSION
 
 _DESCRIPTION = "OpenAI's API in front of Triton Inference Server."
+_RESPONSES_S = 3600.0
+_IN_MEMORY_BYTES = 64 << 20
+"""Of responses, and again of answers, where no Redis keeps them."""
 
 
 def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
@@ -57,21 +63,27 @@ def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
         clients = [AsyncClient(f"grpc://{address}", model="") for address in settings.triton]
         lines = Lines(settings.limits.queue_wait_s, settings.limits.queued)
         pool = Pool(clients, settings.refresh_s, metrics=settings.triton_metrics, lines=lines)
+    metrics, store = Metrics(pool.in_flight, pool.lines.waiting), _open_store(settings)
+    if store.state:
+        metrics.watch("redis_connected", "1: Redis answers; 0: it is away", lambda: store.state == "connected")
     gateway = Gateway(
         settings,
         pool,
         Keyring.load(settings.keys_file),
-        Metrics(pool.in_flight, pool.lines.waiting),
+        metrics,
         EngineMetrics(settings.triton_metrics),
         Bodies(settings.limits.bodies_bytes),
         ModelManager(pool),
         RecentRequests(),
+        store,
+        None if settings.cache_answers_s is None else AnswerCache(store.answers, metrics),
     )
 
     kept = None if settings.data_dir is None else Batches(gateway)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await gateway.store.start()
         await gateway.pool.start()
         if kept is not None:
             kept.start()
@@ -83,6 +95,7 @@ def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
             await gateway.manager.aclose()
             await gateway.engine_metrics.aclose()
             await gateway.pool.aclose()
+            await gateway.store.aclose()
 
     app = FastAPI(
         title="flashserve", version=VERSION, description=_DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
@@ -101,10 +114,20 @@ def create_app(settings: Settings, pool: Pool | None = None) -> FastAPI:
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["x-request-id"],
+            expose_headers=["x-request-id", HEADER],
         )
     app.add_middleware(Surround, metrics=gateway.metrics, is_private=settings.is_private)
     return app
+
+
+def _open_store(settings: Settings) -> Store:
+    """Raises ValueError for a bad URL."""
+    answers_s = settings.cache_answers_s or 0.0
+    if settings.redis is None:
+        return MemoryStore(MemoryShelf(_RESPONSES_S, _IN_MEMORY_BYTES), MemoryShelf(answers_s, _IN_MEMORY_BYTES))
+    from .store.redis_store import RedisStore  # redis-py is needed only here
+
+    return RedisStore(settings.redis, _RESPONSES_S, answers_s)
 
 
 async def _answer_api_error(request: Request, error: Exception) -> Response:

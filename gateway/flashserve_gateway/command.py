@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import logging
@@ -11,10 +12,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 from .settings import DEFAULT_PORT, DEFAULT_TRITON, LOOPBACK, Limits, Settings
 
 _NEEDED = ("fastapi", "uvicorn", "uvloop", "httptools", "openai", "orjson", "prometheus_client", "python_multipart")
+
+_TLS_OPTIONS = ("ssl_ca_certs", "ssl_cert_reqs", "ssl_certfile", "ssl_check_hostname", "ssl_keyfile")
+_REDIS_OPTIONS = {"redis": ("db",), "rediss": ("db", *_TLS_OPTIONS), "unix": ("db",)}
+"""Of a URL's query, by its scheme; redis-py would find others when it connects."""
 
 EXAMPLES = """\
 examples:
@@ -76,6 +82,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="where files and batches are kept, for this gateway alone (default: flashserve/gateway-PORT below "
         "$XDG_DATA_HOME or ~/.local/share; with --port 0 there are none)",
     )  # fmt: skip
+    parser.add_argument(
+        "--redis", metavar="URL", type=_redis_url,
+        help="share /v1/responses, the keys' limits and kept answers with all gateways that name the same Redis: "
+        "redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE], rediss:// for TLS, unix://PATH. While that is away, the "
+        "gateway goes on alone (default: it is alone)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache-answers", metavar="S", type=_seconds,
+        help="for S seconds, answer identical requests of a key that have temperature 0 or a seed with the first one's "
+        "answer; the header X-Cache says hit or miss. Kept in the Redis, or else in this process (default: off)",
+    )  # fmt: skip
     parser.add_argument("--check", action="store_true", help="check the options and the keys file, and end")
     parser.add_argument("--end-with", type=int, metavar="PID", help=argparse.SUPPRESS)  # the launcher's process
     parser.set_defaults(run=run_gateway)
@@ -94,6 +111,8 @@ def run_gateway(arguments: argparse.Namespace) -> int:
         key, entry = new_key(arguments.new_key)
         print(f"key: {key}\nentry: {json.dumps(entry)}")
         return 0
+    if arguments.redis is not None and importlib.util.find_spec("redis") is None:
+        return _fail("--redis: it needs the package redis", "pip install 'flashserve[gateway]'")
     settings = Settings(
         triton=tuple(arguments.triton or [DEFAULT_TRITON]),
         triton_metrics=tuple(arguments.triton_metrics),
@@ -102,6 +121,8 @@ def run_gateway(arguments: argparse.Namespace) -> int:
         keys_file=arguments.keys,
         cors_origins=tuple(arguments.cors_origin),
         data_dir=arguments.data_dir or _data_dir(arguments.port),
+        redis=arguments.redis,
+        cache_answers_s=arguments.cache_answers,
         limits=Limits(
             body_bytes=arguments.max_body_bytes,
             first_token_timeout_s=arguments.first_token_timeout,
@@ -151,6 +172,18 @@ def _address(text: str) -> str:
     if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
     return text
+
+
+def _redis_url(text: str) -> str:
+    # Its words do not repeat the URL, which may have a password.
+    parts = urlsplit(text)
+    with contextlib.suppress(ValueError):  # of the port
+        place = parts.path if parts.scheme == "unix" else parts.hostname
+        if parts.scheme in _REDIS_OPTIONS and place and parts.port != 0:
+            if unknown := [name for name in parse_qs(parts.query) if name not in _REDIS_OPTIONS[parts.scheme]]:
+                raise argparse.ArgumentTypeError(f"an unknown option {unknown[0]!r} in the URL")
+            return text
+    raise argparse.ArgumentTypeError("a URL is redis://HOST[:PORT][/DATABASE], rediss://… or unix://PATH")
 
 
 def _port(text: str) -> int:

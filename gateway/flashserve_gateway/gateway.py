@@ -14,6 +14,7 @@ from fastapi import Request
 
 from flashserve_client import Delta, EmbedResult, FlashserveError, GenerateResult
 
+from .answers import HEADER, AnswerCache, KeptAnswer, may_be_kept
 from .engine_metrics import EngineMetrics
 from .errors import ApiError, internal_error, of_engine
 from .incoming import Bodies, read_object
@@ -25,6 +26,7 @@ from .patience import Patience
 from .pool import Answer, Ask, Pool
 from .recent import RecentRequests
 from .settings import Settings
+from .store.interface import Asked, Store, StoreAway
 
 log = logging.getLogger("flashserve_gateway")
 
@@ -47,6 +49,9 @@ class Gateway:
     bodies: Bodies
     manager: ModelManager
     recent: RecentRequests
+    store: Store
+    answers: AnswerCache | None
+    """None: no answer is kept."""
 
     def caller(self, request: Request) -> Caller:
         """Who asks. Raises ApiError."""
@@ -82,23 +87,71 @@ class Call:
     """Of a batch: it takes no place of its key's requests in flight, and leaves it half of its tokens."""
     created: int = field(default_factory=lambda: int(time.time()))
     started: float = field(default_factory=time.perf_counter)
+    headers: dict[str, str] = field(default_factory=dict)
+    """Of the answer. They are known when the request was admitted."""
     _admission: Admission = field(init=False)
+    _kept: dict[str, KeptAnswer] = field(default_factory=dict)
+    """Answers that were found, by the ids of their asks."""
+    _keeps_version: str | None = None
+    """Of the model whose answers are to be kept; None: they are not."""
 
     @contextlib.asynccontextmanager
     async def admitted(self, model: str, asks: Sequence[Ask] = (), at_once: int | None = None) -> AsyncIterator[None]:
         """Holds the places of a request that becomes these asks (none: only its tokenizer is asked), before anything
         is asked of a server. Raises ApiError, also for a model that cannot be asked. at_once: how many of them run at
         the same time; None: all."""
+        if await self._is_kept(model, asks):
+            yield
+            return
         tokens = sum(map(_reserve, asks)) if self.caller.is_metered else 0
-        places = max(1, len(asks) if at_once is None else at_once)
-        admission = self.caller.admit(model, places, tokens, self.in_background)
-        with admission as self._admission:
+        places = 0 if self.in_background else max(1, len(asks) if at_once is None else at_once)
+        asked = Asked(self.request_id, model, places, tokens, self.in_background)
+        async with self.gateway.store.quotas.admit(self.caller, asked) as self._admission:
             await self.gateway.pool.require(model)
             yield
 
-    async def pieces(self, ask: Ask, answer: Answer) -> AsyncGenerator[Delta, None]:
-        """An answer's pieces, counted and charged, of a request that was admitted. Raises ApiError; closing it ends
-        the request in the engine."""
+    async def _is_kept(self, model: str, asks: Sequence[Ask]) -> bool:
+        """Whether each of the asks was answered before. Such a request takes no place and no tokens of its key. Raises
+        ApiError."""
+        cache = self.gateway.answers
+        if cache is None or not asks or not all(map(may_be_kept, asks)):
+            return False
+        self.caller.check(model, places=0)
+        await self.gateway.pool.require(model)
+        version = self.gateway.pool.version(model)
+        try:
+            found = await cache.find(self.caller.key.name, asks, version)
+        except StoreAway:
+            return False
+        if found is None:
+            self.headers[HEADER], self._keeps_version = "miss", version
+            return False
+        self.headers[HEADER] = "hit"
+        self._kept = {ask.request_id: answer for ask, answer in zip(asks, found, strict=True)}
+        return True
+
+    def pieces(self, ask: Ask, answer: Answer) -> AsyncGenerator[Delta, None]:
+        """An answer's pieces, of a request that was admitted. Raises ApiError; closing it ends the request in the
+        engine."""
+        if (kept := self._kept.get(ask.request_id)) is not None:
+            return _replayed(kept, ask, answer)
+        asked = self._asked(ask, answer)
+        return asked if self._keeps_version is None else self._keeping(asked, ask, answer, self._keeps_version)
+
+    async def _keeping(
+        self, asked: AsyncGenerator[Delta, None], ask: Ask, answer: Answer, version: str
+    ) -> AsyncGenerator[Delta, None]:
+        """The same pieces; at their end the answer is kept."""
+        seen: list[Delta] = []
+        async with contextlib.aclosing(asked) as deltas:
+            async for delta in deltas:
+                seen.append(delta)
+                yield delta
+        if self.gateway.answers is not None and answer.result is not None:
+            await self.gateway.answers.keep(self.caller.key.name, ask, version, KeptAnswer(seen, answer.result))
+
+    async def _asked(self, ask: Ask, answer: Answer) -> AsyncGenerator[Delta, None]:
+        """Pieces from an engine, counted and charged."""
         metrics, limits = self.gateway.metrics, self.gateway.settings.limits
         patience = Patience(limits.first_token_timeout_s if ask.stream else limits.whole_timeout_s)
         deltas = self.gateway.pool.answer(ask, answer, self.caller.share, functools.partial(_reserve, ask))
@@ -173,6 +226,12 @@ class Call:
             return error
         log.error("request %s failed", self.request_id, exc_info=error)
         return internal_error(self.request_id)
+
+
+async def _replayed(kept: KeptAnswer, ask: Ask, answer: Answer) -> AsyncGenerator[Delta, None]:
+    answer.result = kept.result
+    for delta in kept.pieces_for(ask):
+        yield delta
 
 
 def _prompt_tokens(ask: Ask) -> int:

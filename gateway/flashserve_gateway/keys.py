@@ -91,16 +91,32 @@ class Caller:
             in_background: it takes no places, and waits until the key has half a minute's tokens: what the key asks
                 itself is not to wait for its batches.
         """
+        places = 0 if in_background else places
+        self.check(model, places)
+        self.check_room(places, in_background)
+        with self.hold(places, tokens) as admission:
+            yield admission
+
+    def check(self, model: str, places: int) -> None:
+        """Whether the key may ask so at all. Raises ApiError."""
         if not self.may_see(model):
             raise model_not_found(model)
-        places = 0 if in_background else places
-        self._check_places(places)
-        per_minute = self.key.tokens_per_minute
+        limit = self.key.requests_in_flight
+        if limit is not None and places > limit:  # which waiting would not change
+            raise invalid("n", f"n, prompt: this becomes {places} requests; this key may have {limit} in flight")
+
+    def check_room(self, places: int, in_background: bool) -> None:
+        """Whether it may now, by what it uses here. Raises ApiError."""
+        limit, per_minute = self.key.requests_in_flight, self.key.tokens_per_minute
+        if limit is not None and places and self._in_flight + places > limit:
+            raise self.too_many_in_flight()
         if per_minute is not None and (wait_s := self._wait_s(per_minute, per_minute // 2 if in_background else 0)) > 0:
-            raise ApiError(
-                429, f"this key may use {per_minute} tokens per minute", code="rate_limit_exceeded",
-                retry_after_s=wait_s,
-            )  # fmt: skip
+            raise self.too_many_tokens(wait_s)
+
+    @contextlib.contextmanager
+    def hold(self, places: int, tokens: int) -> Iterator[Admission]:
+        """Counts a request that may come in, until the block ends."""
+        per_minute = self.key.tokens_per_minute
         reserved = 0 if per_minute is None else min(tokens, per_minute)
         admission = Admission(self, reserved)
         self._in_flight += places
@@ -111,20 +127,23 @@ class Caller:
             self._in_flight -= places
             self._tokens += max(0, reserved - admission.used)
 
+    def too_many_in_flight(self) -> ApiError:
+        """For a request that would be one more than its key may have."""
+        return ApiError(
+            429, f"this key may have {self.key.requests_in_flight} requests in flight", code="rate_limit_exceeded",
+            retry_after_s=_IN_FLIGHT_RETRY_S,
+        )  # fmt: skip
+
+    def too_many_tokens(self, wait_s: float) -> ApiError:
+        """For one whose key has used its tokens. ``wait_s``: seconds until it has some again."""
+        return ApiError(
+            429, f"this key may use {self.key.tokens_per_minute} tokens per minute", code="rate_limit_exceeded",
+            retry_after_s=wait_s,
+        )  # fmt: skip
+
     def charge(self, tokens: int) -> None:
         """Takes tokens that were used, also more than are left: the next request waits the longer."""
         self._tokens -= tokens
-
-    def _check_places(self, places: int) -> None:
-        limit = self.key.requests_in_flight
-        if limit is None or not places or self._in_flight + places <= limit:
-            return
-        if places > limit:  # which waiting would not change
-            raise invalid("n", f"n, prompt: this becomes {places} requests; this key may have {limit} in flight")
-        raise ApiError(
-            429, f"this key may have {limit} requests in flight", code="rate_limit_exceeded",
-            retry_after_s=_IN_FLIGHT_RETRY_S,
-        )  # fmt: skip
 
     def _wait_s(self, per_minute: int, left: int) -> float:
         """Seconds until a token is there, beside those that are to be left; 0 if there is one."""

@@ -37,6 +37,10 @@ class Metrics:
             f"{_PREFIX}batch_requests", "Answers to requests of batches; outcome: completed, failed",
             ("outcome",), registry=registry,
         )  # fmt: skip
+        self.answer_cache = Counter(
+            f"{_PREFIX}answer_cache", "Requests that may be answered from kept answers; outcome: hit, miss",
+            ("outcome",), registry=registry,
+        )  # fmt: skip
         self.watch("requests_in_flight", "Requests in an engine", in_flight)
         self.watch("requests_waiting", "Requests that wait since the engines' queues are full", waiting)
 

@@ -162,6 +162,11 @@ class Pool:
         names = {name for server in self.servers for name, info in server.models.items() if info.state == _READY}
         return {name: self._since[name] for name in sorted(names)}
 
+    def version(self, model: str) -> str:
+        """The version that answers, as the servers call it; of servers that differ, all of them."""
+        infos = [server.models[model] for server in self.servers if model in server.models]
+        return ",".join(sorted({info.version for info in infos if info.state == _READY}))
+
     @property
     def is_live(self) -> bool:
         """Whether one of the servers answers."""

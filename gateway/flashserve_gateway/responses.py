@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +17,7 @@ from .errors import ApiError, invalid
 from .gateway import Call
 from .pool import Answer, Ask
 from .response_items import Fields, ItemWriter
+from .store.interface import Shelf, StoreAway
 
 OWN = frozenset({"model", "input", "instructions", "previous_response_id", "tools", "stream", "store",
                  "max_output_tokens", "parallel_tool_calls", "metadata", "stream_options",
@@ -41,8 +40,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "moderation": (),
     "prompt": (),
 }
-_LIFETIME_S = 3600.0
-_MOST_BYTES = 64 << 20
+_RETRY_AWAY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -54,47 +52,43 @@ class Kept:
 
 
 class ResponseStore:
-    """Answers of the last hour, in this process, as JSON: objects take up to 25 times as much.
+    """Answers of the last hour, as JSON: objects take up to 25 times as much."""
 
-    When they take too much together, the key with the most loses its oldest.
-    """
+    def __init__(self, shelf: Shelf) -> None:
+        self._shelf = shelf
 
-    def __init__(self) -> None:
-        self._kept: dict[str, OrderedDict[str, tuple[float, bytes]]] = {}  # by owner and id: until when, and what
-        self._sizes: Counter[str] = Counter()
+    async def keep(self, owner: str, messages: list[dict[str, Any]], response: Fields) -> bool:
+        """Remembers an answer of the key ``owner`` with the messages that led to it; False if that cannot be now."""
+        try:
+            await self._shelf.put(owner, response["id"], orjson.dumps({"messages": messages, "response": response}))
+        except StoreAway:
+            return False
+        return True
 
-    def keep(self, owner: str, messages: list[dict[str, Any]], response: Fields) -> None:
-        """Remembers an answer of the key ``owner`` with the messages that led to it."""
-        now = time.monotonic()
-        body = orjson.dumps({"messages": messages, "response": response})
-        self._kept.setdefault(owner, OrderedDict())[response["id"]] = (now + _LIFETIME_S, body)
-        self._sizes[owner] += len(body)
-        for name in list(self._kept):
-            while name in self._kept and next(iter(self._kept[name].values()))[0] < now:
-                self._drop_oldest(name)
-        while self._sizes.total() > _MOST_BYTES:
-            self._drop_oldest(max(self._sizes, key=self._sizes.__getitem__))
-
-    def find(self, owner: str, response_id: str) -> Kept:
-        """Raises ApiError for one that is not there, or not the owner's."""
-        known = self._kept.get(owner)
-        until, body = (0.0, b"") if known is None else known.get(response_id, (0.0, b""))
-        if until < time.monotonic():
+    async def find(self, owner: str, response_id: str) -> Kept:
+        """Raises ApiError for one that is not there, or not the owner's, or if that cannot be known now."""
+        try:
+            (body,) = await self._shelf.get(owner, [response_id])
+        except StoreAway:
+            raise _away() from None
+        if body is None:
             raise ApiError(404, f"no response {response_id[:100]!r}", param="previous_response_id", code="not_found")
         return Kept(**orjson.loads(body))
 
-    def forget(self, owner: str, response_id: str) -> None:
-        """Raises ApiError for one that is not there, or not the owner's."""
-        self.find(owner, response_id)
-        self._drop(owner, response_id)
+    async def forget(self, owner: str, response_id: str) -> None:
+        """Raises ApiError, as `find` does."""
+        await self.find(owner, response_id)
+        try:
+            await self._shelf.remove(owner, response_id)
+        except StoreAway:
+            raise _away() from None
 
-    def _drop_oldest(self, owner: str) -> None:
-        self._drop(owner, next(iter(self._kept[owner])))
 
-    def _drop(self, owner: str, response_id: str) -> None:
-        self._sizes[owner] -= len(self._kept[owner].pop(response_id)[1])
-        if not self._kept[owner]:
-            del self._kept[owner], self._sizes[owner]
+def _away() -> ApiError:
+    words = "the store of responses is away; send the conversation's items instead of previous_response_id"
+    return ApiError(
+        503, words, param="previous_response_id", code="response_store_unavailable", retry_after_s=_RETRY_AWAY_S
+    )
 
 
 @dataclass(frozen=True)
@@ -107,7 +101,7 @@ class ResponseRequest:
     is_kept: bool
 
 
-def read_response_request(call: Call, store: ResponseStore) -> ResponseRequest:
+async def read_response_request(call: Call, store: ResponseStore) -> ResponseRequest:
     """Checks a body. Raises ApiError."""
     body = call.body
     for name, value in body.items():
@@ -117,7 +111,7 @@ def read_response_request(call: Call, store: ResponseStore) -> ResponseRequest:
             raise invalid(name, f"{name}: this engine does not support that value", "unsupported_parameter")
     messages = _messages(body.get("input"))
     if previous := parameters.read(body, "previous_response_id", str, ""):
-        messages = [*store.find(call.caller.key.name, previous).messages, *messages]
+        messages = [*(await store.find(call.caller.key.name, previous)).messages, *messages]
     instructions = parameters.read(body, "instructions", str, "")
     stream = parameters.read(body, "stream", bool, False)
     parameters.read_usage_wanted(body, stream)  # checks the options; the usage is always told
@@ -208,7 +202,7 @@ async def complete_response(call: Call, request: ResponseRequest, store: Respons
         reader = await make_reader(call, request.chat)
         result = await call.whole(request.chat.ask)
     writer.write([*reader.feed(result.text), *reader.end()])
-    return _finish(call, request, writer, result, store)[1]
+    return (await _finish(call, request, writer, result, store))[1]
 
 
 async def stream_response(call: Call, request: ResponseRequest, store: ResponseStore) -> AsyncGenerator[bytes, None]:
@@ -227,7 +221,7 @@ async def stream_response(call: Call, request: ResponseRequest, store: ResponseS
                     yield written
                 start = []
     assert answer.result is not None  # or `pieces` had raised
-    closing, response = _finish(call, request, writer, answer.result, store)
+    closing, response = await _finish(call, request, writer, answer.result, store)
     yield numbered.encode([*closing, {"type": f"response.{response['status']}", "response": response}])
 
 
@@ -246,7 +240,7 @@ class _Numbered:
         return b"".join(lines)
 
 
-def _finish(
+async def _finish(
     call: Call, request: ResponseRequest, writer: ItemWriter, result: GenerateResult, store: ResponseStore
 ) -> tuple[list[Fields], Fields]:
     """The last item's end, and the whole response, which is kept."""
@@ -266,7 +260,7 @@ def _finish(
         messages = list(request.conversation)
         for item in writer.items:
             _add_message(messages, item, "output")
-        store.keep(call.caller.key.name, messages, response)
+        response["store"] = await store.keep(call.caller.key.name, messages, response)
     return closing, response
 
 

@@ -77,6 +77,10 @@ class Settings:
     cors_origins: tuple[str, ...] = ()
     data_dir: Path | None = None
     """Where files and batches are kept. None: there are no /v1/files and /v1/batches."""
+    redis: str | None = field(default=None, repr=False)
+    """URL of the Redis that gateways share, with its password; None: responses and quotas are this gateway's own."""
+    cache_answers_s: float | None = None
+    """So long an answer is kept for identical requests with temperature 0 or a seed; None: none is kept."""
     keep_alive_s: float = 5.0
     """So long after the last byte a stream gets a comment: it finds dead peers, and proxies do not cut it off."""
     refresh_s: float = 1.0

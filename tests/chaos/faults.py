@@ -15,6 +15,7 @@ import psutil
 from async_requests import engine_of
 from flashserve_client import AsyncClient, FlashserveError
 from harness import HTTP, Server
+from redis_peer import RedisPeer
 
 RECOVERY_BOUND_S = 60.0
 
@@ -28,6 +29,7 @@ class Breaker:
     rng: random.Random
     note_fault: Callable[[], None]
     recovery_s: dict[str, list[float]] = field(default_factory=dict)
+    redis_kills: int = 0
 
     async def break_something(self) -> None:
         kinds: list[Callable[[], Awaitable[None]]] = [self.kill_engine, self.stop_engine, self.kill_stub, self.reload]
@@ -50,6 +52,13 @@ class Breaker:
             await asyncio.sleep(0.2)
         self.note_fault()
         self.recovery_s.setdefault("kill_gateway", []).append(time.monotonic() - started)
+
+    async def break_redis(self, peer: RedisPeer) -> None:
+        """Kills it and brings it back, empty, whatever else is broken: the gateway goes on without it."""
+        peer.kill()
+        await asyncio.sleep(self.rng.uniform(0.5, 3.0))
+        await asyncio.to_thread(peer.start)
+        self.redis_kills += 1
 
     async def kill_engine(self) -> None:
         self._engine().kill()

@@ -8,17 +8,21 @@
 A real tritonserver serves the demo model in float32, with a gateway in front. Each good request's answer is known from
 asking for it alone; whatever else happens it must be that answer, or near a fault a typed error, within its bound, and
 what came before an error must be the answer's beginning. A third of the clients ask through the gateway. Faults: the
-engine killed or stopped, the stub or the gateway killed, the model loaded anew. The exit status is 0 if nothing was
-wrong.
+engine killed or stopped, the stub or the gateway killed, the model loaded anew; where redis-server is on PATH the
+gateway has a Redis, which is killed too, and whose being away is no excuse for anything. The exit status is 0 if
+nothing was wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import json
 import random
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -34,7 +38,10 @@ from traffic import Client, Good, Tally, ask, good_requests, leave, offend  # no
 
 from flashserve.launcher.gateway import STABLE_AFTER_S  # noqa: E402
 from flashserve_client import AsyncClient  # noqa: E402
+from flashserve_gateway.keys import new_key  # noqa: E402
+from flashserve_gateway.store.connection import PREFIX  # noqa: E402
 from harness import HTTP, ROOT, Server, wait_until  # noqa: E402
+from redis_peer import PROGRAM, RedisPeer, redis_server  # noqa: E402
 
 Answers = dict[Good, tuple[str, str]]
 
@@ -42,6 +49,9 @@ MODEL = "demo"
 WEIGHTS = ROOT / "model_repository" / "demo" / "1" / "weights"
 CLIENTS, LEAVERS, OFFENDERS = 9, 2, 2
 PROTOCOLS = ("grpc", "http", "gateway")
+KEY, KEY_ENTRY = new_key("chaos")
+CACHED_S = 1.0  # some answers are replayed, and most are not
+LEASES_S = 20.0  # places that a killed gateway held
 FAULT_EVERY_S = 6.0
 SOME_DESCRIPTORS = 8  # of connections that are just being closed
 # Triton 2.51 never ends the requests that a killed stub had open, and so keeps its region of shared memory (open and
@@ -66,10 +76,16 @@ def main() -> int:
     if args.ends:
         return verdict(count_ends(args.ends))
     settings = {"model": str(WEIGHTS), "device": "cpu", "dtype": "float32", "kv_cache_memory_bytes": 64 << 20}
-    server = Server({MODEL: settings}, gateway=True)
-    with server:
+    with contextlib.ExitStack() as around:
+        peer = around.enter_context(redis_server()) if PROGRAM is not None else None
+        keys = around.enter_context(tempfile.NamedTemporaryFile("w", suffix=".json"))
+        json.dump([{**KEY_ENTRY, "requests_in_flight": 1000, "tokens_per_minute": 1 << 30}], keys)
+        keys.flush()
+        options = ["--gateway-keys", keys.name, "--gateway-cache-answers", str(CACHED_S)]
+        options += ["--gateway-redis", peer.url] if peer is not None else []
+        server = around.enter_context(Server({MODEL: settings}, arguments=options, gateway=True))
         wait_gateway(server)
-        problems = asyncio.run(chaos(server, random.Random(args.seed), args.minutes * 60, args.bound))
+        problems = asyncio.run(chaos(server, peer, random.Random(args.seed), args.minutes * 60, args.bound))
         if problems and args.log:
             args.log.write_text(server.log)
     return verdict(problems)
@@ -81,7 +97,9 @@ def verdict(problems: list[str]) -> int:
     return 1 if problems else 0
 
 
-async def chaos(server: Server, rng: random.Random, seconds: float, bound_s: float) -> list[str]:
+async def chaos(
+    server: Server, peer: RedisPeer | None, rng: random.Random, seconds: float, bound_s: float
+) -> list[str]:
     """Everything that was wrong, in words."""
     known = await answers(server, good_requests(rng, 40))
     before = State.of(server)
@@ -94,12 +112,18 @@ async def chaos(server: Server, rng: random.Random, seconds: float, bound_s: flo
         *(offending(server, random.Random(rng.random()), end, tally) for _ in range(OFFENDERS)),
         breaking(breaker, end),
         breaking_gateway(breaker, end),
+        *([breaking_redis(breaker, peer, end)] if peer is not None else []),
         progress(tally, end),
     )
     show(tally, breaker)
     problems = tally.wrong[:20]
     if not wait_until(lambda: not leftovers(server, MODEL), 10):
         problems += leftovers(server, MODEL)
+    places = f"{PREFIX}places:chaos"
+    if peer is not None and not wait_until(
+        lambda: not peer.client().zcount(places, time.time() * 1000, "inf"), LEASES_S
+    ):
+        problems.append(f"Redis still has places: {peer.client().zrange(places, 0, -1, withscores=True)}")
     again = await answers(server, list(known)[:5])
     problems += [f"after it all: {good}" for good, answer in again.items() if answer != known[good]]
     wait_until(lambda: State.of(server).descriptors <= before.descriptors + SOME_DESCRIPTORS, SETTLE_S, poll_s=0.5)
@@ -126,7 +150,7 @@ async def answers(server: Server, requests: list[Good]) -> Answers:
 
 def client(server: Server, protocol: str, timeout_s: float) -> Client:
     if protocol == "gateway":
-        return GatewayClient(server.gateway, MODEL, timeout_s)
+        return GatewayClient(server.gateway, MODEL, timeout_s, KEY)
     url = f"grpc://{server.grpc}" if protocol == "grpc" else server.http
     return AsyncClient(url, model=MODEL, timeout_s=timeout_s)
 
@@ -165,6 +189,12 @@ async def breaking_gateway(breaker: Breaker, end: float) -> None:
         wait_s = STABLE_AFTER_S * breaker.rng.uniform(1, 2)  # sooner, the launcher would take ever longer each time
 
 
+async def breaking_redis(breaker: Breaker, peer: RedisPeer, end: float) -> None:
+    while time.monotonic() < end - FAULT_EVERY_S:
+        await asyncio.sleep(breaker.rng.random() * FAULT_EVERY_S)
+        await breaker.break_redis(peer)
+
+
 async def progress(tally: Tally, end: float) -> None:
     while (left := end - time.monotonic()) > 0:
         await asyncio.sleep(min(left, 15))
@@ -174,6 +204,7 @@ async def progress(tally: Tally, end: float) -> None:
 def show(tally: Tally, breaker: Breaker) -> None:
     for name, count in sorted(tally.counts.items()):
         print(f"{count:7}  {name}")
+    print(f"{breaker.redis_kills:7}  Redis killed")
     for name, seconds in sorted(breaker.recovery_s.items()):
         worst, median = max(seconds), statistics.median(seconds)
         print(f"{len(seconds):7}  {name}: answers again after {median:.1f} s (median), {worst:.1f} s (worst)")

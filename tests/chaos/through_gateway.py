@@ -29,8 +29,10 @@ class Result:
 class GatewayClient:
     """Raises FlashserveError for whatever is no whole answer, also when there is no end within `timeout_s`."""
 
-    def __init__(self, url: str, model: str, timeout_s: float) -> None:
-        self._http = httpx.AsyncClient(base_url=url, trust_env=False, verify=False, timeout=timeout_s)
+    def __init__(self, url: str, model: str, timeout_s: float, key: str) -> None:
+        self._http = httpx.AsyncClient(
+            base_url=url, trust_env=False, verify=False, timeout=timeout_s, headers={"authorization": f"Bearer {key}"}
+        )
         self._model = model
         self._timeout_s = timeout_s
 

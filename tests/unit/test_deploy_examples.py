@@ -51,7 +51,9 @@ def test_the_image_installs_what_server_and_gateway_need() -> None:
     program = program.replace("/tmp/pyproject.toml", str(ROOT / "pyproject.toml"))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     names = [re.split(r"[\[<>=]", line)[0] for line in done.stdout.splitlines()]
-    assert {"tritonclient", "httpx", "torch", "tokenizers", "fastapi", "uvicorn", "openai", "orjson"} <= set(names)
+    assert {"tritonclient", "httpx", "torch", "tokenizers", "fastapi", "uvicorn", "openai", "orjson", "redis"} <= set(
+        names
+    )
     assert {"nvidia-pytriton", "numpy", "flashserve", "pytest"}.isdisjoint(names), done.stderr
 
 
@@ -83,7 +85,10 @@ def test_the_examples_name_servers_and_a_gateway_in_front(name: str) -> None:
 def test_composes_gateway_reaches_its_services() -> None:
     (document,) = documents("compose.yml")
     (gateway,) = commands(document["services"]["gateway"])
-    hosts = {word.split("=")[1].split(":")[0] for word in gateway if word.startswith("--triton")}
+    places = [
+        word.split("=")[1].removeprefix("redis://") for word in gateway if word.startswith(("--triton", "--redis"))
+    ]
+    hosts = {place.split(":")[0] for place in places}
     assert hosts == set(document["services"]) - {"gateway"} == set(document["services"]["gateway"]["depends_on"])
 
 

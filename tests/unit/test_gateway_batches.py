@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from flashserve_client import Unavailable
 from flashserve_client.transport import Chunk
 from flashserve_gateway.app import create_app
-from flashserve_gateway.batch import job
+from flashserve_gateway.batch import job, records
 from flashserve_gateway.batch.batches import PRIORITY
 from flashserve_gateway.batch.lines import Journal, check_lines
 from flashserve_gateway.batch.records import DataFolderError
@@ -311,6 +312,34 @@ async def test_a_folder_is_one_gateways(tmp_path: Path) -> None:
     (tmp_path / "batches" / "batch_1.json").write_text("{")
     with pytest.raises(DataFolderError, match=r"batch_1\.json"):
         create_app(at(tmp_path))
+
+
+async def test_a_folder_that_cannot_be_made_is_named_with_the_option(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    async with gate(settings=at(tmp_path / "file" / "data")) as gateway:
+        with pytest.raises(openai.InternalServerError, match="--data-dir") as raised:
+            await begin(client(gateway), jsonl(line("a")))
+        assert raised.value.code == "data_folder_unusable" and str(tmp_path) in str(raised.value)
+
+
+async def test_a_disk_that_is_full_is_told_at_the_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(records, "write_whole", full)
+    async with gate(settings=at(tmp_path)) as gateway:
+        with pytest.raises(openai.InternalServerError, match="No space left") as raised:
+            await begin(client(gateway), jsonl(line("a")))
+        assert raised.value.code == "data_folder_unusable"
+        assert not list((tmp_path / "files").glob("*.jsonl"))
+
+
+def test_a_file_and_its_name_are_both_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(records.os, "fsync", lambda number: synced.append(os.readlink(f"/proc/self/fd/{number}")))
+    records.write_whole(tmp_path / "a.json", b"1")
+    assert synced == [str(tmp_path / "a.json.new"), str(tmp_path)]
+    assert (tmp_path / "a.json").read_bytes() == b"1" and len(list(tmp_path.iterdir())) == 1
 
 
 async def test_without_a_folder_there_are_none_and_nothing_is_made_before_a_file_comes(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from flashserve_gateway.errors import ApiError
 from flashserve_gateway.keys import new_key
 from flashserve_gateway.responses import ResponseStore
 from flashserve_gateway.settings import Settings
+from flashserve_gateway.store.memory import MemoryShelf
 from gateway_peers import MemoryTransport, fails, gate, says
 
 TOOL = {"type": "function", "name": "weather", "parameters": {"type": "object", "properties": {}}, "strict": True}
@@ -110,28 +111,27 @@ async def test_a_response_belongs_to_its_key(tmp_path: Path):
             await bob.create(model="demo", input="x", previous_response_id=made.id)
 
 
-def test_what_is_remembered_is_bounded_and_the_key_with_the_most_loses(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(responses, "_MOST_BYTES", 1500)
-    store = ResponseStore()
-    store.keep("alice", [{"role": "user", "content": "x"}], {"id": "resp_alice"})
+async def test_what_is_remembered_is_bounded_and_the_key_with_the_most_loses():
+    store = ResponseStore(MemoryShelf(3600, 1500))
+    await store.keep("alice", [{"role": "user", "content": "x"}], {"id": "resp_alice"})
     for number in range(50):
-        store.keep("bob", [{"role": "user", "content": "x" * 100}], {"id": f"resp_{number}"})
-    assert store.find("alice", "resp_alice").response["id"] == "resp_alice"
-    assert store.find("bob", "resp_49").messages[0]["content"] == "x" * 100
+        await store.keep("bob", [{"role": "user", "content": "x" * 100}], {"id": f"resp_{number}"})
+    assert (await store.find("alice", "resp_alice")).response["id"] == "resp_alice"
+    assert (await store.find("bob", "resp_49")).messages[0]["content"] == "x" * 100
     with pytest.raises(ApiError):
-        store.find("bob", "resp_30")
-    store.keep("bob", [{"role": "user", "content": "x" * 2000}], {"id": "huge"})  # more than all of it
+        await store.find("bob", "resp_30")
+    await store.keep("bob", [{"role": "user", "content": "x" * 2000}], {"id": "huge"})  # more than all of it
     with pytest.raises(ApiError):
-        store.find("bob", "huge")
-    assert store.find("alice", "resp_alice")
+        await store.find("bob", "huge")
+    assert await store.find("alice", "resp_alice")
 
 
-def test_what_is_remembered_is_no_object_of_the_request():
+async def test_what_is_remembered_is_no_object_of_the_request():
     """Empty lists, say, take 25 times their JSON: what counts as 64 MiB must not be more than a gigabyte."""
-    store, messages = ResponseStore(), [{"role": "user", "content": "x"}]
-    store.keep("alice", messages, {"id": "resp"})
+    store, messages = ResponseStore(MemoryShelf(3600, 1500)), [{"role": "user", "content": "x"}]
+    await store.keep("alice", messages, {"id": "resp"})
     messages[0]["content"] = "changed"
-    assert store.find("alice", "resp").messages == [{"role": "user", "content": "x"}]
+    assert (await store.find("alice", "resp")).messages == [{"role": "user", "content": "x"}]
 
 
 async def test_the_options_of_a_stream_are_checked():

@@ -14,7 +14,7 @@ import pytest
 from flashserve.launcher import gateway
 from flashserve.launcher.console import Console
 from flashserve.launcher.errors import LauncherError
-from flashserve.launcher.gateway import GatewayChild
+from flashserve.launcher.gateway import GatewayChild, GatewayOptions
 from flashserve.launcher.ports import Endpoints
 from flashserve_gateway.server import CannotListen, _listen
 
@@ -30,7 +30,7 @@ class Broken(io.StringIO):
 
 def child(code: str, stream: io.StringIO) -> GatewayChild:
     """One that runs `code` in the gateway's place."""
-    made = GatewayChild(ENDPOINTS, None, Console(stream))
+    made = GatewayChild(ENDPOINTS, GatewayOptions(), Console(stream))
     made._command = [sys.executable, "-c", code]
     return made
 
@@ -43,8 +43,27 @@ def test_a_keys_file_that_cannot_be_used_is_told_before_anything_starts(
     if content is not None:
         path.write_text(content)
     with pytest.raises(LauncherError, match=words) as raised:
-        GatewayChild(ENDPOINTS, str(path), Console(io.StringIO()))
+        GatewayChild(ENDPOINTS, GatewayOptions(keys=str(path)), Console(io.StringIO()))
     assert "--gateway-keys" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (GatewayOptions(redis="http://localhost"), r"--gateway-redis: a URL is redis://HOST"),
+        (GatewayOptions(queue_wait="-1"), r"--gateway-queue-wait: seconds, 0 or more"),
+        (GatewayOptions(cache_answers="soon"), r"--gateway-cache-answers: .*'soon'"),
+    ],
+)
+def test_options_that_it_refuses_are_told_under_their_names_here(options: GatewayOptions, words: str) -> None:
+    with pytest.raises(LauncherError, match=words):
+        GatewayChild(ENDPOINTS, options, Console(io.StringIO()))
+
+
+def test_options_are_passed_on(tmp_path: Path) -> None:
+    options = GatewayOptions(redis="redis://host/1", cache_answers="60", data_dir=str(tmp_path), queue_wait="0")
+    command = GatewayChild(ENDPOINTS, options, Console(io.StringIO()))._command
+    assert command[-4:] == ["--redis=redis://host/1", "--cache-answers=60", f"--data-dir={tmp_path}", "--queue-wait=0"]
 
 
 def test_one_that_never_serves_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,10 @@ def _add_serve(subparsers: Any) -> None:
         "--gateway-port", type=_port, default=9000, help="of OpenAI's API and the web page (default: %(default)s)"
     )
     parser.add_argument("--gateway-keys", metavar="FILE", help="API keys for it (flashserve gateway --help)")
+    parser.add_argument("--gateway-redis", metavar="URL", help="its --redis: what several gateways share")
+    parser.add_argument("--gateway-cache-answers", metavar="S", help="its --cache-answers")
+    parser.add_argument("--gateway-data-dir", metavar="DIR", help="its --data-dir: files and batches")
+    parser.add_argument("--gateway-queue-wait", metavar="S", help="its --queue-wait")
     parser.add_argument("--no-gateway", action="store_true", help="without OpenAI's API and the web page")
     parser.add_argument(
         "--serve-vllm-models", action="store_true", help='serve models with backend: "vllm" as they are; see below'
@@ -146,6 +150,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
     """``flashserve serve``."""
     from flashserve.launcher import serve, workspace
     from flashserve.launcher.console import Console
+    from flashserve.launcher.gateway import GatewayOptions
 
     options = serve.ServeOptions(
         model_repository=arguments.model_repository,
@@ -155,7 +160,13 @@ def run_serve(arguments: argparse.Namespace) -> int:
         grpc_port=arguments.grpc_port,
         metrics_port=arguments.metrics_port,
         gateway_port=None if arguments.no_gateway else arguments.gateway_port,
-        gateway_keys=arguments.gateway_keys,
+        gateway=GatewayOptions(
+            keys=arguments.gateway_keys,
+            redis=arguments.gateway_redis,
+            cache_answers=arguments.gateway_cache_answers,
+            data_dir=arguments.gateway_data_dir,
+            queue_wait=arguments.gateway_queue_wait,
+        ),
         verbose=arguments.verbose,
         serve_vllm_models=arguments.serve_vllm_models,
         backend_module=arguments.backend_module or workspace.DEFAULT_BACKEND_MODULE,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict, dataclass
 
 from flashserve.launcher.console import Console
 from flashserve.launcher.errors import LauncherError
@@ -30,19 +31,37 @@ def gateway_lacks() -> list[str]:
     return [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 
+@dataclass(frozen=True)
+class GatewayOptions:
+    """The gateway's own options that `flashserve serve` passes on, each with ``--gateway-`` before its name; None: the
+    gateway's default. It alone knows what they mean, and checks them."""
+
+    keys: str | None = None
+    redis: str | None = None
+    cache_answers: str | None = None
+    data_dir: str | None = None
+    queue_wait: str | None = None
+
+    @property
+    def arguments(self) -> list[str]:
+        """As the gateway reads them."""
+        given = {f"--{name.replace('_', '-')}": value for name, value in asdict(self).items() if value is not None}
+        return [f"{option}={value}" for option, value in given.items()]
+
+
 class GatewayChild:
     """Keeps one gateway alive, from a thread that reads what it says."""
 
-    def __init__(self, endpoints: Endpoints, keys: str | None, console: Console) -> None:
-        """``keys``: the file of API keys. Raises LauncherError if it cannot be used."""
+    def __init__(self, endpoints: Endpoints, options: GatewayOptions, console: Console) -> None:
+        """Raises LauncherError for options that cannot be used."""
         self._command = [
             *(sys.executable, "-m", "flashserve_gateway", "--end-with", str(os.getpid())),
             *("--triton", f"{endpoints.local_host}:{endpoints.grpc}"),
             *("--triton-metrics", endpoints.metrics_address),
             *("--host", endpoints.host, "--port", str(endpoints.gateway)),
-            *(["--keys", keys] if keys is not None else []),
+            *options.arguments,
         ]
-        if keys is not None:
+        if options.arguments:
             self._check()
         self._console = console
         self._ending = threading.Event()
@@ -77,8 +96,12 @@ class GatewayChild:
         """Lets the gateway itself look at its options and keys: now, not when models of minutes are loaded."""
         found = subprocess.run([*self._command, "--check"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if found.returncode:
-            words = found.stderr.strip().removeprefix("flashserve gateway: error: ").partition("\n  → ")
-            raise LauncherError(f"--gateway-keys: {words[0]}", words[2])
+            message, _, advice = found.stderr.strip().rpartition("flashserve gateway: error: ")[2].partition("\n  → ")
+            # Of an option that is wrong by itself argparse says the name, which is longer here.
+            option, _, words = message.removeprefix("argument ").partition(": ")
+            is_named = option.startswith("--")
+            words = f"{option.replace('--', '--gateway-')}: {words}" if is_named else f"--gateway-keys: {message}"
+            raise LauncherError(words, advice or "flashserve gateway --help")
 
     def _keep_alive(self) -> None:
         failures = futile = 0

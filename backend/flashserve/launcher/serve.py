@@ -12,7 +12,7 @@ from flashserve.launcher import loadable, ports, process, reaper, repository, wo
 from flashserve.launcher.console import Console
 from flashserve.launcher.discover import require_triton
 from flashserve.launcher.ending import Guard, end
-from flashserve.launcher.gateway import GatewayChild, gateway_lacks
+from flashserve.launcher.gateway import GatewayChild, GatewayOptions, gateway_lacks
 from flashserve.launcher.lives import Lives
 from flashserve.launcher.loads import Loads
 from flashserve.launcher.ports import Endpoints
@@ -36,8 +36,7 @@ class ServeOptions:
     metrics_port: int = 8002
     gateway_port: int | None = 9000
     """Of OpenAI's API and the web page; None: without them."""
-    gateway_keys: str | None = None
-    """A file of API keys."""
+    gateway: GatewayOptions = field(default_factory=GatewayOptions)
     verbose: bool = False
     serve_vllm_models: bool = False
     """Take the place of Triton's vLLM backend, too."""
@@ -69,7 +68,7 @@ def serve(options: ServeOptions, console: Console | None = None) -> int:
     lacking = [] if options.gateway_port is None else gateway_lacks()
     gateway_port = None if lacking else options.gateway_port
     endpoints = ports.choose(options.host, options.http_port, options.grpc_port, options.metrics_port, gateway_port)
-    gateway = None if endpoints.gateway is None else GatewayChild(endpoints, options.gateway_keys, console)
+    gateway = None if endpoints.gateway is None else GatewayChild(endpoints, options.gateway, console)
     space = workspace.create()
     run = reaper.Run(space.run_id, str(space.folder))
     guard = Guard(run)

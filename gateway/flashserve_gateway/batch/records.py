@@ -44,13 +44,19 @@ def lock_folder(folder: Path) -> int:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """A file that has the new content or, whatever dies, the old one."""
+    """A file that has the new content or, whatever dies, the old one. The folder is written too: else a machine that
+    loses its power could forget the new name, and with it an object that a client was told of."""
     draft = path.with_name(path.name + ".new")
     with draft.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 class Records(Generic[T]):

@@ -31,8 +31,8 @@ def routes(gateway: Gateway) -> APIRouter:
         call = await gateway.begin(request)
         chat = read_chat(call)
         if chat.ask.stream:
-            return EventStream(stream_chat(call, chat), call.explain, settings=gateway.settings, headers={})
+            return EventStream(stream_chat(call, chat), call.explain, settings=gateway.settings, headers=call.headers)
         answer = await unless_gone(request, complete_chat(call, chat))
-        return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
+        return Response(answer.model_dump_json(exclude_unset=True), headers=call.headers, media_type="application/json")
 
     return router

@@ -32,8 +32,10 @@ def routes(gateway: Gateway) -> APIRouter:
         call = await gateway.begin(request)
         wanted = read_completion(call)
         if wanted.asks[0].stream:
-            return EventStream(stream_completion(call, wanted), call.explain, settings=gateway.settings, headers={})
+            return EventStream(
+                stream_completion(call, wanted), call.explain, settings=gateway.settings, headers=call.headers
+            )
         answer = await unless_gone(request, complete(call, wanted))
-        return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
+        return Response(answer.model_dump_json(exclude_unset=True), headers=call.headers, media_type="application/json")
 
     return router

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -15,6 +17,8 @@ from ..gateway import Gateway
 from ..upload import Uploads
 from . import documents
 from .listing import PAGE, page
+
+log = logging.getLogger("flashserve_gateway")
 
 _BATCH = "batch"
 _FIELDS = {"purpose", "expires_after[anchor]", "expires_after[seconds]"}
@@ -40,8 +44,11 @@ def routes(gateway: Gateway, batches: Batches) -> APIRouter:
             lifetime_s = _read_fields(fields)
             if file.size is not None and file.size > gateway.settings.limits.file_bytes:
                 raise ApiError(413, f"a file has at most {gateway.settings.limits.file_bytes} bytes", param="file")
-            batches.ready()
-            return await batches.files.add(owner, str(file.filename), file.file, lifetime_s)
+            try:
+                batches.ready()
+                return await batches.files.add(owner, str(file.filename), file.file, lifetime_s)
+            except OSError as error:
+                raise _cannot_write(gateway.settings.data_dir, error) from None
 
     @router.get("/v1/files", openapi_extra=_LIST, responses=documents.responses(400, 401))
     async def list_files(request: Request) -> dict[str, Any]:
@@ -65,6 +72,13 @@ def routes(gateway: Gateway, batches: Batches) -> APIRouter:
         return FileDeleted(id=file_id, object="file", deleted=True)
 
     return router
+
+
+def _cannot_write(folder: Path | None, error: OSError) -> ApiError:
+    """For the operator, mostly: the folder is made at the first upload, and a disk may be full by then."""
+    log.error("the data folder %s cannot be written: %s", folder, error)
+    words = f"the data folder {folder} cannot be written ({error.strerror or error}): --data-dir chooses another"
+    return ApiError(500, words, code="data_folder_unusable")
 
 
 def _read_fields(fields: dict[str, str]) -> int:

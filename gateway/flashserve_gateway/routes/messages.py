@@ -44,13 +44,13 @@ def routes(gateway: Gateway) -> APIRouter:
                 stream_messages(call, chat),
                 call.explain,
                 settings=gateway.settings,
-                headers={},
+                headers=call.headers,
                 error_body=anthropic_error,
                 error_event=lambda body: b"event: error\ndata: " + body + b"\n\n",
                 keep_alive=event("ping"),
             )
         answer = await unless_gone(request, complete_messages(call, chat))
-        return Response(orjson.dumps(answer), media_type="application/json")
+        return Response(orjson.dumps(answer), headers=call.headers, media_type="application/json")
 
     @router.post(f"{ANTHROPIC_PATH}/count_tokens", openapi_extra=_COUNT_BODY, responses=documents.responses())
     async def count(request: Request) -> dict[str, Any]:

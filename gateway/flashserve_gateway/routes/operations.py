@@ -25,14 +25,16 @@ def routes(gateway: Gateway) -> APIRouter:
     @router.get("/health", responses={503: {"description": "no model answers"}}, operation_id="health")
     async def ready(response: Response) -> dict[str, Any]:
         """Some model answers: its engine was asked for a token within the last seconds. Needs no key; where there are
-        keys it names no models, which are not everybody's."""
+        keys it names no models, which are not everybody's. `redis`, where one is used: connected or away, in which case
+        the gateway goes on alone."""
         found = await gateway.pool.readiness()
         detail = found.detail
         if not gateway.keyring.is_open:
             detail = {"models": f"{found.answering} of {len(detail)} answer"}
         if not found.answering:
             response.status_code = 503
-        return {"status": "ready" if found.answering else "not ready", "detail": detail}
+        shared = {"redis": gateway.store.state} if gateway.store.state else {}
+        return {"status": "ready" if found.answering else "not ready", "detail": detail, **shared}
 
     @router.get("/version")
     async def version() -> dict[str, str]:

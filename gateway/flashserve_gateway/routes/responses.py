@@ -22,25 +22,27 @@ _BODY = documents.body(
 
 def routes(gateway: Gateway) -> APIRouter:
     router = APIRouter(tags=["OpenAI"])
-    store = ResponseStore()
+    store = ResponseStore(gateway.store.responses)
 
     @router.post("/v1/responses", openapi_extra=_BODY, responses=documents.responses())
     async def create_response(request: Request) -> Response:
         call = await gateway.begin(request)
-        wanted = read_response_request(call, store)
+        wanted = await read_response_request(call, store)
         if wanted.chat.ask.stream:
             events = stream_response(call, wanted, store)
-            return EventStream(events, call.explain, settings=gateway.settings, headers={}, error_event=_error_event)
+            return EventStream(
+                events, call.explain, settings=gateway.settings, headers=call.headers, error_event=_error_event
+            )
         answer = await unless_gone(request, complete_response(call, wanted, store))
-        return Response(orjson.dumps(answer), media_type="application/json")
+        return Response(orjson.dumps(answer), headers=call.headers, media_type="application/json")
 
-    @router.get("/v1/responses/{response_id}", responses=documents.responses(401, 404))
+    @router.get("/v1/responses/{response_id}", responses=documents.responses(401, 404, 503))
     async def find_response(request: Request, response_id: str) -> dict[str, Any]:
-        return store.find(gateway.caller(request).key.name, response_id).response
+        return (await store.find(gateway.caller(request).key.name, response_id)).response
 
-    @router.delete("/v1/responses/{response_id}", responses=documents.responses(401, 404))
+    @router.delete("/v1/responses/{response_id}", responses=documents.responses(401, 404, 503))
     async def forget_response(request: Request, response_id: str) -> dict[str, Any]:
-        store.forget(gateway.caller(request).key.name, response_id)
+        await store.forget(gateway.caller(request).key.name, response_id)
         return {"id": response_id, "object": "response", "deleted": True}
 
     return router

@@ -43,10 +43,12 @@ def routes(gateway: Gateway) -> APIRouter:
     async def generate(request: Request) -> Response:
         call = await gateway.begin(request)
         events = _events(call, _read(call, stream=True))
-        return EventStream(events, call.explain, settings=gateway.settings, headers={}, error_event=_error_event)
+        return EventStream(
+            events, call.explain, settings=gateway.settings, headers=call.headers, error_event=_error_event
+        )
 
     @router.post("/v1/generate_nobatch", openapi_extra=_BODY, responses=documents.responses())
-    async def generate_nobatch(request: Request) -> dict[str, Any]:
+    async def generate_nobatch(request: Request) -> Response:
         call = await gateway.begin(request)
         ask = _read(call, stream=False)
 
@@ -55,7 +57,8 @@ def routes(gateway: Gateway) -> APIRouter:
                 return await call.whole(ask)
 
         result = await unless_gone(request, one())
-        return {"text": result.text, "tokens": result.completion_tokens, "total_time": result.latency_s}
+        answer = {"text": result.text, "tokens": result.completion_tokens, "total_time": result.latency_s}
+        return Response(orjson.dumps(answer), headers=call.headers, media_type="application/json")
 
     @router.get("/model", responses=documents.responses(401, 503))
     async def model(request: Request) -> dict[str, Any]:
