@@ -83,6 +83,19 @@ class TritonOps(Ops):
     ) -> Tensor:
         return rope_cache.rope_and_cache(qkv, num_heads, cos_sin, cache, slot_mapping)
 
+    def norm_rope_and_cache(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        eps: float,
+        cos_sin: Tensor,
+        cache: KVLayer,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        return rope_cache.norm_rope_and_cache(qkv, num_heads, q_weight, k_weight, eps, cos_sin, cache, slot_mapping)
+
     def write_kv(self, k: Tensor, v: Tensor, cache: KVLayer, slot_mapping: Tensor) -> None:
         rope_cache.write_kv(k, v, cache, slot_mapping)
 

@@ -100,7 +100,8 @@ def token_calls(shape: ModelShape, cache: KVLayer, count: int, device: str) -> l
     hidden, ids = zeros(count, shape.hidden_size), zeros(count, dtype=torch.int64)
     weight = zeros(shape.hidden_size, dtype=shape.norm_dtype or shape.dtype)
     qkv = zeros(count, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
-    q, k, v = qkv.split((shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), 1)
+    _, k, v = qkv.split((shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), 1)
+    head_weight = weight[: shape.head_dim]
     cos_sin = zeros(count, shape.head_dim, dtype=torch.float32)
     inner = zeros(count, (1 + shape.gated) * shape.intermediate_size)
     table = zeros(shape.vocab_size, shape.hidden_size)
@@ -113,9 +114,10 @@ def token_calls(shape: ModelShape, cache: KVLayer, count: int, device: str) -> l
         lambda: norm.add_rms_norm(hidden, hidden.clone(), weight, 1e-5),
         lambda: norm.layer_norm(hidden, weight, weight, 1e-5),
         lambda: norm.add_layer_norm(hidden, hidden.clone(), weight, weight, 1e-5),
-        lambda: norm.rms_norm(q, weight[: shape.head_dim], 1e-6, out=q),
-        lambda: norm.rms_norm(k, weight[: shape.head_dim], 1e-6, out=k),
         lambda: rope_cache.rope_and_cache(qkv, shape.num_heads, cos_sin, cache, ids),
+        lambda: rope_cache.norm_rope_and_cache(
+            qkv, shape.num_heads, head_weight, head_weight, 1e-6, cos_sin, cache, ids
+        ),
         lambda: rope_cache.write_kv(k, v, cache, ids),
         lambda: (activation.activate_and_mul if shape.gated else activation.activate)(inner, shape.activation),
     ]
