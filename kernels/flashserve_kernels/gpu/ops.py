@@ -33,6 +33,10 @@ class TritonOps(Ops):
     name = "Triton-lang"
     captures = True
 
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._arrivals = attention.new_arrivals(device)
+
     def linear_gated(self, x: Tensor, weight: Tensor, activation: Activation, bias: Tensor | None = None) -> Tensor:
         return activate_and_mul(self.linear(x, weight, bias), activation)
 
@@ -117,7 +121,7 @@ class TritonOps(Ops):
         window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
-        return attention.paged_attention(q, cache, batch, scale, window, softcap)
+        return attention.paged_attention(q, cache, batch, scale, window, softcap, arrivals=self._arrivals)
 
     def apply_penalties_(
         self,

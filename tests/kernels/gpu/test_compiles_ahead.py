@@ -170,6 +170,7 @@ def test_attention_that_is_launched_was_foreseen(case: ahead_of_time.Case, prope
     def integers(*sizes: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
 
+    arrivals = integers(5)
     for _ in range(60):
         rows = drawn.choice([1, 2, 7, 16, 64, 255, 256])
         longest = drawn.choice([1, 1, 2, 5, 8, 9, 16, 100, 512, 8192])
@@ -190,7 +191,7 @@ def test_attention_that_is_launched_was_foreseen(case: ahead_of_time.Case, prope
             launched = record(
                 properties,
                 lambda q=q, batch=batch, window=window: attention.paged_attention(
-                    q, cache, batch, 0.1, window, case.softcap
+                    q, cache, batch, 0.1, window, case.softcap, arrivals=arrivals
                 ),
             )
             assert launched
