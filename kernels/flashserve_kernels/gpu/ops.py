@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from flashserve_kernels import kv_cache
+from flashserve_kernels import kv_cache, linear
 from flashserve_kernels.activation import Activation
 from flashserve_kernels.attention import AttentionBatch
 from flashserve_kernels.gpu import (
@@ -22,6 +23,7 @@ from flashserve_kernels.gpu import (
     token_mask,
 )
 from flashserve_kernels.gpu.activation import activate, activate_and_mul, soft_cap_
+from flashserve_kernels.gpu.few_rows import FewRows, seconds_on
 from flashserve_kernels.kv_cache import KVCacheSpec, KVLayer
 from flashserve_kernels.logprobs import Logprobs
 from flashserve_kernels.ops import Ops
@@ -36,9 +38,15 @@ class TritonOps(Ops):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._arrivals = attention.new_arrivals(device)
+        self._few_rows = FewRows(self._arrivals, partial(seconds_on, device) if device.type == "cuda" else None)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._few_rows.linear(x, weight, bias, None, lambda: linear.linear(x, weight, bias))
 
     def linear_gated(self, x: Tensor, weight: Tensor, activation: Activation, bias: Tensor | None = None) -> Tensor:
-        return activate_and_mul(self.linear(x, weight, bias), activation)
+        return self._few_rows.linear(
+            x, weight, bias, activation, lambda: activate_and_mul(self.linear(x, weight, bias), activation)
+        )
 
     def activate(self, x: Tensor, activation: Activation) -> Tensor:
         return activate(x, activation)

@@ -73,6 +73,12 @@ class TestCompiled:
         others = [entry for entry in compiled if "attention" not in entry["variant"]]
         assert not [entry for entry in others if entry["spilled"]]
 
+    def test_loops_over_the_vocabulary_are_pipelined(self, compiled):
+        """A tile of 16 bits lies in shared memory while the one before it is at work; else all loads wait."""
+        found = [entry for entry in compiled if entry["arch"] in ("sm_80", "sm_90", "sm_100")]
+        found = [entry for entry in found if "argmax_kernel" in entry["variant"] or "threshold" in entry["variant"]]
+        assert found and all(entry["shared"] >= 2 * 4096 for entry in found)
+
     def test_all_of_the_plan_was_compiled(self, compiled):
         planned = {(properties.arch, repr(variant)) for _, properties, variant in ahead_of_time.plan()}
         assert planned == {(entry["arch"], entry["variant"]) for entry in compiled}
