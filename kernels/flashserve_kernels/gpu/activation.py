@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashserve_kernels.activation import Activation
+from flashserve_kernels.gpu.dependent import wait_for_inputs
 from flashserve_kernels.gpu.device import GPUProperties
 from flashserve_kernels.gpu.launch import ModelShape, Variant, launch, record
 
@@ -36,8 +37,15 @@ def apply_activation(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activate_and_mul_kernel(
-    x_ptr, out_ptr, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr
+    x_ptr,
+    out_ptr,
+    x_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    wait_for_inputs(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < WIDTH

@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flashserve_kernels.gpu.dependent import wait_for_inputs
 from flashserve_kernels.gpu.dot import dot
 
 MASKED = tl.constexpr(-1e30)
@@ -227,8 +228,10 @@ def attention_kernel(
     USE_SOFTCAP: tl.constexpr,
     E4M3_BYTES: tl.constexpr,
     EDGE_STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid (tiles, head tiles, 1), or with FIXED_TILES (head tiles, rows * tiles_per_row, splits)."""
+    wait_for_inputs(DEPENDENT)
     BLOCK_Q: tl.constexpr = BLOCK_M // TILE_HEADS
     HEAD_TILES: tl.constexpr = (GROUP + TILE_HEADS - 1) // TILE_HEADS
     if FIXED_TILES:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from flashserve_kernels.activation import Activation
 from flashserve_kernels.gpu.activation import apply_activation
+from flashserve_kernels.gpu.dependent import wait_for_inputs
 from flashserve_kernels.gpu.device import GPUProperties, gpu_properties
 from flashserve_kernels.gpu.dot import dot
 from flashserve_kernels.gpu.launch import ModelShape, Variant, launch, record
@@ -58,8 +59,10 @@ def few_rows_kernel(
     ACTIVATION: tl.constexpr,  # None: no gated unit
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid (tiles of outputs, splits)."""
+    wait_for_inputs(DEPENDENT)
     row = tl.arange(0, 16)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows, in_columns = row < num_rows, column < num_outputs

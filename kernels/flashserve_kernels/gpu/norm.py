@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashserve_kernels.gpu.dependent import wait_for_inputs
 from flashserve_kernels.gpu.device import GPUProperties
 from flashserve_kernels.gpu.launch import ModelShape, Variant, launch, record
 
@@ -38,7 +39,9 @@ def norm_kernel(
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
     CENTER: tl.constexpr,  # LayerNorm: subtract the mean, add the bias
+    DEPENDENT: tl.constexpr,
 ):
+    wait_for_inputs(DEPENDENT)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     in_column = column < D

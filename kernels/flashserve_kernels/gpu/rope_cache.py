@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashserve_kernels.gpu.dependent import wait_for_inputs
 from flashserve_kernels.gpu.device import GPUProperties
 from flashserve_kernels.gpu.launch import ModelShape, Variant, launch, record
 from flashserve_kernels.kv_cache import KVLayer
@@ -81,7 +82,9 @@ def rope_and_cache_kernel(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     FP8: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    wait_for_inputs(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
