@@ -123,7 +123,9 @@ def linear(
     if not out.numel():
         return out
     block_k = _BLOCK_BYTES // x.itemsize if x.itemsize < 4 else 64  # float32 has no tensor cores, but registers
-    splits, split_blocks = _splits(gpu_properties(x.device), num_outputs, triton.cdiv(num_inputs, block_k))
+    properties = gpu_properties(x.device)
+    splits, split_blocks = _splits(properties, num_outputs, triton.cdiv(num_inputs, block_k))
+    tile_bytes = block_k * x.itemsize * (16 + _BLOCK_N * (1 if activation is None else 2))
     partial = None
     if splits > 1:
         partial = torch.empty((splits, num_rows, weight.shape[0]), dtype=torch.float32, device=x.device)
@@ -145,7 +147,7 @@ def linear(
         BLOCK_N=_BLOCK_N,
         BLOCK_K=block_k,
         num_warps=4,
-        num_stages=4,
+        num_stages=min(4, 1 + properties.shared_memory_bytes // tile_bytes),
     )
     return out
 
