@@ -167,6 +167,27 @@ class Ops:
         """
         return rotary.rope_and_cache(qkv, num_heads, cos_sin, cache, slot_mapping)
 
+    def norm_rope_and_cache(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        eps: float,
+        cos_sin: Tensor,
+        cache: CacheLayer,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        """As :meth:`rope_and_cache`, with :meth:`rms_norm` of each query and each key first, in place.
+
+        q_weight, k_weight: [D], qkv's dtype or float32.
+        """
+        num_kv_heads = (qkv.shape[1] - num_heads) // 2
+        q, k = qkv[:, :num_heads], qkv[:, num_heads : num_heads + num_kv_heads]
+        self.rms_norm(q, q_weight, eps, out=q)
+        self.rms_norm(k, k_weight, eps, out=k)
+        return self.rope_and_cache(qkv, num_heads, cos_sin, cache, slot_mapping)
+
     def write_kv(self, k: Tensor, v: Tensor, cache: CacheLayer, slot_mapping: Tensor) -> None:
         """Store keys and values, [T, KV heads, D], any strides; slot_mapping: [T] int64, -1: not stored."""
         kv_cache.write_kv(k, v, cache, slot_mapping)

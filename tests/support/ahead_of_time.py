@@ -27,6 +27,7 @@ from flashserve_kernels.gpu import (
     attention,
     block_copy,
     embedding,
+    few_rows,
     logprobs,
     noise,
     norm,
@@ -38,7 +39,9 @@ from flashserve_kernels.gpu import (
 from flashserve_kernels.gpu.device import A100, B200, H200, MI300X, GPUProperties
 from flashserve_kernels.gpu.launch import ModelShape, Variant
 
-MODULES = (activation, block_copy, embedding, logprobs, noise, norm, penalties, rope_cache, sampling, token_mask)
+MODULES = (
+    activation, block_copy, embedding, few_rows, logprobs, noise, norm, penalties, rope_cache, sampling, token_mask,
+)  # fmt: skip
 WORKERS = 2
 
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashserve_kernels.activation import Activation
+from flashserve_kernels.gpu.dependent import wait_for_inputs
 from flashserve_kernels.gpu.device import GPUProperties
 from flashserve_kernels.gpu.launch import ModelShape, Variant, launch, record
 
@@ -23,7 +24,7 @@ _WARPS = 4
 
 
 @triton.jit
-def _apply(x, ACTIVATION: tl.constexpr):
+def apply_activation(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         result = x * tl.sigmoid(x)
     elif ACTIVATION == "gelu_tanh":
@@ -36,14 +37,21 @@ def _apply(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activate_and_mul_kernel(
-    x_ptr, out_ptr, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr
+    x_ptr,
+    out_ptr,
+    x_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    wait_for_inputs(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < WIDTH
     gate = tl.load(x_ptr + row * x_stride + column, mask).to(tl.float32)
     up = tl.load(x_ptr + row * x_stride + WIDTH + column, mask).to(tl.float32)
-    result = _apply(gate, ACTIVATION) * up
+    result = apply_activation(gate, ACTIVATION) * up
     tl.store(out_ptr + row * WIDTH + column, result.to(out_ptr.dtype.element_ty), mask)
 
 
@@ -51,7 +59,7 @@ def activate_and_mul_kernel(
 def activate_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
-    result = _apply(tl.load(x_ptr + at, mask).to(tl.float32), ACTIVATION)
+    result = apply_activation(tl.load(x_ptr + at, mask).to(tl.float32), ACTIVATION)
     tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask)
 
 

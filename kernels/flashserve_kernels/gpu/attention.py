@@ -17,13 +17,22 @@ from flashserve_kernels.gpu.attention_config import (
     AttentionConfig,
     AttentionShape,
     choose_config,
+    max_split_tiles,
 )
-from flashserve_kernels.gpu.attention_kernel import attention_kernel, reduce_splits_kernel
+from flashserve_kernels.gpu.attention_kernel import attention_kernel
 from flashserve_kernels.gpu.device import GPUProperties, gpu_properties
 from flashserve_kernels.gpu.launch import ModelShape, Variant, launch, record
 from flashserve_kernels.kv_cache import KVLayer
 
 _LOG2_E = math.log2(math.e)
+
+
+def new_arrivals(device: torch.device) -> Tensor:
+    """The counters by which the splits of a tile find out which of them ends last: all 0 between launches.
+
+    One stream's launches share them. To be made before anything is captured: a graph's replays count on them, too.
+    """
+    return torch.zeros(max_split_tiles(gpu_properties(device)), dtype=torch.int32, device=device)
 
 
 def paged_attention(
@@ -33,6 +42,8 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    *,
+    arrivals: Tensor,
 ) -> Tensor:
     """``softmax(cap(q k^T * scale)) v`` of every token over its own sequence's earlier tokens and itself.
 
@@ -42,8 +53,8 @@ def paged_attention(
     Reads no number of the batch on the host but its shapes and ``max_query_len``. ``window``: a token sees so many
     tokens, itself included; ``softcap``: scores become ``cap * tanh(score / cap)``.
 
-    The partial results of a decode that is split along its keys lie in two temporaries from torch's allocator: in a
-    CUDA graph's pool they are allocated once, when it is captured.
+    arrivals: from :func:`new_arrivals`. The partial results of a decode that is split along its keys lie in two
+    temporaries from torch's allocator: in a CUDA graph's pool they are allocated once, when it is captured.
     """
     num_tokens, num_heads, head_dim = q.shape
     _, block_size, num_kv_heads, _ = cache.k.shape
@@ -61,34 +72,19 @@ def paged_attention(
     if window is not None:
         max_keys = min(max_keys, window + max_query_len)
     config = choose_config(properties, shape, num_rows, max_query_len, max_keys)
-    if config.splits == 1:
-        _launch_attention(out, None, q, cache, batch, properties, shape, config, scale, window, softcap)
-        return out
-    # At batch 64, 32 heads and 2 splits these are 2 MB per layer, next to 1 GB of keys and values of context 4k.
-    partial = torch.empty((num_tokens, num_heads, config.splits, head_dim), dtype=torch.float32, device=q.device)
-    log_sums = torch.empty((num_tokens, num_heads, config.splits), dtype=torch.float32, device=q.device)
-    _launch_attention(partial, log_sums, q, cache, batch, properties, shape, config, scale, window, softcap)
-    launch(
-        reduce_splits_kernel,
-        (num_heads, num_rows * max_query_len),
-        out,
-        partial,
-        log_sums,
-        batch.query_start_loc,
-        max_query_len,
-        config.splits,
-        HEAD_DIM=head_dim,
-        BLOCK_D=shape.block_d,
-        BLOCK_SPLITS=16,
-        num_warps=4,
-        num_stages=1,
-    )
+    splits = None
+    if config.splits > 1:
+        # At batch 64, 32 heads and 2 splits these are 2 MB per layer, next to 1 GB of keys and values of context 4k.
+        sizes = num_tokens, num_heads, config.splits
+        partial = torch.empty((*sizes, head_dim), dtype=torch.float32, device=q.device)
+        splits = partial, torch.empty(sizes, dtype=torch.float32, device=q.device), arrivals
+    _launch_attention(out, splits, q, cache, batch, properties, shape, config, scale, window, softcap)
     return out
 
 
 def _launch_attention(
     out: Tensor,
-    log_sums: Tensor | None,
+    splits: tuple[Tensor, Tensor, Tensor] | None,
     q: Tensor,
     cache: KVLayer,
     batch: AttentionBatch,
@@ -117,7 +113,7 @@ def _launch_attention(
         attention_kernel,
         grid,
         out,
-        log_sums,
+        *(splits or (None, None, None)),
         q,
         k,
         v,
@@ -194,7 +190,7 @@ def variants(
             block_size=shape.block_size,
             max_query_len=max_query_len,
         )
-        paged_attention(qkv[:, : shape.num_heads], cache, batch, 1.0, window, softcap)
+        paged_attention(qkv[:, : shape.num_heads], cache, batch, 1.0, window, softcap, arrivals=integers(16))
 
     group = shape.num_heads // shape.num_kv_heads
     longest_decode = max(MAX_SPLIT_QUERIES, MAX_DECODE_ROWS // group)

@@ -15,6 +15,13 @@ MAX_DECODE_ROWS = 64
 """Rows of a tile (tokens times query heads) up to which a batch of short rows counts as a decode."""
 
 _MAX_SPLITS = 128
+_MAX_WAVES = 4
+_MAX_PER_SM = 3
+
+
+def max_split_tiles(properties: GPUProperties) -> int:
+    """Tiles of queries of a batch whose keys are split, at most: two splits of each take all waves."""
+    return _MAX_WAVES * _MAX_PER_SM * properties.num_sms // 2
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class AttentionConfig:
     decode: bool
     """Tiles are fixed per row, not searched for."""
     splits: int
-    """Programs that share the keys of a tile; more than one needs the reduction."""
+    """Programs that share the keys of a tile; of several the last one sums up all."""
     num_warps: int
     num_stages: int
     edge_stages: int | None
@@ -184,14 +191,14 @@ def _num_splits(properties: GPUProperties, shape: AttentionShape, tile: _Tile, p
     """Programs per tile of queries, from the time of a batch whose rows all have ``max_keys`` keys.
 
     In units of a key tile's time: waves x (tiles of a split + 2 to fill and to drain the pipeline), and for several
-    splits 2 + 1 per 16 splits for the second kernel. Among counts within 5% of the best the largest: rows are of
-    different length, and smaller pieces even that out. But no more than 4 waves, since a split of a short row with
-    nothing to do still costs its start.
+    splits 2 + 1 per 16 splits for their sum. Among counts within 5% of the best the largest: rows are of
+    different length, and smaller pieces even that out. But no more than _MAX_WAVES waves, since a split of a short row
+    with nothing to do still costs its start.
     """
-    per_sm = max(1, min(3, properties.shared_memory_bytes // _shared_bytes(properties, shape, tile)))
+    per_sm = max(1, min(_MAX_PER_SM, properties.shared_memory_bytes // _shared_bytes(properties, shape, tile)))
     slots = properties.num_sms * per_sm
     tiles = -(-max_keys // tile.block_n)
-    limit = min(_MAX_SPLITS, max(1, tiles // 2), max(1, 4 * slots // programs))
+    limit = min(_MAX_SPLITS, max(1, tiles // 2), max(1, _MAX_WAVES * slots // programs))
 
     def time(splits: int) -> float:
         waves = -(-programs * splits // slots)

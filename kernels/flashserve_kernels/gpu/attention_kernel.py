@@ -1,4 +1,4 @@
-"""Kernels of paged attention: one for mixed batches, and the sum over the splits of a decode.
+"""The kernel of paged attention, for mixed batches; of a decode's splits, the last to end sums up all.
 
 A program takes one KV head, up to BLOCK_Q tokens of one row and the query heads that share the KV head: BLOCK_Q *
 TILE_HEADS rows of a BLOCK_M tile, token-major. Keys and values are read once for all of them; a row of the tile costs
@@ -16,18 +16,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flashserve_kernels.gpu.dependent import wait_for_inputs
+from flashserve_kernels.gpu.dot import dot
+
 MASKED = tl.constexpr(-1e30)
 NEUTRAL = tl.constexpr(-1e29)  # log-sums below it belong to splits in which the row saw nothing
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _dot(a, b, acc):
-    """a b + acc in float32: exact products of float32, tensor cores for 16 bits."""
-    if _INTERPRETED:  # which multiplies the bits of bfloat16 as integers
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -123,7 +116,7 @@ def _attend(
             in_head = (offs_d < HEAD_DIM)[None, :]
             mask = mask & in_head if USE_MASK else in_head
         k = _load_cached(k_ptr + offsets, mask, q.dtype, USE_MASK or HEAD_DIM != BLOCK_D, E4M3_BYTES)
-        scores = _dot(q, tl.trans(k), None)
+        scores = dot(q, tl.trans(k), None)
         if USE_SOFTCAP:
             # cap * tanh(x / cap) = cap - 2 * cap / (1 + exp(2 x / cap)); 2 * log2(e) / cap is in the scale.
             scores = softcap - (2.0 * softcap) / (1.0 + tl.exp2(scores * scale))
@@ -145,9 +138,46 @@ def _attend(
         total = total * correction + tl.sum(p, 1)
         acc = acc * correction[:, None]
         v = _load_cached(v_ptr + offsets, mask, q.dtype, USE_MASK or HEAD_DIM != BLOCK_D, E4M3_BYTES)
-        acc = _dot(p.to(q.dtype), v, acc)
+        acc = dot(p.to(q.dtype), v, acc)
         highest = new_highest
     return acc, total, highest
+
+
+@triton.jit
+def _sum_splits(
+    partial_ptr,
+    log_sums_ptr,
+    rows,
+    is_query,
+    mask,
+    num_splits,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """The splits' outputs, weighted by their share of the softmax's sum; in order, whichever of them ended last.
+
+    One program reads all of a tile's splits (8B model, batch 1, 49 splits: 100 KB), so what counts is that its loads
+    do not wait for each other: no address or mask depends on a load, and the loop says how many are under way.
+    """
+    STAGES: tl.constexpr = 4 if BLOCK_M * BLOCK_D <= 2048 else 2 if BLOCK_M * BLOCK_D <= 4096 else 1
+    offs_s = tl.arange(0, 16)
+    offs_d = tl.arange(0, BLOCK_D)
+    highest = tl.full([BLOCK_M], MASKED, tl.float32)
+    for first in range(0, num_splits, 16):
+        found = is_query[:, None] & (first + offs_s < num_splits)[None, :]
+        log_sums = tl.load(log_sums_ptr + rows[:, None] + (first + offs_s)[None, :], mask=found, other=MASKED)
+        highest = tl.maximum(highest, tl.max(log_sums, 1))
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for split in tl.range(0, num_splits, num_stages=STAGES):
+        log_sums = tl.load(log_sums_ptr + rows + split, mask=is_query, other=MASKED)
+        partial = tl.load(partial_ptr + ((rows + split) * HEAD_DIM)[:, None] + offs_d[None, :], mask=mask, other=0.0)
+        has_keys = log_sums > NEUTRAL
+        weights = tl.where(has_keys, tl.exp2(log_sums - highest), 0.0)
+        total += weights
+        acc += tl.where(has_keys[:, None], partial * weights[:, None], 0.0)
+    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
 
 
 @triton.jit(
@@ -162,8 +192,10 @@ def _attend(
     ]
 )
 def attention_kernel(
-    out_ptr,  # [T, H, D]; with SPLITS [T, H, splits, D] float32
+    out_ptr,  # [T, H, D]
+    partial_ptr,  # with SPLITS [T, H, splits, D] float32
     log_sums_ptr,  # with SPLITS [T, H, splits] float32, base 2
+    arrivals_ptr,  # with SPLITS [rows * tiles_per_row * head tiles] int32, zero between launches
     q_ptr,  # [T, H, D]
     k_ptr,  # [blocks, BLOCK_SIZE, KV heads, D]; values have the same strides
     v_ptr,
@@ -196,8 +228,10 @@ def attention_kernel(
     USE_SOFTCAP: tl.constexpr,
     E4M3_BYTES: tl.constexpr,
     EDGE_STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid (tiles, head tiles, 1), or with FIXED_TILES (head tiles, rows * tiles_per_row, splits)."""
+    wait_for_inputs(DEPENDENT)
     BLOCK_Q: tl.constexpr = BLOCK_M // TILE_HEADS
     HEAD_TILES: tl.constexpr = (GROUP + TILE_HEADS - 1) // TILE_HEADS
     if FIXED_TILES:
@@ -284,54 +318,22 @@ def attention_kernel(
     index = first_token * NUM_HEADS + first_head
     rows = query * NUM_HEADS + offs_m % TILE_HEADS
     if SPLITS:
-        index = index * tl.num_programs(2) + tl.program_id(2)
-        rows = rows * tl.num_programs(2)
+        num_splits = tl.num_programs(2)
+        partial_ptr += index * num_splits * HEAD_DIM
+        log_sums_ptr += index * num_splits
+        split_rows = rows * num_splits + tl.program_id(2)
         log_sum = tl.where(nothing, MASKED, highest + tl.log2(tl.where(nothing, 1.0, total)))
-        tl.store(log_sums_ptr + index + rows, log_sum, mask=is_query)
-        mask = mask & (total > 0.0)[:, None]
+        tl.store(log_sums_ptr + split_rows, log_sum, mask=is_query)
+        tl.store(partial_ptr + (split_rows * HEAD_DIM)[:, None] + offs_d[None, :], out, mask=mask)
+        # All threads' stores, then the count, which releases them to whoever acquires the last one.
+        tl.debug_barrier()
+        arrivals_ptr += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu") != num_splits - 1:
+            return
+        tl.store(arrivals_ptr, 0)  # as the next launch, or the next replay of a graph, wants it
+        rows_of_splits = rows * num_splits
+        out = _sum_splits(
+            partial_ptr, log_sums_ptr, rows_of_splits, is_query, mask, num_splits, HEAD_DIM, BLOCK_D, BLOCK_M
+        )
     out_ptr += index * HEAD_DIM
     tl.store(out_ptr + (rows * HEAD_DIM)[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["query_start_ptr", "queries_per_row", "num_splits"])
-def reduce_splits_kernel(
-    out_ptr,  # [T, H, D]
-    partial_ptr,  # [T, H, splits, D] float32
-    log_sums_ptr,  # [T, H, splits] float32, base 2
-    query_start_ptr,  # [R + 1] int32
-    queries_per_row,
-    num_splits,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-):
-    """Grid (heads, rows * queries_per_row): the splits' outputs, weighted by their share of the softmax's sum."""
-    row = tl.program_id(1) // queries_per_row
-    query = tl.program_id(1) % queries_per_row
-    query_start = tl.load(query_start_ptr + row)
-    if query_start + query >= tl.load(query_start_ptr + row + 1):
-        return
-    index = (query_start + query).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_s = tl.arange(0, BLOCK_SPLITS)
-    in_head = offs_d < HEAD_DIM
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    total = 0.0
-    highest = MASKED
-    for first in range(0, num_splits, BLOCK_SPLITS):
-        split = index * num_splits + first + offs_s
-        log_sums = tl.load(log_sums_ptr + split, mask=first + offs_s < num_splits, other=MASKED)
-        has_keys = log_sums > NEUTRAL
-        new_highest = tl.maximum(highest, tl.max(log_sums, 0))
-        weights = tl.where(has_keys, tl.exp2(log_sums - new_highest), 0.0)
-        correction = tl.exp2(highest - new_highest)
-        partial = tl.load(
-            partial_ptr + split[:, None] * HEAD_DIM + offs_d[None, :],
-            mask=has_keys[:, None] & in_head[None, :],
-            other=0.0,
-        )
-        acc = acc * correction + tl.sum(partial * weights[:, None], 0)
-        total = total * correction + tl.sum(weights, 0)
-        highest = new_highest
-    out = acc / tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + index * HEAD_DIM + offs_d, out.to(out_ptr.dtype.element_ty), mask=in_head)

@@ -22,7 +22,8 @@ from torch import Tensor
 from triton.compiler import ASTSource
 
 from flashserve_kernels.activation import Activation
-from flashserve_kernels.gpu.device import GPUProperties, stand_in
+from flashserve_kernels.gpu.dependent import is_dependent, launch_options
+from flashserve_kernels.gpu.device import GPUProperties, gpu_properties, stand_in
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ class Variant:
             attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned},
         )
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, **_OPTIONS}
+        options |= launch_options(dict(self.constants))
         return triton.compile(source, target=properties.target, options=options)
 
 
@@ -104,13 +106,18 @@ _recording = False
 def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any
 ) -> None:
-    """Start a kernel. args: its arguments in order; constants: its ``tl.constexpr`` parameters."""
+    """Start a kernel. args: its arguments in order, a tensor first; constants: its ``tl.constexpr`` parameters, but for
+    DEPENDENT."""
+    if "DEPENDENT" in kernel.arg_names:
+        constants["DEPENDENT"] = is_dependent(gpu_properties(args[0].device))
     if _observers:
         variant = _variant(kernel, args, constants, num_warps, num_stages)
         for observer in _observers:
             observer(variant)
     if not _recording:
-        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **_OPTIONS, **constants)
+        kernel[grid](
+            *args, num_warps=num_warps, num_stages=num_stages, **_OPTIONS, **launch_options(constants), **constants
+        )
 
 
 @contextmanager

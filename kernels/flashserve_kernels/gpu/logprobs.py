@@ -32,7 +32,7 @@ def _take_highest(x, token):
     return value, best, tl.where(is_best, float("-inf"), x), tl.where(is_best, _NO_TOKEN, token)
 
 
-@triton.jit(do_not_specialize=["vocab", "num_top", "num_slices"])
+@triton.jit(do_not_specialize=["num_top", "num_slices"])
 def slice_kernel(
     logits_ptr,
     tokens_ptr,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashserve_kernels.gpu.dependent import wait_for_inputs
 from flashserve_kernels.gpu.device import GPUProperties
 from flashserve_kernels.gpu.launch import ModelShape, Variant, launch, record
 
@@ -38,7 +39,9 @@ def norm_kernel(
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
     CENTER: tl.constexpr,  # LayerNorm: subtract the mean, add the bias
+    DEPENDENT: tl.constexpr,
 ):
+    wait_for_inputs(DEPENDENT)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     in_column = column < D
@@ -137,24 +140,18 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
 
 
 def variants(properties: GPUProperties, shape: ModelShape) -> Iterator[Variant]:
-    """Whatever these launchers start for a model: norms of the hidden state, and of query and key heads in place."""
+    """Whatever these launchers start for a model: norms of the hidden state."""
 
     def empty(*sizes: int, dtype: torch.dtype = shape.dtype) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
 
     x, residual = empty(2, shape.hidden_size), empty(2, shape.hidden_size)
-    vector, head_weight = (
-        empty(size, dtype=shape.norm_dtype or shape.dtype) for size in (shape.hidden_size, shape.head_dim)
-    )
-    qkv = empty(2, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
-    heads = qkv[:, : shape.num_heads], qkv[:, shape.num_heads : shape.num_heads + shape.num_kv_heads]
+    vector = empty(shape.hidden_size, dtype=shape.norm_dtype or shape.dtype)
 
     def calls() -> None:
         rms_norm(x, vector, 1e-6)
         add_rms_norm(x, residual, vector, 1e-6)
         layer_norm(x, vector, vector, 1e-5)
         add_layer_norm(x, residual, vector, vector, 1e-5)
-        for view in heads:
-            rms_norm(view, head_weight, 1e-6, out=view)
 
     yield from record(properties, calls)

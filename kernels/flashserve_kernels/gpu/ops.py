@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from flashserve_kernels import kv_cache
+from flashserve_kernels import kv_cache, linear
 from flashserve_kernels.activation import Activation
 from flashserve_kernels.attention import AttentionBatch
 from flashserve_kernels.gpu import (
@@ -22,6 +23,7 @@ from flashserve_kernels.gpu import (
     token_mask,
 )
 from flashserve_kernels.gpu.activation import activate, activate_and_mul, soft_cap_
+from flashserve_kernels.gpu.few_rows import FewRows, seconds_on
 from flashserve_kernels.kv_cache import KVCacheSpec, KVLayer
 from flashserve_kernels.logprobs import Logprobs
 from flashserve_kernels.ops import Ops
@@ -33,8 +35,18 @@ class TritonOps(Ops):
     name = "Triton-lang"
     captures = True
 
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._arrivals = attention.new_arrivals(device)
+        self._few_rows = FewRows(self._arrivals, partial(seconds_on, device) if device.type == "cuda" else None)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._few_rows.linear(x, weight, bias, None, lambda: linear.linear(x, weight, bias))
+
     def linear_gated(self, x: Tensor, weight: Tensor, activation: Activation, bias: Tensor | None = None) -> Tensor:
-        return activate_and_mul(self.linear(x, weight, bias), activation)
+        return self._few_rows.linear(
+            x, weight, bias, activation, lambda: activate_and_mul(self.linear(x, weight, bias), activation)
+        )
 
     def activate(self, x: Tensor, activation: Activation) -> Tensor:
         return activate(x, activation)
@@ -83,6 +95,19 @@ class TritonOps(Ops):
     ) -> Tensor:
         return rope_cache.rope_and_cache(qkv, num_heads, cos_sin, cache, slot_mapping)
 
+    def norm_rope_and_cache(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        eps: float,
+        cos_sin: Tensor,
+        cache: KVLayer,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        return rope_cache.norm_rope_and_cache(qkv, num_heads, q_weight, k_weight, eps, cos_sin, cache, slot_mapping)
+
     def write_kv(self, k: Tensor, v: Tensor, cache: KVLayer, slot_mapping: Tensor) -> None:
         rope_cache.write_kv(k, v, cache, slot_mapping)
 
@@ -104,7 +129,7 @@ class TritonOps(Ops):
         window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
-        return attention.paged_attention(q, cache, batch, scale, window, softcap)
+        return attention.paged_attention(q, cache, batch, scale, window, softcap, arrivals=self._arrivals)
 
     def apply_penalties_(
         self,

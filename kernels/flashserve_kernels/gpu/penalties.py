@@ -21,7 +21,7 @@ _BLOCK = 2048
 _ROWS = 128
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit
 def penalties_kernel(
     logits_ptr,
     counts_ptr,

@@ -1,8 +1,8 @@
-"""Rotary embedding of queries and keys with the write to the KV cache: see :mod:`flashserve_kernels.rotary`.
+"""Norms and rotary embedding of queries and keys with the write to the KV cache: see :mod:`flashserve_kernels.rotary`.
 
 Bound by memory: per element of a 16-bit dtype, a query moves 4 bytes (read, written in place), a key 6 (and stored),
-a value 4; the cosines and sines are read once per program of 16 heads. One launch instead of three, since at a
-decode step's sizes (8B model: 12 KB per token) the launches are what costs.
+a value 4; the cosines and sines are read once per program of 16 heads. One launch instead of five with the norms,
+since at a decode step's sizes (8B model: 12 KB per token) the launches are what costs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashserve_kernels.gpu.dependent import wait_for_inputs
 from flashserve_kernels.gpu.device import GPUProperties
 from flashserve_kernels.gpu.launch import ModelShape, Variant, launch, record
 from flashserve_kernels.kv_cache import KVLayer
@@ -48,8 +49,20 @@ def to_cache(x, scale, dtype: tl.constexpr, FP8: tl.constexpr):
 
 
 @triton.jit
+def _normed(x, sums, q_weight_ptr, k_weight_ptr, column, in_half, is_query, D: tl.constexpr, eps, dtype: tl.constexpr):
+    """Half of each query and key over the root of its head's mean square, rounded as a norm of its own stores it."""
+    q_weight = tl.load(q_weight_ptr + column, in_half, other=0.0).to(tl.float32)
+    k_weight = tl.load(k_weight_ptr + column, in_half, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt_rn(sums / D + eps)
+    return (x * scale[:, None] * tl.where(is_query, q_weight, k_weight)).to(dtype).to(tl.float32)
+
+
+@triton.jit
 def rope_and_cache_kernel(
     qkv_ptr,
+    q_weight_ptr,  # None: no norms before the rotation
+    k_weight_ptr,
+    eps,
     cos_sin_ptr,
     k_cache_ptr,
     v_cache_ptr,
@@ -69,7 +82,9 @@ def rope_and_cache_kernel(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     FP8: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    wait_for_inputs(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
@@ -79,6 +94,16 @@ def rope_and_cache_kernel(
     at = qkv_ptr + token * token_stride + head * head_stride + column
     a = tl.load(at, mask, other=0.0).to(tl.float32)
     b = tl.load(at + HALF, mask, other=0.0).to(tl.float32)
+    if q_weight_ptr is not None:
+        dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+        is_query = head < NUM_HEADS
+        sums = tl.sum(a * a + b * b, 1)
+        normed_a = _normed(a, sums, q_weight_ptr, k_weight_ptr, column, in_half, is_query, 2 * HALF, eps, dtype)
+        normed_b = _normed(
+            b, sums, q_weight_ptr + HALF, k_weight_ptr + HALF, column, in_half, is_query, 2 * HALF, eps, dtype
+        )
+        a = tl.where(is_rotated, normed_a, a)
+        b = tl.where(is_rotated, normed_b, b)
     cos = tl.load(cos_sin_ptr + token * cos_sin_stride + column, in_half, other=0.0)
     sin = tl.load(cos_sin_ptr + token * cos_sin_stride + HALF + column, in_half, other=0.0)
     rotated_a = a * cos - b * sin
@@ -151,6 +176,33 @@ def rope_and_cache(qkv: Tensor, num_heads: int, cos_sin: Tensor, cache: KVLayer,
     negative slot is not stored. An e4m3 cache holds ``k / k_scale`` and ``v / v_scale``. Returns the view
     [T, num_heads, D] of qkv.
     """
+    return _rope_and_cache(qkv, num_heads, None, None, 0.0, cos_sin, cache, slot_mapping)
+
+
+def norm_rope_and_cache(
+    qkv: Tensor,
+    num_heads: int,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    cos_sin: Tensor,
+    cache: KVLayer,
+    slot_mapping: Tensor,
+) -> Tensor:
+    """As :func:`rope_and_cache`, with an RMSNorm of each query and key first. q_weight, k_weight: [D]."""
+    return _rope_and_cache(qkv, num_heads, q_weight, k_weight, eps, cos_sin, cache, slot_mapping)
+
+
+def _rope_and_cache(
+    qkv: Tensor,
+    num_heads: int,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos_sin: Tensor,
+    cache: KVLayer,
+    slot_mapping: Tensor,
+) -> Tensor:
     num_tokens, total_heads, head_dim = qkv.shape
     k_cache, v_cache, fp8 = _as_bytes_if_fp8(cache)
     half = head_dim // 2
@@ -160,6 +212,9 @@ def rope_and_cache(qkv: Tensor, num_heads: int, cos_sin: Tensor, cache: KVLayer,
             rope_and_cache_kernel,
             (num_tokens, triton.cdiv(total_heads, heads)),
             qkv,
+            q_weight,
+            k_weight,
+            eps,
             cos_sin,
             k_cache,
             v_cache,
@@ -229,6 +284,7 @@ def variants(properties: GPUProperties, shape: ModelShape) -> Iterator[Variant]:
     )  # fmt: skip
     k, v = qkv[:, shape.num_heads : -shape.num_kv_heads], qkv[:, -shape.num_kv_heads :]
     cos_sin = torch.empty((2, shape.head_dim), dtype=torch.float32, device="meta")
+    weight = torch.empty(shape.head_dim, dtype=shape.norm_dtype or shape.dtype, device="meta")
     slots = torch.empty(2, dtype=torch.int64, device="meta")
     per_layer = (2, shape.block_size, shape.num_kv_heads, shape.head_dim)
     blocks = torch.empty((2, shape.num_layers, *per_layer), dtype=shape.cache_dtype, device="meta")
@@ -236,6 +292,7 @@ def variants(properties: GPUProperties, shape: ModelShape) -> Iterator[Variant]:
 
     def calls() -> None:
         rope_and_cache(qkv, shape.num_heads, cos_sin, cache, slots)
+        norm_rope_and_cache(qkv, shape.num_heads, weight, weight, 1e-6, cos_sin, cache, slots)
         write_kv(k, v, cache, slots)
 
     yield from record(properties, calls)

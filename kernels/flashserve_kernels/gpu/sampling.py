@@ -27,6 +27,11 @@ from flashserve_kernels.sampling import Stage
 
 _MAX_SLICES = 64
 _SLICE_BLOCK = 4096  # 8 warps, 16 logits per thread
+# Stages of a loop over the vocabulary, so that a tile is under way beside the one at work: Triton pipelines loads that
+# feed no matrix product only when told, and else a program reads one tile per latency of the memory, 8 KB per µs. It
+# can only where a thread's loads are 4 bytes or more: the mask's end, vocab, is specialised to say that it is a
+# multiple of 16. Three stages spilled.
+_STAGES = tl.constexpr(2)
 _ROW_BLOCK = 4096  # 16 warps: half an SM's threads for a row; 8192 spilled 72 bytes per thread on sm_90
 
 
@@ -76,7 +81,7 @@ def _cut(row_ptr, vocab, low, high, num_low, num_high, target, top, inverse_t, M
         w1 = tl.zeros([BLOCK], tl.float32)
         w2 = tl.zeros([BLOCK], tl.float32)
         w3 = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, vocab, BLOCK):
+        for start in tl.range(0, vocab, BLOCK, num_stages=_STAGES):
             x = load_logits(row_ptr, start + lane, vocab)
             n1 += (x >= p1).to(tl.int32)
             n2 += (x >= p2).to(tl.int32)
@@ -105,7 +110,7 @@ def _cut(row_ptr, vocab, low, high, num_low, num_high, target, top, inverse_t, M
     return low
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit
 def threshold_kernel(
     logits_ptr,
     logits_stride,
@@ -131,7 +136,7 @@ def threshold_kernel(
         lowest = tl.full([BLOCK], float("inf"), tl.float32)
         num_highest = tl.zeros([BLOCK], tl.int32)
         num_finite = tl.zeros([BLOCK], tl.int32)
-        for start in range(0, vocab, BLOCK):
+        for start in tl.range(0, vocab, BLOCK, num_stages=_STAGES):
             x = load_logits(row_ptr, start + lane, vocab)
             is_finite = x > float("-inf")
             num_highest = tl.where(x > highest, 1, num_highest + ((x == highest) & is_finite).to(tl.int32))
@@ -155,7 +160,7 @@ def threshold_kernel(
                 base = tl.minimum(tl.maximum(low, threshold * temperature), top)
                 mass = tl.zeros([BLOCK], tl.float32)
                 count = tl.zeros([BLOCK], tl.int32)
-                for start in range(0, vocab, BLOCK):
+                for start in tl.range(0, vocab, BLOCK, num_stages=_STAGES):
                     x = load_logits(row_ptr, start + lane, vocab)
                     mass += tl.where(x >= base, tl.exp((x - top) * inverse_t), 0.0)
                     count += (x >= base).to(tl.int32)
@@ -170,7 +175,7 @@ def threshold_kernel(
     tl.store(out_ptr + row, threshold)
 
 
-@triton.jit(do_not_specialize=["vocab", "slice_size", "num_slices"])
+@triton.jit(do_not_specialize=["slice_blocks", "num_slices"])
 def argmax_kernel(
     logits_ptr,
     logits_stride,
@@ -181,12 +186,13 @@ def argmax_kernel(
     best_ptr,
     best_token_ptr,
     vocab,
-    slice_size,
+    slice_blocks,  # of BLOCK tokens: loads of 16 bytes want to know that each begins at a multiple of 16
     num_slices,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
+    slice_size = slice_blocks * BLOCK
     first = part * slice_size
     lane = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -196,7 +202,7 @@ def argmax_kernel(
         temperature = tl.load(temperature_ptr + row)
         threshold = tl.load(threshold_ptr + row)
         key = noise_key(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
-    for start in range(first, tl.minimum(first + slice_size, vocab), BLOCK):
+    for start in tl.range(first, tl.minimum(first + slice_size, vocab), BLOCK, num_stages=_STAGES):
         token = start + lane
         x = load_logits(logits_ptr + row * logits_stride, token, vocab)
         if temperature_ptr is not None:  # noqa: SIM102 - the first is known when compiling, the second is not
@@ -340,7 +346,7 @@ def _argmax(
         best,
         best_token,
         vocab,
-        slice_size,
+        slice_size // _SLICE_BLOCK,
         num_slices,
         BLOCK=_SLICE_BLOCK,
         num_warps=8,

@@ -19,7 +19,7 @@ from flashserve_kernels.token_mask import check, num_words
 _BLOCK = 4096
 
 
-@triton.jit(do_not_specialize=["words", "vocab"])
+@triton.jit(do_not_specialize=["words"])
 def mask_logits_kernel(logits_ptr, bits_ptr, rows_ptr, logits_stride, words, vocab, BLOCK: tl.constexpr):
     masked = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from attention_problem import AttentionProblem
-from flashserve_kernels.gpu.attention import paged_attention, variants
-from flashserve_kernels.gpu.attention_config import AttentionShape, choose_config
+from flashserve_kernels.gpu.attention import new_arrivals, paged_attention, variants
+from flashserve_kernels.gpu.attention_config import AttentionShape, choose_config, max_split_tiles
 from flashserve_kernels.gpu.device import A100, B200, H200, MI300X, PRESETS, T4, stand_in
 from flashserve_kernels.gpu.launch import ModelShape, Variant, observe
 from flashserve_kernels.kv_cache import KVLayer
@@ -61,13 +61,17 @@ class Problem(AttentionProblem):
         self.values = [values.double() * v_scale for values in self.values]
         layer = cache.to(cache_dtype).to(self.q.device).permute(1, 2, 0, 3, 4, 5)[1]
         self.cache = KVLayer(layer[0], layer[1], k_scale, v_scale)
+        self.arrivals = new_arrivals(self.q.device)
 
     def run(self) -> Tensor:
-        return paged_attention(self.q, self.cache, self.batch, self.scale, self.window, self.softcap)
+        return paged_attention(
+            self.q, self.cache, self.batch, self.scale, self.window, self.softcap, arrivals=self.arrivals
+        )
 
     def check(self) -> None:
         """At most twice the error of SDPA in the same dtype, plus an eighth of a step of it."""
         out = self.run()
+        assert not self.arrivals.any(), "the next launch counts from 0"
         assert out.dtype == self.dtype and out.shape == (self.q.shape[0], self.heads * self.dim)
         out = out.cpu().double().unflatten(1, (self.heads, self.dim))
         ours = torchs = 0.0
@@ -187,6 +191,24 @@ def test_more_splits_than_the_sum_takes_at_once(device):
     problem.check()
 
 
+def test_splits_are_summed_by_the_kernel_that_made_them(device):
+    """And by each later launch: the counters start anew."""
+    problem = Problem([(1, 200), (2, 40)], dtype=torch.float16, unused_blocks=100, device=device)
+    launched: list[Variant] = []
+    with observe(launched.append):
+        first, second = problem.run(), problem.run()
+    assert [variant.name.rsplit(".", 1)[1] for variant in launched] == ["attention_kernel"] * 2
+    assert dict(launched[0].constants)["SPLITS"] and torch.equal(first, second)
+
+
+@pytest.mark.parametrize("properties", PRESETS, ids=lambda properties: properties.name)
+def test_counters_suffice_for_every_batch_that_is_split(properties):
+    for shape, rows, queries in itertools.product(SHAPES, (1, 7, 64, 200, 700), (1, 2, 8)):
+        config = choose_config(properties, shape, rows, queries, 1 << 20)
+        tiles = rows * -(-queries // config.block_q) * shape.num_kv_heads * -(-shape.group // config.tile_heads)
+        assert config.splits == 1 or tiles <= max_split_tiles(properties)
+
+
 @pytest.mark.parametrize("max_query_len", range(1, 9))
 def test_splits_of_verifications(max_query_len, device):
     """Splits in which some of a row's tokens see nothing."""
@@ -208,7 +230,7 @@ def test_no_row_and_no_token(device):
     problem = Problem([(1, 5)], device=device)
     tokens = torch.tensor([0, 0], dtype=torch.int32, device=device)
     nothing = replace(problem.batch, query_start_loc=tokens, slot_mapping=problem.batch.slot_mapping[:0])
-    assert paged_attention(problem.q[:0], problem.cache, nothing, 1.0).shape == (0, 128)
+    assert paged_attention(problem.q[:0], problem.cache, nothing, 1.0, arrivals=problem.arrivals).shape == (0, 128)
 
 
 def test_offsets_beyond_32_bits(device):
@@ -283,6 +305,6 @@ def test_what_the_kernel_cannot_do_is_refused(device):
         KVLayer(k[:, :, [0, 1, 1]], v[:, :, [0, 1, 1]]),
     ):
         with pytest.raises(ValueError):
-            paged_attention(problem.q, cache, problem.batch, 1.0)
+            paged_attention(problem.q, cache, problem.batch, 1.0, arrivals=problem.arrivals)
     with pytest.raises(ValueError, match="window 0"):
-        paged_attention(problem.q, problem.cache, problem.batch, 1.0, window=0)
+        paged_attention(problem.q, problem.cache, problem.batch, 1.0, window=0, arrivals=problem.arrivals)

@@ -73,6 +73,12 @@ class TestCompiled:
         others = [entry for entry in compiled if "attention" not in entry["variant"]]
         assert not [entry for entry in others if entry["spilled"]]
 
+    def test_loops_over_the_vocabulary_are_pipelined(self, compiled):
+        """A tile of 16 bits lies in shared memory while the one before it is at work; else all loads wait."""
+        found = [entry for entry in compiled if entry["arch"] in ("sm_80", "sm_90", "sm_100")]
+        found = [entry for entry in found if "argmax_kernel" in entry["variant"] or "threshold" in entry["variant"]]
+        assert found and all(entry["shared"] >= 2 * 4096 for entry in found)
+
     def test_all_of_the_plan_was_compiled(self, compiled):
         planned = {(properties.arch, repr(variant)) for _, properties, variant in ahead_of_time.plan()}
         assert planned == {(entry["arch"], entry["variant"]) for entry in compiled}
@@ -100,7 +106,8 @@ def token_calls(shape: ModelShape, cache: KVLayer, count: int, device: str) -> l
     hidden, ids = zeros(count, shape.hidden_size), zeros(count, dtype=torch.int64)
     weight = zeros(shape.hidden_size, dtype=shape.norm_dtype or shape.dtype)
     qkv = zeros(count, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
-    q, k, v = qkv.split((shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), 1)
+    _, k, v = qkv.split((shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), 1)
+    head_weight = weight[: shape.head_dim]
     cos_sin = zeros(count, shape.head_dim, dtype=torch.float32)
     inner = zeros(count, (1 + shape.gated) * shape.intermediate_size)
     table = zeros(shape.vocab_size, shape.hidden_size)
@@ -113,9 +120,10 @@ def token_calls(shape: ModelShape, cache: KVLayer, count: int, device: str) -> l
         lambda: norm.add_rms_norm(hidden, hidden.clone(), weight, 1e-5),
         lambda: norm.layer_norm(hidden, weight, weight, 1e-5),
         lambda: norm.add_layer_norm(hidden, hidden.clone(), weight, weight, 1e-5),
-        lambda: norm.rms_norm(q, weight[: shape.head_dim], 1e-6, out=q),
-        lambda: norm.rms_norm(k, weight[: shape.head_dim], 1e-6, out=k),
         lambda: rope_cache.rope_and_cache(qkv, shape.num_heads, cos_sin, cache, ids),
+        lambda: rope_cache.norm_rope_and_cache(
+            qkv, shape.num_heads, head_weight, head_weight, 1e-6, cos_sin, cache, ids
+        ),
         lambda: rope_cache.write_kv(k, v, cache, ids),
         lambda: (activation.activate_and_mul if shape.gated else activation.activate)(inner, shape.activation),
     ]
@@ -168,6 +176,7 @@ def test_attention_that_is_launched_was_foreseen(case: ahead_of_time.Case, prope
     def integers(*sizes: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
 
+    arrivals = integers(5)
     for _ in range(60):
         rows = drawn.choice([1, 2, 7, 16, 64, 255, 256])
         longest = drawn.choice([1, 1, 2, 5, 8, 9, 16, 100, 512, 8192])
@@ -188,7 +197,7 @@ def test_attention_that_is_launched_was_foreseen(case: ahead_of_time.Case, prope
             launched = record(
                 properties,
                 lambda q=q, batch=batch, window=window: attention.paged_attention(
-                    q, cache, batch, 0.1, window, case.softcap
+                    q, cache, batch, 0.1, window, case.softcap, arrivals=arrivals
                 ),
             )
             assert launched

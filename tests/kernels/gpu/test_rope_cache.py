@@ -8,6 +8,7 @@ import torch
 from flashserve_kernels import rotary
 from flashserve_kernels.gpu import rope_cache
 from flashserve_kernels.kv_cache import KVLayer
+from flashserve_kernels.ops import Ops
 from kernel_comparison import DTYPES, assert_as_exact_as_torch, poisoned, random
 
 E4M3 = torch.float8_e4m3fn
@@ -67,6 +68,36 @@ def test_rotation_and_cache(dtype, heads, kv_heads, head_dim, device):
     assert torch.equal(stored(cache.k, slots[written]), keys[written])
     assert torch.equal(stored(cache.v, slots[written]), qkv[:, heads + kv_heads :][written])
     assert num_untouched(cache.k) == num_untouched(cache.v) == 4 * BLOCK_SIZE - 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm_dtype", [None, torch.float32])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 32), (4, 1, 80), (32, 8, 128), (2, 2, 256)])
+def test_norms_before_the_rotation(dtype, norm_dtype, heads, kv_heads, head_dim, device):
+    """Of queries and keys, each with its own weight; values, and slots that are not stored, stay as they are."""
+    slots = torch.tensor([17, -1, 63])
+    qkv, cos_sin = random(3, heads + 2 * kv_heads, head_dim, dtype=dtype), angles(3, head_dim)
+    q_weight, k_weight = (random(head_dim, dtype=norm_dtype or dtype, seed=seed) for seed in (1, 2))
+    cache = poisoned_cache(kv_heads, head_dim, dtype, device)
+    on_device = qkv.clone().to(device)
+    arguments = q_weight.to(device), k_weight.to(device), 1e-5, cos_sin.to(device), cache, slots.to(device)
+    q = rope_cache.norm_rope_and_cache(on_device, heads, *arguments)
+    assert q.data_ptr() == on_device.data_ptr() and q.shape == (3, heads, head_dim)
+
+    torchs = Ops(torch.device("cpu"))
+    expected, kept = qkv.clone(), KVLayer(*(torch.zeros(4, BLOCK_SIZE, kv_heads, head_dim, dtype=dtype) for _ in "kv"))
+    torchs.norm_rope_and_cache(expected, heads, q_weight, k_weight, 1e-5, cos_sin, kept, slots)
+    turned = qkv[:, : heads + kv_heads].double()
+    weights = torch.stack([q_weight] * heads + [k_weight] * kv_heads).double()
+    normed = turned / (turned.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weights
+    assert_as_exact_as_torch(
+        on_device[:, : heads + kv_heads], expected[:, : heads + kv_heads], exact_rotation(normed, cos_sin)
+    )
+    assert torch.equal(on_device[:, heads + kv_heads :].cpu(), qkv[:, heads + kv_heads :])
+    written = slots >= 0
+    assert torch.equal(stored(cache.k, slots[written]), on_device[:, heads : heads + kv_heads].cpu()[written])
+    assert torch.equal(stored(cache.v, slots[written]), qkv[:, heads + kv_heads :][written])
+    assert num_untouched(cache.k) == num_untouched(cache.v) == 4 * BLOCK_SIZE - 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
