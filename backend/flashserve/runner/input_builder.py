@@ -8,6 +8,7 @@ from itertools import chain
 
 import numpy as np
 
+from flashserve.runner.row_lengths import RowLengths
 from flashserve.runner.slots import SlotTable
 from flashserve.runner.staging import StepFields, StepSizes, fill_padding
 from flashserve.scheduling.output import ScheduledRow, SchedulerOutput
@@ -65,6 +66,13 @@ class Arrangement:
     @property
     def max_query_len(self) -> int:
         return int(self.lens.max())
+
+    @property
+    def lengths(self) -> RowLengths:
+        """Of the rows as they are. Those of one token come first."""
+        singles = int(np.count_nonzero(self.lens == 1))
+        seq_lens = (self.starts + self.lens).tolist()
+        return RowLengths(self.max_query_len, singles, singles, self.lens.tolist(), seq_lens)
 
     @property
     def sample_positions(self) -> np.ndarray:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flashserve.runner.device_queue import DeviceQueue
 from flashserve.runner.input_builder import Arrangement, InputBuilder
+from flashserve.runner.row_lengths import RowLengths
 from flashserve.runner.staging import StepFields, StepSizes, array_fields, num_bytes, tensor_fields
 from flashserve.runner.step_model import StepModel
 from flashserve_kernels import Stage
@@ -80,12 +81,12 @@ class EagerSteps:
             graph.replay_logits()
             self._sample = graph.sample
             return graph.logits
-        lengths = step.max_query_len, step.lens.tolist(), (step.starts + step.lens).tolist()
+        lengths = step.lengths
         if step.pooled:
             pooled_lens = [end - first for _, first, end in step.pooled]
-            logits, self.pooled = self.queue.run(lambda: self._model.logits_and_pooled(fields, pooled_lens, *lengths))
+            logits, self.pooled = self.queue.run(lambda: self._model.logits_and_pooled(fields, pooled_lens, lengths))
         else:
-            logits = self.queue.run(lambda: self._model.logits(fields, *lengths))
+            logits = self.queue.run(lambda: self._model.logits(fields, lengths))
         self._sample = lambda stages: self.queue.run(lambda: self._model.sample(fields, logits, stages))
         return logits
 
@@ -118,7 +119,7 @@ class _DecodeGraph:
     @classmethod
     def capture(cls, model: StepModel, queue: DeviceQueue, buffer: Tensor, batch: int) -> _DecodeGraph:
         fields = tensor_fields(buffer, StepSizes(batch, batch, batch))
-        replay_logits, logits = queue.capture(lambda: model.logits(fields, 1))
+        replay_logits, logits = queue.capture(lambda: model.logits(fields, RowLengths(1)))
         greedy = queue.capture(lambda: model.sample(fields, logits, Stage(0)))
         every_stage = queue.capture(lambda: model.sample(fields, logits, model.every_stage))
         return cls(batch, replay_logits, logits, greedy, every_stage)
@@ -144,7 +145,7 @@ class RecordedSteps:
         self._host, self._fields = array_fields(buffer, capacity), tensor_fields(buffer, capacity)
         self._forward = self._new_program(model, capacity)
         with self._forward.recording():
-            self._logits = model.logits(self._fields, capacity.tokens)
+            self._logits = model.logits(self._fields, RowLengths(capacity.tokens))
         self._greedy = self._record_sampling(model, capacity, Stage(0))
         self._every_stage = self._record_sampling(model, capacity, model.every_stage)
         self._sizes = StepSizes(0, 0, 0)
