@@ -69,6 +69,7 @@ class EagerSteps:
             gc.unfreeze()
 
     def logits(self, step: Arrangement) -> Tensor:
+        self._sample = self._nothing  # which held the last step's logits
         graph = self._graph_for(step)
         sizes = step.sizes if graph is None else graph.sizes_with(step.sizes.new_blocks)
         host = self.queue.host_buffer(num_bytes(sizes))
