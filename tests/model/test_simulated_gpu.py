@@ -1,4 +1,4 @@
-"""The runner on a GPU that is simulated: the plan of its memory, kept by whatever requests may ask for."""
+"""The runner on a GPU that is simulated: the plan of its memory, and the pace of its prompts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import random
 
 import pytest
 
-from driver import Engine, load
-from simulated_gpu import SimulatedGpu
+from driver import Engine, load, random_prompts
+from flashserve.engine.pacing import STRETCH, PrefillPacing
+from simulated_gpu import STEP_S, TOKEN_S, SimulatedGpu
 
 TOTAL = 22_800_000
 SEQS, BUDGET, CONTEXT = 24, 48, 96
@@ -53,3 +54,27 @@ def test_whatever_requests_ask_for_fits_beside_the_cache(wide):
         share = int(0.9 * TOTAL)
         assert 0.85 * share < device.memory.peak <= share  # since the plan was made: also what it measured with is gone
         runner.close()
+
+
+def test_prompts_beside_decodes_are_paced_by_what_the_device_took(folder):
+    """One decode takes 2.1 ms by the device's clock, so a prompt beside it may take five times that: 105 tokens."""
+    budget = 256
+    device = SimulatedGpu(64 << 20)
+    with device.open():
+        settings = {"max_num_seqs": 2, "max_num_batched_tokens": budget, "max_model_len": 1024}
+        runner = load(folder, device, kv_cache_memory_bytes=1 << 20, **settings)
+        engine = Engine(runner, max_tokens=80)
+        engine.core.pacing = pacing = PrefillPacing(budget)
+        short, long = random_prompts((9, 900))
+        engine.add(0, short)
+        while len(engine.tokens[0]) < 10:
+            engine.step()
+        assert pacing.limit() == budget  # nothing is known of prompts yet
+        engine.add(1, long)
+        steps = 0
+        while not engine.tokens[1]:
+            engine.step()
+            steps += 1
+        runner.close()
+    assert pacing.limit() == pytest.approx((STRETCH - 1) * (STEP_S + TOKEN_S) / TOKEN_S, abs=3)
+    assert steps >= 7  # instead of four

@@ -25,6 +25,8 @@ from flashserve_kernels.kv_cache import KVLayer
 from lazy_device import CapturableOps, LazyCpu, LazyQueue
 
 PIECE = 512
+STEP_S, TOKEN_S = 2e-3, 1e-4
+"""What a step takes on the device's clock: so much, and so much for each of its tokens."""
 
 
 class SimulatedMemory(TorchDispatchMode):
@@ -120,7 +122,7 @@ class SimulatedGpu(LazyCpu):
 
     def select_ops(self, config: EngineConfig, head_dim: int) -> Ops:
         torch.set_num_threads(1)
-        return SimulatedOps(self.torch_device)
+        return SimulatedOps(self)
 
     def make_queue(self) -> DeviceQueue:
         self.queue = SimulatedQueue(self.memory, self._seed)
@@ -132,6 +134,14 @@ class SimulatedGpu(LazyCpu):
 
 class SimulatedOps(CapturableOps):
     """With a cache that takes its memory at once; a CPU's takes it page by page, unseen by torch."""
+
+    def __init__(self, device: SimulatedGpu) -> None:
+        super().__init__(device.torch_device)
+        self._gpu = device
+
+    def gather_tokens(self, token_ids: Tensor, last_tokens: Tensor, slots: Tensor) -> Tensor:
+        self._gpu.queue.clock += STEP_S + TOKEN_S * len(token_ids)  # once in each step
+        return super().gather_tokens(token_ids, last_tokens, slots)
 
     def allocate_kv_cache(self, spec: KVCacheSpec, num_blocks: int) -> Sequence[KVLayer]:
         block = (spec.block_size, spec.num_kv_heads, spec.head_dim)
