@@ -10,7 +10,7 @@ from driver import Engine, load, random_prompts
 from flashserve.engine.pacing import STRETCH, PrefillPacing
 from simulated_gpu import STEP_S, TOKEN_S, SimulatedGpu
 
-TOTAL = 22_800_000
+TOTAL = 23_700_000
 SEQS, BUDGET, CONTEXT = 24, 48, 96
 SETTINGS = {"max_num_seqs": SEQS, "max_num_batched_tokens": BUDGET, "max_model_len": CONTEXT}
 EVERYTHING = {
@@ -76,5 +76,6 @@ def test_prompts_beside_decodes_are_paced_by_what_the_device_took(folder):
             engine.step()
             steps += 1
         runner.close()
-    assert pacing.limit() == pytest.approx((STRETCH - 1) * (STEP_S + TOKEN_S) / TOKEN_S, abs=3)
+    best = (STRETCH - 1) * (STEP_S + TOKEN_S) / TOKEN_S
+    assert 0.7 * best < pacing.limit() < best + 1  # less where captured steps compute padding, too
     assert steps >= 7  # instead of four

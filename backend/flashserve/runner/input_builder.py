@@ -120,7 +120,7 @@ class InputBuilder:
         )
 
     def fill(self, step: Arrangement, host: StepFields, sizes: StepSizes) -> None:
-        """Write the step's numbers. sizes: those of the step, or of a decode bucket that it is padded to."""
+        """Write the step's numbers. sizes: those of the step, or of a captured step that it is padded to."""
         used = step.sizes
         T, R, N = used.tokens, used.seqs, len(step.sampling)
         ends = np.cumsum(step.lens)
@@ -152,8 +152,8 @@ class InputBuilder:
             host.table_blocks[:] = table.block_table.reshape(-1)[step.changed_blocks]
         if step.pooled:
             host.pooled_rows[:] = np.concatenate([np.arange(first, end) for _, first, end in step.pooled])
-        if sizes.tokens > T or sizes.logits > used.logits:
-            fill_padding(host, used, sizes, table.spare_slot)
+        if (sizes.tokens, sizes.seqs, sizes.logits) != (T, R, used.logits):
+            fill_padding(host, used, table.spare_slot)
 
     @staticmethod
     def _pooled(plan: SchedulerOutput, order: np.ndarray, lens: np.ndarray) -> list[tuple[int, int, int]]:

@@ -174,7 +174,8 @@ class ModelRunner:
         capacity = StepSizes(tokens, seqs, rows, model.block_table.numel(), tokens)
         steps = EagerSteps(model, self._builder, queue, capacity, self._device.torch_device)
         if self._ops.captures and queue.run_ahead and not eager:
-            steps.capture(decode_batch_sizes(seqs))
+            mixed = [StepSizes(size, min(size, seqs), min(size, seqs)) for size in mixed_step_sizes(tokens)]
+            steps.capture(decode_batch_sizes(seqs), mixed)
         return steps
 
     def _make_pooling_steps(self, queue: DeviceQueue) -> EagerSteps:
@@ -226,3 +227,10 @@ def decode_batch_sizes(max_num_seqs: int) -> list[int]:
     """Batch sizes that are captured: padding wastes at most half of a step below 8 rows, and 8 rows above."""
     sizes = [1, 2, 4, *range(8, 65, 8), *range(80, max_num_seqs + 16, 16)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+def mixed_step_sizes(max_num_batched_tokens: int) -> list[int]:
+    """Tokens of the mixed steps that are captured: those in which starting the kernels one by one may take the host
+    longer than they take the GPU. Up to 512 tokens at most 63 are computed in vain, then at most a fifth."""
+    sizes = [*range(64, 513, 64), *range(640, 1025, 128), *range(1280, 2049, 256)]
+    return sorted({min(size, max_num_batched_tokens) for size in sizes})
