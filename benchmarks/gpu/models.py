@@ -31,7 +31,6 @@ from flashserve.scheduling.output import SchedulerOutput, StepResult
 from flashserve_kernels import Ops
 
 MAX_MODEL_LEN = 8192 + 64
-KV_SHARE = 0.4  # of the free memory: the eager and the captured steps have a cache each, one after the other
 Figure = dict[str, Any]
 Measure = Callable[[], Figure]
 Figures = list[tuple[str, Measure]]
@@ -125,17 +124,15 @@ class TimedRunner:
 
 
 def load_shape(config: dict[str, Any], device_name: str, max_num_seqs: int, **settings: Any) -> ModelRunner:
-    """A model of this shape, with KV blocks for KV_SHARE of the memory that its weights leave free."""
+    """A model of this shape, with as many KV blocks as an engine of its own would have."""
     files, device = RandomFiles(config), open_device(device_name)
     _, model_class = find_architecture(config)
     with device.loading():
-        free_bytes = device.read_facts().free_bytes - 2 * files.num_elements(())
         defaults: dict[str, Any] = {
             "device": device_name,
             "max_model_len": min(MAX_MODEL_LEN, model_class.read_shape(config).context_len),
             "max_num_seqs": max_num_seqs,
             "enable_prefix_caching": False,
-            "kv_cache_memory_bytes": int(free_bytes * KV_SHARE),
         }
         return load_runner(files, EngineConfig("random", **{**defaults, **settings}), device)
 

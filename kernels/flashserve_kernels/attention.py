@@ -39,6 +39,11 @@ class AttentionBatch:
     block_size: int
     max_query_len: int
     """No row has more tokens in this step; 1: decodes only."""
+    min_singles: int = 0
+    """The first rows of which each is known to have one token."""
+    max_singles: int = 0
+    """Rows of one token come first and are no more than these; 0: they may lie anywhere. Both numbers are the same but
+    in captured steps, which serve batches that differ. With them a GPU computes decodes beside prompts as decodes."""
     host_query_lens: Sequence[int] = ()
     """The rows' lengths on the host, which the torch implementation plans with; captured steps have none."""
     host_seq_lens: Sequence[int] = ()

@@ -10,9 +10,10 @@ import pytest
 
 from driver import Engine, load
 from flashserve.protocol import Abort, SamplingParams
-from flashserve.runner.model_runner import decode_batch_sizes
+from flashserve.runner.model_runner import decode_batch_sizes, mixed_step_sizes
 from flashserve.runner.sampler_state import COLUMNS
 from flashserve.runner.staging import StepFields
+from flashserve.runner.step_model import StepModel
 from flashserve_kernels import Ops, Stage
 from lazy_device import CapturableOps, LazyCpu
 
@@ -95,9 +96,10 @@ def test_greedy_steps_send_no_sampling_parameters_and_take_the_most_probable_tok
 
     monkeypatch.setattr(CapturableOps, "sample", watched)
     engine = start(5, max_num_seqs=2)
+    stages.clear()
     engine.add(100, random_prompts([9])[0], temperature=1.0)
     engine.finish()  # its slot's parameters lie on the device
-    assert Stage.RANDOM in stages
+    assert any(Stage.RANDOM in used for used in stages)
     stages.clear()
     before = engine.queue.sent_bytes
     for index, prompt in enumerate(random_prompts(LENGTHS)):
@@ -154,3 +156,27 @@ def test_batch_sizes_that_are_captured():
     assert decode_batch_sizes(3) == [1, 2, 3]
     assert decode_batch_sizes(100) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 100]
     assert decode_batch_sizes(256)[-3:] == [224, 240, 256]
+
+
+def test_token_counts_of_mixed_steps_that_are_captured():
+    assert mixed_step_sizes(32) == [32]
+    assert mixed_step_sizes(100) == [64, 100]
+    assert mixed_step_sizes(8192)[:2] == [64, 128] and mixed_step_sizes(8192)[-1] == 2048
+    assert len(mixed_step_sizes(8192)) == 16
+
+
+@pytest.mark.parametrize("budget", [32, 200])
+def test_every_step_of_a_small_budget_is_replayed(budget, start, expected, random_prompts, monkeypatch):
+    """Prompts beside decodes, prompts alone, decodes: padded tokens are stored nowhere, padded rows have none."""
+    engine = start(4, max_num_batched_tokens=budget)
+    lengths = []
+
+    def watched(model, step, own):
+        lengths.append(own)
+        return logits(model, step, own)
+
+    logits = StepModel.logits
+    monkeypatch.setattr(StepModel, "logits", watched)
+    assert engine.generate(random_prompts(LENGTHS)) == expected
+    assert engine.queue.replays > NUM_TOKENS
+    assert not any(own.query_lens for own in lengths)  # which only a step has that runs op by op

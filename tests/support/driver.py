@@ -21,6 +21,7 @@ from flashserve.runner.device import CpuDevice, Device
 from flashserve.runner.input_builder import Arrangement, InputBuilder
 from flashserve.runner.loading import load_runner
 from flashserve.runner.model_runner import ModelRunner
+from flashserve.runner.row_lengths import RowLengths
 from flashserve.runner.slots import SlotTable
 from flashserve.runner.staging import array_fields, num_bytes, tensor_fields
 from flashserve.scheduling.output import Admission, ScheduledRow, SchedulerOutput
@@ -131,7 +132,7 @@ class Driver:
         buffer = torch.zeros(num_bytes(step.sizes), dtype=torch.uint8)
         builder.fill(step, array_fields(buffer, step.sizes), step.sizes)
         fields = replace(tensor_fields(buffer, step.sizes), logits_rows=torch.arange(len(tokens)))
-        return model.logits(fields, len(tokens)).float()
+        return model.logits(fields, RowLengths(len(tokens))).float()
 
     def run(self, admissions: list[Admission], rows: list[ScheduledRow]) -> list[list[int]]:
         """One step."""

@@ -35,6 +35,8 @@ class LazyQueue:
         self.sent_bytes = 0
         """By ``to_device``."""
         self.most_waiting = 0
+        self.clock = 0.0
+        """The device's own, in seconds; whoever computes moves it on."""
 
     def host_buffer(self, num_bytes: int) -> Tensor:
         self._buffers.append(self._buffers.pop(0))
@@ -55,6 +57,11 @@ class LazyQueue:
         download = _LateDownload(self, torch.full_like(tensor, -(1 << 40)))
         self._queue(lambda: download.arrive(tensor))
         return download
+
+    def mark(self) -> _LateMark:
+        mark = _LateMark()
+        self._queue(lambda: mark.pass_by(self.clock))
+        return mark
 
     def work_once(self) -> None:
         """Do the oldest piece of work."""
@@ -79,6 +86,17 @@ class LazyQueue:
     def _drain(self, count: int) -> None:
         for _ in range(count):
             self._work.popleft()()
+
+
+class _LateMark:
+    seconds: float | None = None
+
+    def pass_by(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def seconds_since(self, earlier: _LateMark) -> float:
+        assert self.seconds is not None and earlier.seconds is not None, "asked before the device came by"
+        return self.seconds - earlier.seconds
 
 
 class _LateDownload:

@@ -41,7 +41,7 @@ class EngineCore:
         timeline: Timeline | None = None,
         grammars: Grammars | None = None,
     ) -> None:
-        """pacing: for engines whose users wait for single tokens; a runner that runs ahead cannot be measured.
+        """pacing: for engines whose users wait for single tokens.
         grammars: for requests with structured outputs."""
         self.scheduler = scheduler
         self.pacing = pacing
@@ -106,7 +106,7 @@ class EngineCore:
             oldest, handle = self._in_flight.popleft()
             self._guarded(oldest, lambda: self._finish(oldest, handle))  # noqa: B023 - called at once
         ended = self._clock()
-        if self.pacing is not None and plan is not None and not ahead:
+        if self.pacing is not None and plan is not None and not self._runner.run_ahead:
             self.pacing.observe(plan, ended - started)
         outputs = StepOutputs(self.scheduler.take_outputs(), self.scheduler.stats())
         if self.timeline is not None:
@@ -123,6 +123,8 @@ class EngineCore:
 
     def _finish(self, plan: SchedulerOutput, handle: Any) -> None:
         output = self._runner.wait(handle)
+        if self.pacing is not None and output.device_s is not None:
+            self.pacing.observe(plan, output.device_s)
         self.scheduler.update(plan, output, self._clock())
         self._failed_steps = 0
 

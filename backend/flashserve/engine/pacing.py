@@ -1,9 +1,9 @@
 """How many prompt tokens a step may take while others decode, from what the steps before took.
 
 A prompt's tokens make the step longer in which they are computed, and everybody who decodes waits for it: 512 tokens
-of a 135M model beside 16 decodes made a gap of 75 ms between tokens that otherwise came every 20 ms. A device that
-computes while the engine waits can be measured: the prompt's share is cut so that such a step takes at most
-``STRETCH`` times a step of decodes alone.
+of a 135M model beside 16 decodes made a gap of 75 ms between tokens that otherwise came every 20 ms. The prompt's share
+is cut so that such a step takes at most ``STRETCH`` times a step of decodes alone. Where the engine waits while the
+device computes, its own clock measures a step; a device that runs behind the engine says itself what it took.
 """
 
 from __future__ import annotations

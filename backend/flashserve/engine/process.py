@@ -79,7 +79,7 @@ def _run(config: EngineConfig, channel: Channel[StubMessage]) -> int:
         channel.send(EngineFailed(ErrorInfo(INTERNAL, f"loading failed: {type(error).__name__}: {error}")))
         return 1
     log.info("ready after %.1f s: %s", time.monotonic() - started, resolved.summary())
-    if resolved.device.computes_on_cpu:
+    if resolved.device.computes_on_cpu or resolved.device.kind == "cuda":
         core.pacing = PrefillPacing(resolved.max_num_batched_tokens)
     core.timeline = timeline = Timeline()
     signal.signal(signal.SIGUSR2, lambda *_: timeline.write(trace_file(os.getpid())))  # flashserve trace

@@ -27,6 +27,14 @@ class Download(Protocol):
         ...
 
 
+class Mark(Protocol):
+    """A point of the device's work, which has a time once the device came by."""
+
+    def seconds_since(self, earlier: Any) -> float:
+        """Since a mark of the same queue; to be asked when a download from behind this one has arrived."""
+        ...
+
+
 class DeviceQueue(Protocol):
     """A device that runs what it is given in order. Only ``Download.result`` waits for it."""
 
@@ -53,6 +61,10 @@ class DeviceQueue(Protocol):
         """Fetch a tensor as it is after everything queued so far."""
         ...
 
+    def mark(self) -> Mark | None:
+        """The point behind what is queued so far. None: work is done on return, and any clock tells its time."""
+        ...
+
     def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Record what ``function`` queues. Returns (queue it again, the result's tensor, written each time)."""
         ...
@@ -77,6 +89,9 @@ class CpuQueue:
 
     def download(self, tensor: Tensor) -> Download:
         return _There(tensor)
+
+    def mark(self) -> None:
+        return None
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         raise NotImplementedError("ops that run when they are called have nothing to capture")
@@ -145,6 +160,9 @@ class CudaQueue:
         buffer.done.record(self._down)
         return _CudaDownload(host.view(tensor.dtype).view(tensor.shape), buffer.done)
 
+    def mark(self) -> _CudaMark:
+        return _CudaMark(self._compute)
+
     def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         self.run(function)  # compiles kernels and makes workspaces, which a capture must not do
         torch.cuda.synchronize(self._device)
@@ -189,3 +207,12 @@ class _CudaDownload:
     def result(self) -> Tensor:
         self._done.synchronize()
         return self._host
+
+
+class _CudaMark:
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record(stream)
+
+    def seconds_since(self, earlier: _CudaMark) -> float:
+        return earlier._event.elapsed_time(self._event) / 1000

@@ -8,6 +8,7 @@ from itertools import chain
 
 import numpy as np
 
+from flashserve.runner.row_lengths import RowLengths
 from flashserve.runner.slots import SlotTable
 from flashserve.runner.staging import StepFields, StepSizes, fill_padding
 from flashserve.scheduling.output import ScheduledRow, SchedulerOutput
@@ -67,6 +68,13 @@ class Arrangement:
         return int(self.lens.max())
 
     @property
+    def lengths(self) -> RowLengths:
+        """Of the rows as they are. Those of one token come first."""
+        singles = int(np.count_nonzero(self.lens == 1))
+        seq_lens = (self.starts + self.lens).tolist()
+        return RowLengths(self.max_query_len, singles, singles, self.lens.tolist(), seq_lens)
+
+    @property
     def sample_positions(self) -> np.ndarray:
         """[N] int64: the positions whose logits are sampled."""
         return (self.starts + self.lens)[self.sampling] - 1
@@ -112,7 +120,7 @@ class InputBuilder:
         )
 
     def fill(self, step: Arrangement, host: StepFields, sizes: StepSizes) -> None:
-        """Write the step's numbers. sizes: those of the step, or of a decode bucket that it is padded to."""
+        """Write the step's numbers. sizes: those of the step, or of a captured step that it is padded to."""
         used = step.sizes
         T, R, N = used.tokens, used.seqs, len(step.sampling)
         ends = np.cumsum(step.lens)
@@ -144,8 +152,8 @@ class InputBuilder:
             host.table_blocks[:] = table.block_table.reshape(-1)[step.changed_blocks]
         if step.pooled:
             host.pooled_rows[:] = np.concatenate([np.arange(first, end) for _, first, end in step.pooled])
-        if sizes.tokens > T or sizes.logits > used.logits:
-            fill_padding(host, used, sizes, table.spare_slot)
+        if (sizes.tokens, sizes.seqs, sizes.logits) != (T, R, used.logits):
+            fill_padding(host, used, table.spare_slot)
 
     @staticmethod
     def _pooled(plan: SchedulerOutput, order: np.ndarray, lens: np.ndarray) -> list[tuple[int, int, int]]:

@@ -14,7 +14,7 @@ from flashserve.config import ResolvedConfig
 from flashserve.models.model_input import CausalLM
 from flashserve.protocol import SamplingParams
 from flashserve.runner.device import Device
-from flashserve.runner.device_queue import DeviceQueue, Download
+from flashserve.runner.device_queue import DeviceQueue, Download, Mark
 from flashserve.runner.input_builder import Arrangement, InputBuilder
 from flashserve.runner.kv_cache import kv_cache_spec
 from flashserve.runner.logits_processor import LogitsProcessor
@@ -42,6 +42,14 @@ class StepHandle:
     """Those of the plan's rows that pool."""
     pooled: Download | None = None
     """[their number, hidden] float32."""
+    begin: Mark | None = None
+    end: Mark | None = None
+    """Around the step's work on a device that runs late."""
+
+    @property
+    def device_s(self) -> float | None:
+        """Once the samples are there."""
+        return None if self.begin is None or self.end is None else self.end.seconds_since(self.begin)
 
 
 class ModelRunner:
@@ -79,6 +87,7 @@ class ModelRunner:
         step = self._builder.arrange(plan)
         asked = self._logprobs.rows(step)
         queue, sampler = self._steps.queue, self._slots.sampler
+        begin = queue.mark()
         stages = sampler.stages(step.sample_slots)
         if stages:
             sampler.upload(queue)
@@ -91,8 +100,8 @@ class ModelRunner:
         pooled = queue.download(self._pooling_steps.pooled) if step.pooled else None
         if not step.sizes.logits:
             # Waited for all the same: steps of a long prompt would else pile up on a GPU and reuse buffers too early.
-            tokens = queue.download(self._slots.last_tokens[:1])
-            return StepHandle(len(plan.rows), step.plan_rows, tokens, None, pooled_rows, pooled)
+            end, tokens = queue.mark(), queue.download(self._slots.last_tokens[:1])
+            return StepHandle(len(plan.rows), step.plan_rows, tokens, None, pooled_rows, pooled, begin, end)
         raw = None if asked is None else asked.copy_logits(queue, logits)
         observe = self.observe_logits
         if observe is not None:
@@ -109,7 +118,8 @@ class ModelRunner:
             self._processor.count(queue, counted, samples)
         if asked is not None and raw is not None:
             samples = asked.compute(queue, self._ops, raw, samples)
-        return StepHandle(len(plan.rows), step.plan_rows, queue.download(samples), asked, pooled_rows, pooled)
+        end, tokens = queue.mark(), queue.download(samples)
+        return StepHandle(len(plan.rows), step.plan_rows, tokens, asked, pooled_rows, pooled, begin, end)
 
     def wait(self, handle: StepHandle) -> StepResult:
         """The samples, on the host."""
@@ -117,10 +127,10 @@ class ModelRunner:
         numbers = handle.tokens.result()
         if handle.logprobs is None:
             tokens = numbers[: len(handle.sample_rows)].tolist()
-            result = StepResult(token_ids)
+            result = StepResult(token_ids, device_s=handle.device_s)
         else:
             tokens, of_samples, of_prompts = handle.logprobs.unpack(numbers)
-            result = StepResult(token_ids, of_samples, of_prompts)
+            result = StepResult(token_ids, of_samples, of_prompts, device_s=handle.device_s)
         for row, token in zip(handle.sample_rows.tolist(), tokens, strict=True):
             token_ids[row] = [token]
         if handle.pooled is None:
@@ -164,7 +174,8 @@ class ModelRunner:
         capacity = StepSizes(tokens, seqs, rows, model.block_table.numel(), tokens)
         steps = EagerSteps(model, self._builder, queue, capacity, self._device.torch_device)
         if self._ops.captures and queue.run_ahead and not eager:
-            steps.capture(decode_batch_sizes(seqs))
+            mixed = [StepSizes(size, min(size, seqs), min(size, seqs)) for size in mixed_step_sizes(tokens)]
+            steps.capture(decode_batch_sizes(seqs), mixed)
         return steps
 
     def _make_pooling_steps(self, queue: DeviceQueue) -> EagerSteps:
@@ -216,3 +227,10 @@ def decode_batch_sizes(max_num_seqs: int) -> list[int]:
     """Batch sizes that are captured: padding wastes at most half of a step below 8 rows, and 8 rows above."""
     sizes = [1, 2, 4, *range(8, 65, 8), *range(80, max_num_seqs + 16, 16)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+def mixed_step_sizes(max_num_batched_tokens: int) -> list[int]:
+    """Tokens of the mixed steps that are captured: those in which starting the kernels one by one may take the host
+    longer than they take the GPU. Up to 512 tokens at most 63 are computed in vain, then at most a fifth."""
+    sizes = [*range(64, 513, 64), *range(640, 1025, 128), *range(1280, 2049, 256)]
+    return sorted({min(size, max_num_batched_tokens) for size in sizes})

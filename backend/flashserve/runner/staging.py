@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,10 +117,10 @@ def num_bytes(sizes: StepSizes) -> int:
     return layout(sizes)[1]
 
 
-def fill_padding(host: StepFields, used: StepSizes, padded: StepSizes, spare_slot: int) -> None:
-    """Give a decode bucket's unused rows harmless numbers: one token each that belongs to an empty sequence and is
-    stored nowhere. Unused rows of logits, which are more where a prompt's single token does not sample, are the first
-    token's, and their samples go to a slot that nobody reads."""
+def fill_padding(host: StepFields, used: StepSizes, spare_slot: int) -> None:
+    """Give a captured step's unused rows harmless numbers: sequences without a token. Unused tokens belong to no
+    sequence and are stored nowhere. Unused rows of logits, which are more where a prompt's single token does not
+    sample, are the first token's, and their samples go to a slot that nobody reads."""
     tokens, seqs, rows = slice(used.tokens, None), slice(used.seqs, None), slice(used.logits, None)
     host.token_ids[tokens] = 0
     host.token_slots[tokens] = spare_slot
@@ -129,7 +128,7 @@ def fill_padding(host: StepFields, used: StepSizes, padded: StepSizes, spare_slo
     host.slot_mapping[tokens] = -1
     host.slots[seqs] = spare_slot
     host.seq_lens[seqs] = 0
-    host.query_start_loc[used.seqs :] = np.arange(used.tokens, padded.tokens + 1)
+    host.query_start_loc[used.seqs :] = used.tokens
     host.logits_rows[rows] = 0
     host.sample_slots[rows] = spare_slot
     host.sample_positions[rows] = 0

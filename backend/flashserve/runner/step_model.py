@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashserve.models.model_input import CausalLM, ModelInput
+from flashserve.runner.row_lengths import RowLengths
 from flashserve.runner.slots import SlotTable
 from flashserve.runner.staging import StepFields
 from flashserve_kernels import AttentionBatch, CacheLayer, KVCacheSpec, Ops, SamplerColumns, Stage
@@ -44,42 +45,24 @@ class StepModel:
             every_stage=slots.sampler.every_stage,
         )
 
-    def logits(
-        self,
-        step: StepFields,
-        max_query_len: int,
-        host_query_lens: Sequence[int] = (),
-        host_seq_lens: Sequence[int] = (),
-    ) -> Tensor:
-        """Run the model. Returns [N, V]. The host's lengths are for ops that cannot be captured."""
-        return self.model.logits(self._forward(step, step.logits_rows, max_query_len, host_query_lens, host_seq_lens))
+    def logits(self, step: StepFields, lengths: RowLengths) -> Tensor:
+        """Run the model. Returns [N, V]."""
+        return self.model.logits(self._forward(step, step.logits_rows, lengths))
 
     def logits_and_pooled(
-        self,
-        step: StepFields,
-        pooled_lens: Sequence[int],
-        max_query_len: int,
-        host_query_lens: Sequence[int],
-        host_seq_lens: Sequence[int],
+        self, step: StepFields, pooled_lens: Sequence[int], lengths: RowLengths
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`logits`, and the sums of hidden states: (logits [N, V], [len(pooled_lens), hidden] float32).
 
         pooled_lens: how many of ``pooled_rows`` each sum takes. Neither captured nor recorded.
         """
         rows = torch.cat((step.logits_rows, step.pooled_rows))
-        hidden = self._forward(step, rows, max_query_len, host_query_lens, host_seq_lens)
+        hidden = self._forward(step, rows, lengths)
         sampled, pooled = hidden.split((len(step.logits_rows), len(step.pooled_rows)))
         sums = torch.stack([part.sum(0, dtype=torch.float32) for part in pooled.split(list(pooled_lens))])
         return self.model.logits(sampled) if len(sampled) else sampled, sums
 
-    def _forward(
-        self,
-        step: StepFields,
-        rows: Tensor,
-        max_query_len: int,
-        host_query_lens: Sequence[int],
-        host_seq_lens: Sequence[int],
-    ) -> Tensor:
+    def _forward(self, step: StepFields, rows: Tensor, lengths: RowLengths) -> Tensor:
         """Hidden states of these of the step's tokens, [len(rows), hidden]."""
         ops = self.ops
         inputs = ModelInput(
@@ -91,9 +74,11 @@ class StepModel:
                 block_tables=ops.embedding(self.block_table, step.slots),
                 slot_mapping=step.slot_mapping,
                 block_size=self.block_size,
-                max_query_len=max_query_len,
-                host_query_lens=host_query_lens,
-                host_seq_lens=host_seq_lens,
+                max_query_len=lengths.longest,
+                min_singles=lengths.min_singles,
+                max_singles=lengths.max_singles,
+                host_query_lens=lengths.query_lens,
+                host_seq_lens=lengths.seq_lens,
             ),
             logits_rows=rows,
         )

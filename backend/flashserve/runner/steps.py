@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flashserve.runner.device_queue import DeviceQueue
 from flashserve.runner.input_builder import Arrangement, InputBuilder
+from flashserve.runner.row_lengths import RowLengths
 from flashserve.runner.staging import StepFields, StepSizes, array_fields, num_bytes, tensor_fields
 from flashserve.runner.step_model import StepModel
 from flashserve_kernels import Stage
@@ -40,9 +41,9 @@ class Steps(Protocol):
 
 
 class EagerSteps:
-    """Every step as it comes; on a GPU decodes may come from CUDA graphs, one per padded batch size. The only ones that
-    pool: an embedding is asked for with a prompt, and hidden states of a whole prompt are more rows than graphs and
-    recordings have."""
+    """Every step as it comes; on a GPU decodes and short prompts beside them may come from CUDA graphs, one per padded
+    size. The only ones that pool: an embedding is asked for with a prompt, and hidden states of a whole prompt are more
+    rows than graphs and recordings have."""
 
     pooled: Tensor
     """[rows that pool, hidden] float32: sums of hidden states, of the last step with such rows."""
@@ -54,20 +55,33 @@ class EagerSteps:
         self._model = model
         self._builder = builder
         self._device_buffer = queue.run(lambda: torch.zeros(num_bytes(capacity), dtype=torch.uint8, device=device))
-        self._graphs: dict[int, _DecodeGraph] = {}
+        self._decodes: list[_CapturedStep] = []
+        self._mixed: list[_CapturedStep] = []
+        """From the smallest on."""
         self._sample: Callable[[Stage], Tensor] = self._nothing
 
-    def capture(self, batch_sizes: list[int]) -> None:
-        """Capture decodes of these batch sizes, the largest first: it sets the size of the memory that they share."""
+    def capture(self, batch_sizes: list[int], mixed_sizes: list[StepSizes]) -> None:
+        """Capture decodes of these batch sizes and steps of rows of any length. The largest first: it sets the size of
+        the memory that they share. Mixed ones have one tensor of logits, at the price of a copy: 16 tensors for 256
+        rows of 152k tokens would keep 1.2 GB."""
         gc.collect()
         gc.freeze()  # torch collects garbage before each capture: 50 times, over everything that was imported
         try:
+            shared: Tensor | None = None
+            for sizes in sorted(mixed_sizes, key=lambda sizes: sizes.tokens, reverse=True):
+                lengths = RowLengths(sizes.tokens, 0, sizes.seqs)
+                graph = _CapturedStep.capture(self._model, self.queue, self._device_buffer, sizes, lengths, shared)
+                shared = graph.logits if shared is None else shared
+                self._mixed.insert(0, graph)
             for batch in sorted(batch_sizes, reverse=True):
-                self._graphs[batch] = _DecodeGraph.capture(self._model, self.queue, self._device_buffer, batch)
+                sizes = StepSizes(batch, batch, batch)
+                graph = _CapturedStep.capture(self._model, self.queue, self._device_buffer, sizes, RowLengths(1))
+                self._decodes.insert(0, graph)
         finally:
             gc.unfreeze()
 
     def logits(self, step: Arrangement) -> Tensor:
+        self._sample = self._nothing  # which held the last step's logits
         graph = self._graph_for(step)
         sizes = step.sizes if graph is None else graph.sizes_with(step.sizes.new_blocks)
         host = self.queue.host_buffer(num_bytes(sizes))
@@ -80,24 +94,25 @@ class EagerSteps:
             graph.replay_logits()
             self._sample = graph.sample
             return graph.logits
-        lengths = step.max_query_len, step.lens.tolist(), (step.starts + step.lens).tolist()
+        lengths = step.lengths
         if step.pooled:
             pooled_lens = [end - first for _, first, end in step.pooled]
-            logits, self.pooled = self.queue.run(lambda: self._model.logits_and_pooled(fields, pooled_lens, *lengths))
+            logits, self.pooled = self.queue.run(lambda: self._model.logits_and_pooled(fields, pooled_lens, lengths))
         else:
-            logits = self.queue.run(lambda: self._model.logits(fields, *lengths))
+            logits = self.queue.run(lambda: self._model.logits(fields, lengths))
         self._sample = lambda stages: self.queue.run(lambda: self._model.sample(fields, logits, stages))
         return logits
 
     def sample(self, stages: Stage) -> Tensor:
         return self._sample(stages)
 
-    def _graph_for(self, step: Arrangement) -> _DecodeGraph | None:
-        """The smallest graph that holds the step, if all its rows are single tokens and none is pooled."""
-        if step.max_query_len > 1 or step.pooled:
+    def _graph_for(self, step: Arrangement) -> _CapturedStep | None:
+        """The smallest graph that holds the step, if none of its rows is pooled."""
+        if step.pooled:
             return None
-        rows = max(len(step.slots), step.sizes.logits)  # a row that forks is sampled several times
-        return next((self._graphs[batch] for batch in sorted(self._graphs) if batch >= rows), None)
+        graphs = self._mixed if step.max_query_len > 1 else self._decodes
+        sizes = step.sizes
+        return next((graph for graph in graphs if graph.holds(sizes)), None)
 
     @staticmethod
     def _nothing(stages: Stage) -> Tensor:
@@ -105,27 +120,45 @@ class EagerSteps:
 
 
 @dataclass(frozen=True)
-class _DecodeGraph:
-    """The model and the sampling of ``batch`` single tokens, captured apart: tokens may be ruled out in between. The
-    sampling twice, for greedy steps and for all others, whose rows show what else they need."""
+class _CapturedStep:
+    """The model and the sampling of a step of up to these sizes, captured apart: tokens may be ruled out in between.
+    The sampling twice, for greedy steps and for all others, whose rows show what else they need."""
 
-    batch: int
+    sizes: StepSizes
     replay_logits: Callable[[], None]
     logits: Tensor
     greedy: tuple[Callable[[], None], Tensor]
     every_stage: tuple[Callable[[], None], Tensor]
 
     @classmethod
-    def capture(cls, model: StepModel, queue: DeviceQueue, buffer: Tensor, batch: int) -> _DecodeGraph:
-        fields = tensor_fields(buffer, StepSizes(batch, batch, batch))
-        replay_logits, logits = queue.capture(lambda: model.logits(fields, 1))
+    def capture(
+        cls,
+        model: StepModel,
+        queue: DeviceQueue,
+        buffer: Tensor,
+        sizes: StepSizes,
+        lengths: RowLengths,
+        shared: Tensor | None = None,
+    ) -> _CapturedStep:
+        """shared: where the logits go, [N or more, V]; None: where they are made."""
+        fields = tensor_fields(buffer, sizes)
+
+        def run() -> Tensor:
+            logits = model.logits(fields, lengths)
+            return logits if shared is None else shared[: sizes.logits].copy_(logits)
+
+        replay_logits, logits = queue.capture(run)
         greedy = queue.capture(lambda: model.sample(fields, logits, Stage(0)))
         every_stage = queue.capture(lambda: model.sample(fields, logits, model.every_stage))
-        return cls(batch, replay_logits, logits, greedy, every_stage)
+        return cls(sizes, replay_logits, logits, greedy, every_stage)
+
+    def holds(self, sizes: StepSizes) -> bool:
+        own = self.sizes
+        return sizes.tokens <= own.tokens and sizes.seqs <= own.seqs and sizes.logits <= own.logits
 
     def sizes_with(self, new_blocks: int) -> StepSizes:
         """Changed blocks come last in the buffer, so their number moves nothing else."""
-        return StepSizes(self.batch, self.batch, self.batch, new_blocks)
+        return replace(self.sizes, new_blocks=new_blocks)
 
     def sample(self, stages: Stage) -> Tensor:
         replay, tokens = self.every_stage if stages else self.greedy
@@ -144,7 +177,7 @@ class RecordedSteps:
         self._host, self._fields = array_fields(buffer, capacity), tensor_fields(buffer, capacity)
         self._forward = self._new_program(model, capacity)
         with self._forward.recording():
-            self._logits = model.logits(self._fields, capacity.tokens)
+            self._logits = model.logits(self._fields, RowLengths(capacity.tokens))
         self._greedy = self._record_sampling(model, capacity, Stage(0))
         self._every_stage = self._record_sampling(model, capacity, model.every_stage)
         self._sizes = StepSizes(0, 0, 0)

@@ -114,6 +114,8 @@ class StepResult:
     """By place in ``rows``: one for each of the row's ``scored``."""
     pooled: Mapping[int, Any] = field(default_factory=dict)
     """By the index of a row that pools: the sum of its tokens' hidden states, [hidden] float32 (numpy)."""
+    device_s: float | None = None
+    """How long the device computed, in seconds. None: from the step's submission to its end, as any clock shows."""
 
     def logprobs_of(self, place: int) -> Logprobs | None:
         """A row's, if it has any. Of several samples the last ones may count for nothing: so do theirs."""

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,6 +36,16 @@ def new_arrivals(device: torch.device) -> Tensor:
     return torch.zeros(max_split_tiles(gpu_properties(device)), dtype=torch.int32, device=device)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What one launch computes: of the rows ``first`` to ``end - 1`` those of so many tokens."""
+
+    first: int
+    end: int
+    min_query_len: int
+    max_query_len: int
+
+
 def paged_attention(
     q: Tensor,
     cache: KVLayer,
@@ -50,8 +61,10 @@ def paged_attention(
     q: [T, num_heads, D], D contiguous; cache: views [blocks, block size, num_kv_heads, D] of equal strides, D
     contiguous, the block size a power of two; E4M3 keys and values are multiplied by the layer's scales. Returns
     [T, num_heads * D]. Zeros for the tokens of a row of length 0; tokens that no row owns are left uninitialised.
-    Reads no number of the batch on the host but its shapes and ``max_query_len``. ``window``: a token sees so many
-    tokens, itself included; ``softcap``: scores become ``cap * tanh(score / cap)``.
+    Reads no number of the batch on the host but its shapes, ``max_query_len`` and the bounds of its single tokens:
+    beside longer rows these are a launch of their own, since a prompt's tile of 128 rows would hold the few heads of
+    one token, and its keys could not be split. ``window``: a token sees so many tokens, itself included; ``softcap``:
+    scores become ``cap * tanh(score / cap)``.
 
     arrivals: from :func:`new_arrivals`. The partial results of a decode that is split along its keys lie in two
     temporaries from torch's allocator: in a CUDA graph's pool they are allocated once, when it is captured.
@@ -67,19 +80,30 @@ def paged_attention(
     shape = AttentionShape(
         num_heads, num_kv_heads, head_dim, q.dtype, cache.k.dtype, block_size, window is not None, softcap is not None
     )
-    max_query_len = max(1, batch.max_query_len)
-    max_keys = table_width * block_size
-    if window is not None:
-        max_keys = min(max_keys, window + max_query_len)
-    config = choose_config(properties, shape, num_rows, max_query_len, max_keys)
-    splits = None
-    if config.splits > 1:
-        # At batch 64, 32 heads and 2 splits these are 2 MB per layer, next to 1 GB of keys and values of context 4k.
-        sizes = num_tokens, num_heads, config.splits
-        partial = torch.empty((*sizes, head_dim), dtype=torch.float32, device=q.device)
-        splits = partial, torch.empty(sizes, dtype=torch.float32, device=q.device), arrivals
-    _launch_attention(out, splits, q, cache, batch, properties, shape, config, scale, window, softcap)
+    for part in _parts(batch):
+        max_keys = table_width * block_size
+        if window is not None:
+            max_keys = min(max_keys, window + part.max_query_len)
+        part_rows = part.end - part.first
+        config = choose_config(properties, shape, part_rows, part.max_query_len, max_keys)
+        splits = None
+        if config.splits > 1:
+            # At batch 64, 32 heads and 2 splits these are 2 MB per layer, next to 1 GB of keys and values of 4k tokens.
+            # Single tokens are the first ones of the batch, whatever comes behind them.
+            sizes = min(num_tokens, part_rows * part.max_query_len), num_heads, config.splits
+            partial = torch.empty((*sizes, head_dim), dtype=torch.float32, device=q.device)
+            splits = partial, torch.empty(sizes, dtype=torch.float32, device=q.device), arrivals
+        _launch_attention(out, splits, q, cache, batch, part, properties, shape, config, scale, window, softcap)
     return out
+
+
+def _parts(batch: AttentionBatch) -> list[_Part]:
+    num_rows, longest = batch.block_tables.shape[0], max(1, batch.max_query_len)
+    if not batch.max_singles or longest <= MAX_SPLIT_QUERIES:  # then all rows are computed as decodes
+        return [_Part(0, num_rows, 0, longest)]
+    prompts = _Part(batch.min_singles, num_rows, 2, longest)
+    singles = _Part(0, min(batch.max_singles, num_rows), 0, 1)
+    return [part for part in (singles, prompts) if part.first < part.end]
 
 
 def _launch_attention(
@@ -88,6 +112,7 @@ def _launch_attention(
     q: Tensor,
     cache: KVLayer,
     batch: AttentionBatch,
+    part: _Part,
     properties: GPUProperties,
     shape: AttentionShape,
     config: AttentionConfig,
@@ -102,13 +127,13 @@ def _launch_attention(
         k, v = k.view(torch.uint8), v.view(torch.uint8)
     key_scale, value_scale = (cache.k_scale, cache.v_scale) if is_fp8 else (1.0, 1.0)
     scale *= key_scale
-    num_rows = batch.block_tables.shape[0]
+    first, num_rows = part.first, part.end - part.first
     head_tiles = shape.num_kv_heads * -(-shape.group // config.tile_heads)
-    tiles_per_row = -(-max(1, batch.max_query_len) // config.block_q)
+    tiles_per_row = -(-part.max_query_len // config.block_q)
     if config.decode:
         grid = (head_tiles, num_rows * tiles_per_row, config.splits)
     else:
-        grid = (q.shape[0] // config.block_q + num_rows, head_tiles, 1)
+        grid = (q.shape[0] // config.block_q - first // config.block_q + num_rows, head_tiles, 1)
     launch(
         attention_kernel,
         grid,
@@ -117,11 +142,14 @@ def _launch_attention(
         q,
         k,
         v,
-        batch.query_start_loc,
-        batch.seq_lens,
-        batch.block_tables,
+        batch.query_start_loc[first:],
+        batch.seq_lens[first:],
+        batch.block_tables[first:],
         num_rows,
+        first // config.block_q,  # the rows before are single tokens
         tiles_per_row,
+        part.min_query_len,
+        part.max_query_len,
         scale * _LOG2_E if softcap is None else scale * _LOG2_E * 2 / softcap,
         0.0 if softcap is None else softcap * _LOG2_E,
         float(value_scale),

@@ -186,7 +186,10 @@ def _sum_splits(
         "seq_lens_ptr",
         "block_tables_ptr",
         "num_rows",
+        "first_tile",
         "tiles_per_row",
+        "min_queries",
+        "max_queries",
         "window",
         "stride_table",
     ]
@@ -203,7 +206,10 @@ def attention_kernel(
     seq_lens_ptr,  # [R] int32
     block_tables_ptr,  # [R, B] int32
     num_rows,
+    first_tile,  # without FIXED_TILES: that of the first row
     tiles_per_row,  # with FIXED_TILES
+    min_queries,  # rows of fewer or more tokens belong to another launch
+    max_queries,
     scale,  # with log2(e) and the keys' scale; with USE_SOFTCAP times 2 / cap
     softcap,  # times log2(e)
     value_scale,
@@ -242,13 +248,13 @@ def attention_kernel(
         first_query = tl.program_id(1) % tiles_per_row * BLOCK_Q
     else:
         # Prefill: from the last tile on, because the last tiles of a row see the most keys and would end it late.
-        tile = tl.num_programs(0) - 1 - tl.program_id(0)
+        tile = first_tile + tl.num_programs(0) - 1 - tl.program_id(0)
         head_tile = tl.program_id(1)
         row = _row_of_tile(query_start_ptr, tile, num_rows, BLOCK_Q)
         query_start = tl.load(query_start_ptr + row)
         first_query = (tile - (query_start // BLOCK_Q + row)) * BLOCK_Q
     num_queries = tl.load(query_start_ptr + row + 1) - query_start
-    if first_query >= num_queries:
+    if (first_query >= num_queries) | (num_queries < min_queries) | (num_queries > max_queries):
         return
     seq_len = tl.load(seq_lens_ptr + row)
     kv_head = head_tile // HEAD_TILES

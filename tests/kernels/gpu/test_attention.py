@@ -308,3 +308,29 @@ def test_what_the_kernel_cannot_do_is_refused(device):
             paged_attention(problem.q, cache, problem.batch, 1.0, arrivals=problem.arrivals)
     with pytest.raises(ValueError, match="window 0"):
         paged_attention(problem.q, problem.cache, problem.batch, 1.0, window=0, arrivals=problem.arrivals)
+
+
+SINGLES_FIRST = [(1, 300), (1, 1), (1, 40), (40, 270), (33, 33), (2, 2)]
+
+
+@pytest.mark.parametrize("bounds", [(3, 3), (0, 6), (1, 4), (0, 50)], ids=str)
+@pytest.mark.parametrize("window, unused_blocks", [(None, 0), (None, 300), (29, 0)])
+def test_single_tokens_beside_prompts_are_computed_as_decodes(bounds, window, unused_blocks, device):
+    """Known by their number, or, as in a captured step, by bounds alone; behind them a row of no token."""
+    rows = [*SINGLES_FIRST, (0, 0)]
+    problem = Problem(rows, dtype=torch.float16, window=window, unused_blocks=unused_blocks, device=device)
+    problem.batch = replace(problem.batch, min_singles=bounds[0], max_singles=bounds[1])
+    launched: list[Variant] = []
+    with observe(launched.append):
+        problem.check()
+    constants = [dict(variant.constants) for variant in launched]
+    assert [each["FIXED_TILES"] for each in constants] == [True, False]
+    assert [each["SPLITS"] for each in constants] == [unused_blocks > 0, False]  # with many keys a decode is split
+
+
+def test_bounds_of_a_batch_without_prompts_or_without_single_tokens(device):
+    for rows, singles in ((SINGLES_FIRST[:3], 3), (SINGLES_FIRST[3:], 0)):
+        problem = Problem(rows, dtype=torch.float16, device=device)
+        for bounds in ((singles, singles), (0, len(rows))):
+            problem.batch = replace(problem.batch, min_singles=bounds[0], max_singles=bounds[1], max_query_len=64)
+            problem.check()

@@ -12,6 +12,7 @@ from flashserve.config import DeviceFacts, EngineConfig
 from flashserve.errors import ConfigError
 from flashserve.runner.device.cpu import CpuDevice
 from flashserve.runner.device.cuda import CudaDevice
+from flashserve.runner.device.memory import Closable
 from flashserve.runner.device_queue import DeviceQueue
 from flashserve_kernels import Ops
 
@@ -37,9 +38,9 @@ class Device(Protocol):
         """The ops that serve a model with heads of so many numbers."""
         ...
 
-    def measure(self, before: DeviceFacts, run_largest_step: Callable[[], None]) -> DeviceFacts:
-        """What is left for the KV cache once the weights, which are loaded, and a step's activations have their room.
-        before: the facts from before the weights were loaded."""
+    def measure(self, before: DeviceFacts, run_largest: Callable[[], Closable]) -> DeviceFacts:
+        """What is left for the KV cache beside the weights, which are loaded, and what ``run_largest`` returns and took
+        until then. before: the facts from before the weights were loaded."""
         ...
 
     def make_queue(self) -> DeviceQueue:

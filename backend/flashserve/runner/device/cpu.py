@@ -11,6 +11,7 @@ import torch
 
 from flashserve.config import DeviceFacts, EngineConfig
 from flashserve.memory import free_memory
+from flashserve.runner.device.memory import Closable
 from flashserve.runner.device_queue import CpuQueue, DeviceQueue
 from flashserve_kernels import Ops, select_ops
 
@@ -36,7 +37,7 @@ class CpuDevice:
         cpus = sorted(os.sched_getaffinity(0))[:num_threads] if config.pin_threads else None
         return select_ops(self.torch_device, num_threads, head_dim, cpus)
 
-    def measure(self, before: DeviceFacts, run_largest_step: Callable[[], None]) -> DeviceFacts:
+    def measure(self, before: DeviceFacts, run_largest: Callable[[], Closable]) -> DeviceFacts:
         return before  # pages cost nothing before they are touched: a share of the free memory is what is left
 
     def make_queue(self) -> DeviceQueue:

@@ -9,13 +9,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from flashserve.config import DeviceFacts, EngineConfig
 from flashserve.runner.device.cpu import available_cores
+from flashserve.runner.device.memory import Closable, measure
 from flashserve.runner.device_queue import CudaQueue
 from flashserve_kernels import Ops, select_ops
 
@@ -52,7 +52,7 @@ class CudaDevice:
                 mark_warm()
 
     def read_facts(self) -> DeviceFacts:
-        free, total = torch.cuda.mem_get_info(self.torch_device)
+        free, total = CudaMemory(self.torch_device).free(), torch.cuda.mem_get_info(self.torch_device)[1]
         name = f"{torch.cuda.get_device_name(self.torch_device)} ({self.torch_device})"
         has_bfloat16 = torch.cuda.get_device_capability(self.torch_device) >= (8, 0)
         return DeviceFacts("cuda", name, total, free, supports_bfloat16=has_bfloat16)
@@ -60,18 +60,8 @@ class CudaDevice:
     def select_ops(self, config: EngineConfig, head_dim: int) -> Ops:
         return select_ops(self.torch_device, config.num_threads or available_cores(), head_dim)
 
-    def measure(self, before: DeviceFacts, run_largest_step: Callable[[], None]) -> DeviceFacts:
-        device = self.torch_device
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        run_largest_step()
-        torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(device)
-        reserved = torch.cuda.memory_reserved(device)
-        beside_torch = max(0, before.free_bytes - free - reserved)  # kernels' code, cuBLAS' workspaces
-        return replace(before, free_bytes=free + reserved - peak, used_bytes=peak + beside_torch)
+    def measure(self, before: DeviceFacts, run_largest: Callable[[], Closable]) -> DeviceFacts:
+        return measure(CudaMemory(self.torch_device), before, run_largest)
 
     def make_queue(self) -> CudaQueue:
         return CudaQueue(self.torch_device)
@@ -81,3 +71,24 @@ class CudaDevice:
 
     def release(self) -> None:
         torch.cuda.empty_cache()
+
+
+class CudaMemory:
+    """Implements DeviceMemory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def free(self) -> int:
+        return torch.cuda.mem_get_info(self._device)[0]
+
+    def reserved(self) -> int:
+        return torch.cuda.memory_reserved(self._device)
+
+    def peak_reserved(self) -> int:
+        return torch.cuda.max_memory_reserved(self._device)
+
+    def trim(self) -> None:
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self._device)
