@@ -41,6 +41,11 @@ class GPUProperties:
         """Whether the compiler converts e4m3 here: on NVIDIA from compute capability 8.9 on (Ada)."""
         return self.is_amd or int(self.arch.removeprefix("sm_")) >= 89
 
+    @property
+    def has_bfloat16(self) -> bool:
+        """On NVIDIA from compute capability 8.0 on (Ampere)."""
+        return self.is_amd or int(self.arch.removeprefix("sm_")) >= 80
+
 
 T4 = GPUProperties("T4", "sm_75", 40, 64 << 10, 32)
 A100 = GPUProperties("A100", "sm_80", 108, 163 << 10, 32)
