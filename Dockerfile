@@ -32,6 +32,13 @@ RUN pip install --no-cache-dir --no-deps /src && rm -rf /src
 COPY backend/model.py /opt/tritonserver/backends/flashserve/
 COPY model_repository/smollm2 /models/smollm2
 
+# A GPU's kernels, compiled once: in the image for --build-arg WARM_GPU=H200 (needs none), else at the first start.
+ARG WARM_GPU=""
+ENV TRITON_CACHE_DIR=/var/cache/flashserve
+RUN mkdir -p "$TRITON_CACHE_DIR" \
+    && if [ -n "$WARM_GPU" ]; then flashserve warm /models/smollm2/1/model.json --gpu "$WARM_GPU"; fi \
+    && chmod -R a+rwX "$TRITON_CACHE_DIR"
+
 # HTTP, gRPC and metrics of tritonserver; OpenAI's API and the page.
 EXPOSE 8000 8001 8002 9000
 # Tritonserver and a gateway, watched over. Whoever reaches the ports may use them: --gateway-keys FILE asks for keys.

@@ -6,6 +6,9 @@ TOOLS  := .venv-load-tools
 CLIENTS := .venv-openai-clients
 INSTRUCTOR := .venv-instructor
 API_FUZZ := .venv-api-fuzz
+# As bare as a GPU machine is, and the folder of wheels with what such a machine lacks.
+GPU_MACHINE := .venv-gpu-machine
+GPU_WHEELS  := gpu-wheels
 PYTHON ?=
 ARGS   ?=
 WORKERS ?= 2
@@ -18,7 +21,7 @@ EXTRAS_PEERS := server,peers
 EXTRAS_PAGE  := $(EXTRAS_DEV),browser
 
 .DEFAULT_GOAL := help
-.PHONY: help serve doctor install gemma test test-slow lint format loadtest chaos vllm-suite load-tools openai-clients page-test api-fuzz clean
+.PHONY: help serve doctor install gemma test test-slow lint format loadtest chaos vllm-suite load-tools openai-clients page-test api-fuzz gpu-check gpu-wheels gpu-ahead clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -71,8 +74,19 @@ page-test: $(VENV)/.page  ## the gateway's page in a headless Chromium, which De
 api-fuzz: $(VENV)/.dev $(API_FUZZ)/.installed  ## schemathesis: 2,000 requests by the gateway's own description
 	@exec $(BIN)/python -m pytest tests/server/test_api_fuzz.py $(ARGS)
 
+gpu-check:  ## all about a GPU in minutes (docs/gpu_check.md; ARGS="--stage 2 --wheels gpu-wheels"; ARGS=--dry: without one)
+	@exec $(or $(PYTHON),python3) -m benchmarks.gpu_check $(ARGS)
+
+gpu-wheels: $(GPU_WHEELS)/list.txt  ## the folder of wheels that a bare GPU machine lacks, for gpu-check
+
+gpu-ahead: $(GPU_MACHINE)/.installed $(GPU_WHEELS)/list.txt  ## compile for GPUs under a GPU machine's torch and triton
+	@$(GPU_MACHINE)/bin/python -m pip install --disable-pip-version-check --quiet --no-index --no-deps --upgrade \
+	  --find-links $(GPU_WHEELS) --target $(GPU_MACHINE)/site --requirement $(GPU_WHEELS)/list.txt
+	@PYTHONPATH=$(GPU_MACHINE)/site exec $(GPU_MACHINE)/bin/python -m pytest \
+	  tests/kernels/gpu/test_compiles_ahead.py tests/kernels/gpu/test_warm.py $(ARGS)
+
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) $(TOOLS) $(CLIENTS) $(INSTRUCTOR) $(API_FUZZ) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TOOLS) $(CLIENTS) $(INSTRUCTOR) $(API_FUZZ) $(GPU_MACHINE) $(GPU_WHEELS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # A stamp is written only after pip succeeded; it is older than pyproject.toml when that has changed.
@@ -111,6 +125,17 @@ $(INSTRUCTOR)/.installed: tests/peers/openai_clients/requirements-instructor.txt
 
 $(API_FUZZ)/.installed: tests/peers/api_fuzz/requirements.txt $(BIN)/python
 	$(call install_clients,$(API_FUZZ))
+
+$(GPU_WHEELS)/list.txt: benchmarks/gpu_check/machine.txt pyproject.toml $(BIN)/python
+	@rm -rf $(GPU_WHEELS)
+	@$(BIN)/python -m benchmarks.gpu_check.wheels $(GPU_WHEELS)
+
+# Its own Python too, so not the one that find_python likes best; only torch's CUDA build has the machine's versions.
+$(GPU_MACHINE)/.installed: benchmarks/gpu_check/machine.txt
+	@echo "Installing a GPU machine's torch and triton into $(GPU_MACHINE): several GB (once)"
+	@$(or $(PYTHON),python3.12) -m venv --clear $(GPU_MACHINE)
+	@$(GPU_MACHINE)/bin/python -m pip install --disable-pip-version-check -r $<
+	@touch $@
 
 define install
 	@echo "Installing flashserve[$(1)] into $(VENV): torch, transformers, tritonserver (minutes, once)"

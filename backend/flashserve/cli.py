@@ -18,6 +18,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 # Each has add_commands(subparsers), which sets `run` to a function from the parsed arguments to an exit code.
 COMMAND_MODULES = (
     "flashserve.launcher.commands",
+    "flashserve.warm",
     "flashserve_client.cli",
     "flashserve_gateway.command",
     "loadtest.command",

@@ -192,15 +192,18 @@ def attention_case(
     softcap: float | None = None,
     cache_dtype: torch.dtype | None = None,
     item: int = 2,
+    num_layers: int = 1,
 ) -> Case:
-    """The last ``queries`` tokens of equal rows. cache_dtype: None is the model's; item: bytes of a stored number."""
+    """The last ``queries`` tokens of equal rows. cache_dtype: None is the model's; item: bytes of a stored number;
+    num_layers: as many layers' blocks lie between two of one layer (not for torch's ops, whose memory would not do)."""
 
     def bind(ops: Ops, make: Inputs, copies: int) -> Bound:
         exact = make.given == torch.float64
         stored = make.given if cache_dtype is None or type(ops) is Ops else cache_dtype
         batch = make_batch(rows, min(queries, CHECKED_QUERIES) if exact else queries, context, make)
         # One layer more: blocks lie apart, as in a model's cache.
-        spec = KVCacheSpec(copies + 1, BLOCK_SIZE, kv_heads, dim, make.given, stored)
+        spread = 1 if exact or type(ops) is Ops else num_layers
+        spec = KVCacheSpec(max(copies + 1, spread), BLOCK_SIZE, kv_heads, dim, make.given, stored)
         layers = ops.allocate_kv_cache(spec, batch.block_tables.numel())[:copies]
         offsets = torch.arange(BLOCK_SIZE, device=make.device)
         slots = (batch.block_tables.long()[:, :, None] * BLOCK_SIZE + offsets).flatten(1)[:, :context].flatten()

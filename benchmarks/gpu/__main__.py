@@ -1,4 +1,4 @@
-"""Everything about one GPU in one command: ceilings, kernels, decode, prefill, throughput, idle time, a peer.
+"""Everything about one GPU in one command: ceilings, kernels, decode, prefill, throughput, idle time, peers.
 
     python -m benchmarks.gpu                                  # 8 minutes at most; needs no network and no weights
     python -m benchmarks.gpu --sections ceilings attention --budget-s 120
@@ -30,8 +30,9 @@ from benchmarks.gpu.report import TARGETS, Budget, Report
 # A lent machine may have torch and nothing of ours.
 sys.path[:0] = [str(ROOT / "backend"), str(ROOT / "kernels")]
 
-KERNEL_SECTIONS = ("attention", "kernels")
-SECTIONS = ("ceilings", *KERNEL_SECTIONS, *GPU_SHAPES, "transformers")
+KERNEL_SECTIONS = ("attention", "kernels", "products")
+TABLES = (*KERNEL_SECTIONS, "yardsticks")
+SECTIONS = ("ceilings", *TABLES, *GPU_SHAPES, "transformers")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -42,7 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="the kernels'")
     parser.add_argument("--tiny", action="store_true", help="numbers that a CPU and Triton's interpreter can bear")
     parser.add_argument("--output", type=Path, default=result_folder("gpu"), help="folder for the result")
-    parser.add_argument("--resume", type=Path, help="go on with this result file")
+    parser.add_argument("--resume", type=Path, help="go on with this result file; it is made where it is not there")
     return parser.parse_args(arguments)
 
 
@@ -63,12 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
         torch.cuda.set_device(device)
     timer = Timer(device, seconds=0.0, least=1) if args.tiny else Timer(device)
     budget, say = Budget(args.budget_s), partial(print, flush=True)
-    if args.resume:
+    if args.resume and args.resume.exists():
         report = Report.resume(args.resume, say)
     else:
         facts = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "dtype": args.dtype, **device_facts(device)}
         file = args.output / slug(facts["device"]) / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
-        report = Report(file, facts, say=say)
+        report = Report(args.resume or file, facts, say=say)
     say(f"{report.facts}; budget {args.budget_s:.0f} s; {report.file}")
     chosen = [name for name in SECTIONS if name in args.sections]
     for index, section in enumerate(chosen):
@@ -120,6 +121,10 @@ def measure(section: str, args: argparse.Namespace, report: Report, budget: Budg
         from benchmarks.gpu.models import ModelBench
 
         ModelBench(report, budget, timer, section, TINY_SHAPE if args.tiny else SHAPES[section], tiny=args.tiny).run()
+    elif section == "yardsticks":
+        from benchmarks.gpu.yardsticks import measure_yardsticks
+
+        measure_yardsticks(args.tiny, dtype, report, budget, timer)
     elif section in KERNEL_SECTIONS:
         from benchmarks.gpu.kernels import measure_section
 
@@ -137,7 +142,7 @@ def show(report: Report, section: str) -> None:
     figures = report.sections.get(section, {})
     if section == "ceilings":
         report.say(f"   {figures}")
-    if section in KERNEL_SECTIONS:
+    if section in TABLES:
         rows = [{"what": name, **value} for name, value in figures.items() if isinstance(value, dict)]
         for line in keyed([{key: cell for key, cell in row.items() if key != "traceback"} for row in rows]):
             report.say(line)

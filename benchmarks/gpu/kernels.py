@@ -21,13 +21,15 @@ def attention_cases(tiny: bool) -> list[Case]:
     """The most telling first."""
     if tiny:
         return [
-            attention_case("decode 2 x 40", 2, 1, 40, 4, 2, 16),
+            attention_case("decode 2 x 40 of 3 layers", 2, 1, 40, 4, 2, 16, num_layers=3),
             attention_case("prefill 32", 1, 32, 32, 4, 2, 16, window=20),
             attention_case("verify 2 x 3 of 40", 2, 3, 40, 4, 2, 16, softcap=20.0),
         ]
     return [
-        attention_case("decode 64 x 4096", 64, 1, 4096),
+        # Blocks as far from each other as in the 8B shape's cache: 64 KiB of every 2.25 MiB, which the TLB must reach.
+        attention_case("decode 64 x 4096 of 36 layers", 64, 1, 4096, num_layers=36),
         attention_case("prefill 8192", 1, 8192, 8192),
+        attention_case("decode 64 x 4096", 64, 1, 4096),
         attention_case("decode 1 x 4096", 1, 1, 4096),
         attention_case("decode 1 x 32768", 1, 1, 32768),
         attention_case("decode 16 x 1024", 16, 1, 1024),
@@ -54,10 +56,21 @@ def kernel_cases(tiny: bool, item: int) -> list[Case]:
     return [*row_cases(config, tokens, item), *sample_cases(config["vocab_size"], rows, item), *gated]
 
 
+def product_cases(tiny: bool, item: int) -> list[Case]:
+    """cuBLAS where steps have few rows: what is far below the copy's bandwidth wants a kernel of ours."""
+    config = TINY_SHAPE if tiny else SHAPES["qwen3-8b"]
+    return linear_cases(config, (1, 2) if tiny else (1, 2, 4, 8), item, None)
+
+
 def measure_section(section: str, tiny: bool, dtype: torch.dtype, report: Report, budget: Budget, timer: Timer) -> None:
-    """The section "attention" or "kernels"."""
+    """The section "attention", "kernels" or "products"."""
     ops = TritonOps(timer.device)
+    cases = {
+        "attention": partial(attention_cases, tiny),
+        "kernels": partial(kernel_cases, tiny, dtype.itemsize),
+        "products": partial(product_cases, tiny, dtype.itemsize),
+    }
     with torch.inference_mode():
-        for case in attention_cases(tiny) if section == "attention" else kernel_cases(tiny, dtype.itemsize):
+        for case in cases[section]():
             budget.require(3, case.name)
             report.attempt(section, case.name, partial(measure, case, ops, dtype, timer, report.ceilings))

@@ -59,7 +59,15 @@ def _correct() -> None:
             result.dtype = tl.int1
         return result
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        """Triton 3.6 makes an array of one number an index, which numpy 2.5 refuses; 3.9 squeezes it too."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
     interpreter._convert_float = convert_float
+    interpreter._patch_lang_tensor = patch_lang_tensor
     interpreter.InterpreterBuilder.binary_op = binary_op_of_one_bit
     interpreter.InterpretedFunction.__call__ = call
 

@@ -37,7 +37,7 @@ def documents(name: str) -> list[Any]:
 
 
 def test_the_image_is_made_of_what_there_is() -> None:
-    assert {step for step, _ in STEPS} == {"FROM", "RUN", "COPY", "EXPOSE", "CMD"}
+    assert {step for step, _ in STEPS} == {"FROM", "RUN", "COPY", "EXPOSE", "CMD", "ARG", "ENV"}
     copied = [source for step, rest in STEPS if step == "COPY" for source in rest.split()[:-1]]
     assert [source for source in copied if not (ROOT / source).exists()] == []
     packages = re.search(r"^packages = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)

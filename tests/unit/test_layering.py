@@ -128,6 +128,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "flashserve.protocol",
         "flashserve.errors",
     ),
+    "flashserve.warm": (
+        "flashserve.runner",
+        "flashserve.models",
+        "flashserve_kernels",
+        "flashserve.config",
+        "flashserve.errors",
+    ),
     # The package itself exports lazily, and is imported with each of its modules: at module level nothing of ours.
     "flashserve": (),
     "model": ("flashserve.frontend",),  # backend/model.py, Triton's entry

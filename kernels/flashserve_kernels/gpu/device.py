@@ -46,6 +46,11 @@ class GPUProperties:
         """Whether a kernel can be brought up while the one before ends: from Hopper on."""
         return not self.is_amd and int(self.arch.removeprefix("sm_")) >= 90
 
+    @property
+    def has_bfloat16(self) -> bool:
+        """On NVIDIA from compute capability 8.0 on (Ampere)."""
+        return self.is_amd or int(self.arch.removeprefix("sm_")) >= 80
+
 
 T4 = GPUProperties("T4", "sm_75", 40, 64 << 10, 32)
 A100 = GPUProperties("A100", "sm_80", 108, 163 << 10, 32)

@@ -27,7 +27,7 @@ from flashserve_kernels.gpu.device import GPUProperties, gpu_properties, stand_i
 
 logger = logging.getLogger(__name__)
 
-_TYPES = {
+TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -44,7 +44,7 @@ _TYPES = {
 }
 
 # Products are fused with sums as in CUDA C++. Said aloud, because Triton 3.10 changes the default.
-_OPTIONS = {"enable_fp_fusion": True}
+OPTIONS = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Variant:
             constexprs=dict(self.constants),
             attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned},
         )
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, **_OPTIONS}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, **OPTIONS}
         options |= launch_options(dict(self.constants))
         return triton.compile(source, target=properties.target, options=options)
 
@@ -116,7 +116,7 @@ def launch(
             observer(variant)
     if not _recording:
         kernel[grid](
-            *args, num_warps=num_warps, num_stages=num_stages, **_OPTIONS, **launch_options(constants), **constants
+            *args, num_warps=num_warps, num_stages=num_stages, **OPTIONS, **launch_options(constants), **constants
         )
 
 
@@ -168,7 +168,7 @@ def _specialization(value: Any, specialize: bool) -> tuple[str, bool]:
     """The type of a kernel argument, and whether the compiler is told that it is divisible by 16."""
     if isinstance(value, Tensor):
         address = value.storage_offset() * value.itemsize if value.is_meta else value.data_ptr()
-        return "*" + _TYPES[value.dtype], specialize and address % 16 == 0
+        return "*" + TYPES[value.dtype], specialize and address % 16 == 0
     if isinstance(value, bool):
         return "u1", False
     if isinstance(value, float):

@@ -30,7 +30,12 @@ def test_greedy_tokens_are_those_of_the_torch_path(family, tmp_path, monkeypatch
         params = {"temperature": 0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
         expected = [result.token_ids for result in llm.generate(prompts, params)]
     script = Path(__file__).with_name("interpreted_engine.py")
-    folders = os.pathsep.join(str(ROOT / name) for name in ("backend", "kernels", "client", "tests/support"))
+    folders = os.pathsep.join(
+        [
+            *(str(ROOT / name) for name in ("backend", "kernels", "client", "tests/support")),
+            os.environ.get("PYTHONPATH", ""),
+        ]
+    )
     done = subprocess.run(
         [sys.executable, str(script), str(folder), json.dumps(prompts), str(NUM_TOKENS)],
         env={**os.environ, "PYTHONPATH": folders},
