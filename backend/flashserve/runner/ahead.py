@@ -13,6 +13,7 @@ from flashserve.config import DeviceFacts, EngineConfig
 from flashserve.errors import ConfigError
 from flashserve.models.files import ModelFiles
 from flashserve.runner.device.cuda import CudaDevice
+from flashserve.runner.device.memory import Closable
 from flashserve.runner.device_queue import CpuQueue, Download
 from flashserve.runner.loading import load_runner
 from flashserve_kernels import Ops
@@ -61,8 +62,8 @@ class AheadDevice:
 
         return TritonOps(self.torch_device)
 
-    def measure(self, before: DeviceFacts, run_largest_step: Callable[[], None]) -> DeviceFacts:
-        run_largest_step()
+    def measure(self, before: DeviceFacts, run_largest: Callable[[], Closable]) -> DeviceFacts:
+        run_largest().close()
         return before
 
     def make_queue(self) -> AheadQueue:
