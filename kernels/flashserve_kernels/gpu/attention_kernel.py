@@ -16,18 +16,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flashserve_kernels.gpu.dot import dot
+
 MASKED = tl.constexpr(-1e30)
 NEUTRAL = tl.constexpr(-1e29)  # log-sums below it belong to splits in which the row saw nothing
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _dot(a, b, acc):
-    """a b + acc in float32: exact products of float32, tensor cores for 16 bits."""
-    if _INTERPRETED:  # which multiplies the bits of bfloat16 as integers
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -123,7 +115,7 @@ def _attend(
             in_head = (offs_d < HEAD_DIM)[None, :]
             mask = mask & in_head if USE_MASK else in_head
         k = _load_cached(k_ptr + offsets, mask, q.dtype, USE_MASK or HEAD_DIM != BLOCK_D, E4M3_BYTES)
-        scores = _dot(q, tl.trans(k), None)
+        scores = dot(q, tl.trans(k), None)
         if USE_SOFTCAP:
             # cap * tanh(x / cap) = cap - 2 * cap / (1 + exp(2 x / cap)); 2 * log2(e) / cap is in the scale.
             scores = softcap - (2.0 * softcap) / (1.0 + tl.exp2(scores * scale))
@@ -145,7 +137,7 @@ def _attend(
         total = total * correction + tl.sum(p, 1)
         acc = acc * correction[:, None]
         v = _load_cached(v_ptr + offsets, mask, q.dtype, USE_MASK or HEAD_DIM != BLOCK_D, E4M3_BYTES)
-        acc = _dot(p.to(q.dtype), v, acc)
+        acc = dot(p.to(q.dtype), v, acc)
         highest = new_highest
     return acc, total, highest
 
