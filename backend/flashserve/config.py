@@ -75,8 +75,9 @@ class EngineConfig:
     enforce_eager: bool = False
     """No CUDA graphs and no recorded steps: slower, for finding faults."""
     quantization: str | None = None
-    """Of linear weights. Default: as the model's files hold them; on a GPU, or without the native kernels of a CPU, in
-    full. dense: in full. int8, int4 (on a CPU with the native kernels): weights in 8 or 4 bits, activations in 8."""
+    """Of linear weights. Default: as the model's files hold them; on a CPU without the native kernels in full. dense:
+    in full. int8 (on a CPU with the native kernels), int4 (there, or on a GPU): weights in 8 or 4 bits; activations in
+    8, but for int4 on a GPU."""
     kv_cache_dtype: str = "auto"
     """auto (the model's), int8 (on a CPU with the native kernels), fp8 (E4M3, on a GPU): half the memory."""
     disable_log_stats: bool = False

@@ -198,7 +198,7 @@ def quantize(weight: Tensor, format: GroupedFormat = INT4) -> Grouped:
     groups = -(-inputs // format.group)
     padded = torch.nn.functional.pad(weight.float(), (0, groups * format.group - inputs))
     values = padded.view(outputs, groups, format.group)
-    real = (torch.arange(groups * format.group) < inputs).view(1, groups, format.group)
+    real = (torch.arange(groups * format.group, device=weight.device) < inputs).view(1, groups, format.group)
     most = 2**format.bits - 1
     low = torch.where(real, values, float("inf")).amin(-1)
     high = torch.where(real, values, float("-inf")).amax(-1)

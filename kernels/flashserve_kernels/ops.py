@@ -73,10 +73,10 @@ class Ops:
 
     def pack_linear(self, weight: Tensor | GroupedRows, *, gated: bool = False, int8: bool = False) -> LinearWeight:
         """weight: [outputs, inputs]. gated: for :meth:`linear_gated`. int8: weights per output, activations per
-        row at run time. With a weight in groups activations are quantised to int8 per row and group
+        row at run time. With a weight in groups a CPU quantises activations to int8 per row and group
         (``grouped.linear``). Raises ValueError for what is not in ``weight_formats``."""
         if int8 or not isinstance(weight, Tensor):
-            raise ValueError("weights in groups or in int8 need the native kernels of a CPU")
+            raise ValueError("weights in int8 need the native kernels of a CPU, weights in groups these or a GPU")
         return linear.pack_linear(weight)
 
     def linear(self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tensor:
@@ -108,7 +108,7 @@ class Ops:
 
     def packed_embedding(self, weight: LinearWeight, ids: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         """Rows of a weight in groups that :meth:`pack_linear` made, times scale: ids [T] int64 → [T, inputs]."""
-        raise ValueError("weights in groups need the native kernels of a CPU")
+        raise ValueError("weights in groups need the native kernels of a CPU, or a GPU")
 
     def add_embedding_(self, x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
         """``x += table[ids]``; returns x."""

@@ -28,6 +28,7 @@ from flashserve_kernels.gpu import (
     block_copy,
     embedding,
     few_rows,
+    grouped,
     logprobs,
     noise,
     norm,
@@ -38,10 +39,13 @@ from flashserve_kernels.gpu import (
 )
 from flashserve_kernels.gpu.device import A100, B200, H200, MI300X, GPUProperties
 from flashserve_kernels.gpu.launch import ModelShape, Variant
+from flashserve_kernels.grouped import GroupedFormat
 
 MODULES = (
-    activation, block_copy, embedding, few_rows, logprobs, noise, norm, penalties, rope_cache, sampling, token_mask,
+    activation, block_copy, embedding, few_rows, grouped, logprobs, noise, norm, penalties, rope_cache, sampling,
+    token_mask,
 )  # fmt: skip
+PRODUCTS = ("attention", "few_rows", "grouped_linear")
 WORKERS = 2
 
 
@@ -61,6 +65,11 @@ class Case:
         yield from attention.variants(properties, self.shape, self.windows, self.softcap)
 
 
+Q4_1 = GroupedFormat(4, 32, "float16", None)
+Q8_0 = GroupedFormat(8, 32, "float16", 128)
+Q4_K = GroupedFormat(4, 32, "float24", None)
+Q6_K = GroupedFormat(8, 16, "float24", 32)
+
 E4M3, HALF, FULL = torch.float8_e4m3fn, torch.float16, torch.float32
 
 GEMMA = ModelShape(
@@ -71,6 +80,7 @@ GEMMA = ModelShape(
 CASES = (
     Case("Qwen3-8B", ModelShape(4096, 32, 8, 128, 12288, 151936, 36)),
     Case("Qwen3-8B, FP8 cache", ModelShape(4096, 32, 8, 128, 12288, 151936, 36, cache_dtype=E4M3)),
+    Case("Qwen3-8B in Q4_K_M", ModelShape(4096, 32, 8, 128, 12288, 151936, 36, weight_formats=(Q4_K, Q6_K))),
     # Small heads and odd widths: where the two makers' compilers differ, not each of their GPUs.
     Case("SmolLM2-135M", ModelShape(576, 9, 3, 64, 1536, 49152, 30), (H200, MI300X)),
     # Heads that are no power of two, full multi-head attention, float16.
@@ -78,7 +88,11 @@ CASES = (
     # Windows in every other layer, soft caps, the largest heads, large blocks, scaled embeddings, norms in float32.
     Case("Gemma-2-2B", GEMMA, (H200,), (None, 4096), 50.0),
     Case("Gemma-2-2B with the other GELU", replace(GEMMA, activation="gelu"), (H200,), (None, 4096), 50.0),
-    Case("SmolLM2-135M in float32", ModelShape(576, 9, 3, 64, 1536, 49152, 30, FULL, FULL), (H200,)),
+    Case(
+        "SmolLM2-135M in float32, and Q4_1",
+        ModelShape(576, 9, 3, 64, 1536, 49152, 30, FULL, FULL, weight_formats=(Q4_1, Q8_0)),
+        (H200,),
+    ),
 )  # fmt: skip
 
 
@@ -90,7 +104,7 @@ def plan() -> list[tuple[str, GPUProperties, Variant]]:
         for properties in case.gpus:
             for variant in case.variants(properties):
                 # Without a matrix product a maker's GPUs get nearly the same code: the first of them stands for all.
-                if "attention" in variant.name or properties.is_amd not in makers:
+                if any(kind in variant.name for kind in PRODUCTS) or properties.is_amd not in makers:
                     found.setdefault((properties.arch, repr(variant)), (case.name, properties, variant))
             makers.add(properties.is_amd)
     # The slow ones first, so that no worker ends with one of them.

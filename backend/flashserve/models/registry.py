@@ -105,7 +105,10 @@ def load_model(files: ModelFiles, resolved: ResolvedConfig, device: torch.device
     name = resolved.config.quantization
     format = WEIGHT_FORMATS[name]
     if format.needs is not None and format.needs not in ops.weight_formats:
-        raise ConfigError(f"quantization={name!r} needs the native kernels of a CPU, not {ops.name} ops")
+        raise ConfigError(
+            f"quantization={name!r} is not to be had with {ops.name} ops: int8 needs the native kernels of a CPU, int4 "
+            "these or a GPU"
+        )
     weights = files.weights(WEIGHT_DTYPES[resolved.dtype], device, ops, format)
     model = model_class(files.config, weights, resolved.max_model_len)
     weights.finish(model_class.ignored_weights(files.config))

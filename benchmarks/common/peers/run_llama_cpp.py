@@ -26,7 +26,7 @@ class LlamaCpp(PeerEngine):
         vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(vocab)
         self.settings = {
-            "weights": "bf16",
+            "weights": "as in the file",
             "KV": "f16",
             "n_batch": BATCH_TOKENS,
             "n_ubatch": UBATCH_TOKENS,

@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from flashserve_kernels.activation import Activation
 from flashserve_kernels.gpu.dependent import is_dependent, launch_options
 from flashserve_kernels.gpu.device import GPUProperties, gpu_properties, stand_in
+from flashserve_kernels.grouped import GroupedFormat
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ class ModelShape:
     embedding_scale: float = 1.0
     norm_dtype: torch.dtype | None = None
     """Of the norms' weights; None: ``dtype``."""
+    weight_formats: tuple[GroupedFormat, ...] = ()
+    """Of linears that stay in groups."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from flashserve_kernels.gpu import (
     attention,
     block_copy,
     embedding,
+    grouped,
     logprobs,
     norm,
     penalties,
@@ -24,9 +25,13 @@ from flashserve_kernels.gpu import (
 )
 from flashserve_kernels.gpu.activation import activate, activate_and_mul, soft_cap_
 from flashserve_kernels.gpu.few_rows import FewRows, seconds_on
+from flashserve_kernels.gpu.grouped import Panels
+from flashserve_kernels.grouped import GroupedRows
 from flashserve_kernels.kv_cache import KVCacheSpec, KVLayer
 from flashserve_kernels.logprobs import Logprobs
 from flashserve_kernels.ops import Ops
+
+Weight = Tensor | tuple[Panels, ...]
 
 
 class TritonOps(Ops):
@@ -34,26 +39,43 @@ class TritonOps(Ops):
 
     name = "Triton-lang"
     captures = True
+    weight_formats = frozenset({"grouped"})
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._arrivals = attention.new_arrivals(device)
         self._few_rows = FewRows(self._arrivals, partial(seconds_on, device) if device.type == "cuda" else None)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self._few_rows.linear(x, weight, bias, None, lambda: linear.linear(x, weight, bias))
+    def pack_linear(self, weight: Tensor | GroupedRows, *, gated: bool = False, int8: bool = False) -> Weight:
+        if isinstance(weight, Tensor):
+            packed: Tensor = super().pack_linear(weight, gated=gated, int8=int8)
+            return packed
+        return grouped.pack(weight, self.device)
 
-    def linear_gated(self, x: Tensor, weight: Tensor, activation: Activation, bias: Tensor | None = None) -> Tensor:
-        return self._few_rows.linear(
-            x, weight, bias, activation, lambda: activate_and_mul(self.linear(x, weight, bias), activation)
-        )
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        if isinstance(weight, Tensor):
+            return self._few_rows.linear(x, weight, bias, None, lambda: linear.linear(x, weight, bias))
+        return grouped.linear(x, weight, bias)
+
+    def linear_gated(self, x: Tensor, weight: Weight, activation: Activation, bias: Tensor | None = None) -> Tensor:
+        def in_two() -> Tensor:
+            return activate_and_mul(self.linear(x, weight, bias), activation)
+
+        if isinstance(weight, Tensor):
+            return self._few_rows.linear(x, weight, bias, activation, in_two)
+        return in_two()
 
     def activate(self, x: Tensor, activation: Activation) -> Tensor:
         return activate(x, activation)
 
-    def logits(self, hidden: Tensor, weight: Tensor, softcap: float | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, weight: Weight, softcap: float | None = None) -> Tensor:
         logits = self.linear(hidden, weight)
         return logits if softcap is None else soft_cap_(logits, softcap)
+
+    def packed_embedding(
+        self, weight: tuple[Panels, ...], ids: Tensor, dtype: torch.dtype, scale: float = 1.0
+    ) -> Tensor:
+        return grouped.embedding(weight, ids, dtype, scale)
 
     def embedding(self, table: Tensor, ids: Tensor, scale: float = 1.0) -> Tensor:
         return embedding.embedding(table, ids, scale)

@@ -19,6 +19,7 @@ from flashserve_kernels.gpu import (
     attention,
     block_copy,
     embedding,
+    grouped,
     logprobs,
     norm,
     penalties,
@@ -111,7 +112,16 @@ def token_calls(shape: ModelShape, cache: KVLayer, count: int, device: str) -> l
     cos_sin = zeros(count, shape.head_dim, dtype=torch.float32)
     inner = zeros(count, (1 + shape.gated) * shape.intermediate_size)
     table = zeros(shape.vocab_size, shape.hidden_size)
+    sizes = ((shape.hidden_size, shape.intermediate_size), (shape.vocab_size, shape.hidden_size))
+    in_groups = [
+        (grouped._allocate(n, k, format, torch.device(device)),) for format in shape.weight_formats for n, k in sizes
+    ]
+    found: list[Callable[[], object]] = [
+        lambda weight=weight: grouped.linear(zeros(count, weight[0].k), weight) for weight in in_groups
+    ]
+    found += [lambda weight=weight: grouped.embedding(weight, ids, shape.dtype) for weight in in_groups[1::2]]
     return [
+        *found,
         lambda: embedding.embedding(table, ids, shape.embedding_scale),
         lambda: embedding.add_embedding_(hidden, table, ids),
         lambda: embedding.gather_tokens(ids, ids, ids),

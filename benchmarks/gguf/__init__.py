@@ -1,0 +1,1 @@
+"""How fast are GGUF files beside llama.cpp on this CPU?"""
