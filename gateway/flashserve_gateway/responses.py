@@ -58,12 +58,12 @@ class ResponseStore:
         self._shelf = shelf
 
     async def keep(self, owner: str, messages: list[dict[str, Any]], response: Fields) -> bool:
-        """Remembers an answer of the key ``owner`` with the messages that led to it; False if that cannot be now."""
+        """Remembers an answer of the key ``owner`` with the messages that led to it; False if that cannot be."""
+        body = orjson.dumps({"messages": messages, "response": response})
         try:
-            await self._shelf.put(owner, response["id"], orjson.dumps({"messages": messages, "response": response}))
+            return await self._shelf.put(owner, response["id"], body)
         except StoreAway:
             return False
-        return True
 
     async def find(self, owner: str, response_id: str) -> Kept:
         """Raises ApiError for one that is not there, or not the owner's, or if that cannot be known now."""

@@ -97,9 +97,9 @@ async def test_owners_and_names_are_not_mixed_up(peer: RedisPeer) -> None:
     shared = RedisConnection(peer.url)
     await shared.start()
     shelf = RedisShelf(shared, "response", 60)
-    await shelf.put("a", "b:c", b"1")
+    assert await shelf.put("a", "b:c", b"1")
     assert await shelf.get("a:b", ["c"]) == [None] and await shelf.get("a", ["x", "b:c"]) == [None, b"1"]
-    await shelf.put("a", "large", bytes((8 << 20) + 1))
+    assert not await shelf.put("a", "large", bytes((8 << 20) + 1))
     assert await shelf.get("a", ["large"]) == [None]
     await shared.aclose()
 

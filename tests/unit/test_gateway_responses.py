@@ -120,7 +120,8 @@ async def test_what_is_remembered_is_bounded_and_the_key_with_the_most_loses():
     assert (await store.find("bob", "resp_49")).messages[0]["content"] == "x" * 100
     with pytest.raises(ApiError):
         await store.find("bob", "resp_30")
-    await store.keep("bob", [{"role": "user", "content": "x" * 2000}], {"id": "huge"})  # more than all of it
+    huge = [{"role": "user", "content": "x" * 2000}]
+    assert not await store.keep("bob", huge, {"id": "huge"})  # more than all of it
     with pytest.raises(ApiError):
         await store.find("bob", "huge")
     assert await store.find("alice", "resp_alice")

@@ -37,8 +37,8 @@ class Shelf(Protocol):
     async def get(self, owner: str, names: Sequence[str]) -> list[bytes | None]:
         """Several at once. None: not there, or not the owner's. Raises StoreAway."""
 
-    async def put(self, owner: str, name: str, value: bytes) -> None:
-        """Values that are too large for the shelf are not kept. Raises StoreAway."""
+    async def put(self, owner: str, name: str, value: bytes) -> bool:
+        """False: it is too large for the shelf, and not kept. Raises StoreAway."""
 
     async def remove(self, owner: str, name: str) -> None:
         """Raises StoreAway."""

@@ -26,7 +26,7 @@ class MemoryShelf:
         now, kept = time.monotonic(), self._kept.get(owner, _NOTHING)
         return [kept[name][1] if name in kept and kept[name][0] >= now else None for name in names]
 
-    async def put(self, owner: str, name: str, value: bytes) -> None:
+    async def put(self, owner: str, name: str, value: bytes) -> bool:
         now = time.monotonic()
         await self.remove(owner, name)  # so that the newest is the last
         self._kept.setdefault(owner, OrderedDict())[name] = (now + self._lifetime_s, value)
@@ -36,6 +36,7 @@ class MemoryShelf:
                 self._drop_oldest(other)
         while self._sizes.total() > self._most_bytes:
             self._drop_oldest(max(self._sizes, key=self._sizes.__getitem__))
+        return name in self._kept.get(owner, _NOTHING)
 
     async def remove(self, owner: str, name: str) -> None:
         if name in self._kept.get(owner, {}):

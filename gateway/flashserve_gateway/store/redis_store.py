@@ -26,10 +26,12 @@ class RedisShelf:
         found = await self._connection.ask(lambda: self._connection.redis.mget(keys))
         return [value if isinstance(value, bytes) else None for value in found]
 
-    async def put(self, owner: str, name: str, value: bytes) -> None:
-        if len(value) <= _MOST_VALUE_BYTES:
-            key = self._key(owner, name)
-            await self._connection.ask(lambda: self._connection.redis.set(key, value, px=self._lifetime_ms))
+    async def put(self, owner: str, name: str, value: bytes) -> bool:
+        if len(value) > _MOST_VALUE_BYTES:
+            return False
+        key = self._key(owner, name)
+        await self._connection.ask(lambda: self._connection.redis.set(key, value, px=self._lifetime_ms))
+        return True
 
     async def remove(self, owner: str, name: str) -> None:
         await self._connection.ask(lambda: self._connection.redis.delete(self._key(owner, name)))
