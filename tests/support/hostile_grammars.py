@@ -41,9 +41,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "unions nested 200 deep": {"json": nested(200, {"type": "null"}, "anyOf")},
     "intersections nested 200 deep": {"json": nested(200, {"type": "null"}, "allOf")},
     "a reference to itself": {"json": {"$ref": "#"}},
-    "references in a circle": {
-        "json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}
-    },
+    "references in a circle": {"json": {"$ref": "#/$defs/a", "$defs": IN_A_CIRCLE}},
     "a union of references to itself": {"json": {"anyOf": [{"$ref": "#"}, {"$ref": "#"}]}},
     "a remote reference": {"json": {"$ref": "https://example.com/schema.json"}},
     "a reference to a file": {"json": {"$ref": "file:///etc/passwd"}},

@@ -146,7 +146,8 @@ def test_outcomes_of_pytest_are_written_one_by_one(tmp_path):
     )
     outcomes = tmp_path / "outcomes"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu_check.outcomes", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OUTCOMES": str(outcomes)}
+    own = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    environment = {**own, "PYTHONPATH": str(ROOT), "OUTCOMES": str(outcomes)}
     subprocess.run([*command, "."], cwd=tmp_path, env=environment, capture_output=True, check=False)
     found = {name.split("::")[1]: outcome for name, outcome in read_outcomes(outcomes).items()}
     assert found == {"test_good": "passed", "test_bad": "failed", "test_skipped": "skipped"}

@@ -39,7 +39,8 @@ class Judge:
         seconds: float = JUDGE_S,
         memory: int = JUDGE_BYTES,
     ) -> None:
-        """seconds, memory (bytes, beyond the helper's own): what compiling one grammar may take."""
+        """seconds (of a processor, in at most twice the time), memory (bytes, beyond the helper's own): what compiling
+        one grammar may take."""
         self._setup = json.dumps([seconds, memory, tokenizer_json, vocab_size, eos_token_ids]).encode()
         self._most = f"{seconds:g} s and {memory >> 20} MiB"
         self._lock = threading.Lock()
@@ -155,7 +156,8 @@ def _limit(seconds: float, memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # a word about memory that could not be had
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 2 * seconds)  # where others have the processors, too
 
 
 if __name__ == "__main__":

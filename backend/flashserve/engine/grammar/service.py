@@ -25,8 +25,9 @@ log = logging.getLogger(__name__)
 HOLD = "grammar"
 """What a request waits for while its grammar is compiled."""
 MAX_COMPILED = 64
-MAX_WAITING = 1024
-"""Grammars that wait, also those whose requests have ended meanwhile: as many as requests wait by default."""
+MAX_WAITING = 64
+"""Grammars that wait, also those whose requests have ended meanwhile. Good ones take some 20 ms each; of so many that
+take all that the judge allows, the last waits for half a minute."""
 RETRY_AFTER_MS = 1000
 THREADS = 4
 """They wait for the judge's children; what they do themselves drops the interpreter's lock."""
