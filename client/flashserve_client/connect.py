@@ -14,12 +14,16 @@ _DEFAULT_PORTS = {"grpc": 8001, "grpcs": 8001, "http": 8000, "https": 8000}
 
 def parse_url(url: str) -> Address:
     """Splits `grpc://host:8001`, `http://host:8000` or their secure forms. ValueError says what is wrong."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(f"{url!r} is no server URL: {error}") from None
     if parts.scheme not in _DEFAULT_PORTS or not parts.hostname:
         raise ValueError(f"{url!r} is no server URL: give grpc://host:8001 or http://host:8000")
     if parts.path.strip("/") or parts.query or parts.username:
         raise ValueError(f"{url!r}: a server URL has no path, query or user name")
-    return Address(parts.scheme, parts.hostname, parts.port or _DEFAULT_PORTS[parts.scheme])
+    return Address(parts.scheme, parts.hostname, port or _DEFAULT_PORTS[parts.scheme])
 
 
 class TransportFactory(Protocol):

@@ -176,8 +176,8 @@ def _address(text: str) -> str:
 
 def _redis_url(text: str) -> str:
     # Its words do not repeat the URL, which may have a password.
-    parts = urlsplit(text)
-    with contextlib.suppress(ValueError):  # of the port
+    with contextlib.suppress(ValueError):  # of the port, or of brackets
+        parts = urlsplit(text)
         place = parts.path if parts.scheme == "unix" else parts.hostname
         if parts.scheme in _REDIS_OPTIONS and place and parts.port != 0:
             if unknown := [name for name in parse_qs(parts.query) if name not in _REDIS_OPTIONS[parts.scheme]]:

@@ -204,7 +204,19 @@ def test_urls(url, parsed):
     assert tuple(parse_url(url)) == parsed
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://", "http://host/v1", "", "grpc://u:p@host"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8000",
+        "ftp://host",
+        "http://",
+        "http://host/v1",
+        "",
+        "grpc://u:p@host",
+        "http://[",
+        "grpc://host:99999",
+    ],
+)
 def test_a_bad_url_is_refused_at_once(url):
     for kind in (AsyncClient, Client):
         with pytest.raises(ValueError, match="server URL"):

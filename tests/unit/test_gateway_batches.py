@@ -179,10 +179,12 @@ async def test_requests_that_ask_for_no_batch_are_refused_by_name(tmp_path: Path
         assert (await gateway.http.post("/v1/files", content=b"--y", headers=broken)).status_code == 400
         with pytest.raises(openai.NotFoundError):
             await asks.batches.retrieve("batch_no")
+        no_boundary = {"content-type": "multipart/form-data"}
+        assert (await gateway.http.post("/v1/files", content=b"--y", headers=no_boundary)).status_code == 400
         # A page of another site may send a form without asking.
-        foreign = {"origin": "http://evil.example"}
         form = {"data": {"purpose": "batch"}, "files": {"file": b"x"}}
-        assert (await gateway.http.post("/v1/files", headers=foreign, **form)).status_code == 403
+        for foreign in ("http://evil.example", "http://[", "null", ""):
+            assert (await gateway.http.post("/v1/files", headers={"origin": foreign}, **form)).status_code == 403
         own = {"origin": gateway.url}
         assert (await gateway.http.post("/v1/files", headers=own, **form)).status_code == 200
 

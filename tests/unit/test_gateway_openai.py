@@ -373,6 +373,19 @@ async def test_operators_learn_what_works():
         assert 'generation_tokens_total{model="demo"}' in text
 
 
+async def test_whatever_reads_a_body_describes_the_errors_of_reading_one():
+    async with gate() as gateway:
+        described = (await gateway.http.get("/openapi.json")).json()["paths"]
+        reads_body = [path for path, operations in described.items() if "requestBody" in operations.get("post", {})]
+        assert len(reads_body) >= 10
+        for path in reads_body:
+            statuses = {int(status) for status in described[path]["post"]["responses"]}
+            assert statuses >= {400, 401, 408, 413, 415, 503}, path
+            assert (
+                await gateway.http.post(path, content=b"{}", headers={"content-type": "text/plain"})
+            ).status_code == 415
+
+
 async def test_a_gateway_without_its_server_is_live_and_not_ready():
     async with gate(MemoryTransport(index_error=ConnectionFailed("refused by 10.0.0.1"))) as gateway:
         assert (await gateway.http.get("/live")).status_code == 200

@@ -48,9 +48,9 @@ def routes(gateway: Gateway) -> APIRouter:
         gateway.require_admin(request)
         return await _row(gateway, gateway.manager.model(name))
 
-    @router.post(
-        "/models", status_code=202, openapi_extra=_LOAD, responses=documents.responses(400, 401, 403, 404, 409, 503)
-    )
+    load_errors = documents.responses(*documents.BODY, 403, 404, 409)
+
+    @router.post("/models", status_code=202, openapi_extra=_LOAD, responses=load_errors)
     async def load(request: Request) -> dict[str, Any]:
         """Begins to load a model, on every server behind the gateway; answers at once."""
         gateway.require_admin(request)

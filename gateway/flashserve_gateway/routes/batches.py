@@ -26,7 +26,7 @@ _BODY = documents.body(
 def routes(gateway: Gateway, batches: Batches) -> APIRouter:
     router = APIRouter(tags=["batches"])
 
-    @router.post("/v1/batches", openapi_extra=_BODY, responses=documents.responses(400, 401, 408, 413, 415, 429, 503))
+    @router.post("/v1/batches", openapi_extra=_BODY, responses=documents.responses(*documents.BODY, 429))
     async def create(request: Request) -> Batch:
         """Begins a batch: its requests run after all others, and what has an answer keeps it if the gateway ends."""
         call = await gateway.begin(request)

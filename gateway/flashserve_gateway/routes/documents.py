@@ -22,24 +22,26 @@ _STATUSES = {
     400: "the request is wrong; param names the field",
     401: "no key, or one that is not known",
     403: "this key may not, or, without keys: the Host is not this machine",
-    404: "no such model",
-    409: "not now: the model is loading or unloading; or the name belongs to another model",
+    404: "there is nothing of this name",
     408: "the body, or the answer, took too long",
+    409: "not now: the model is loading or unloading; or the name belongs to another model",
     413: "the body is too large",
-    415: "the body is not JSON, or is compressed",
+    415: "the body is of another type than this takes, or is compressed",
     429: "the key's limits; Retry-After says when to ask again",
     500: "a bug; the log has the reason under x-request-id",
     502: "the hub answered with an error",
     503: "the engine is full, starting or gone; Retry-After says when to ask again",
 }
 
-_OF_A_BODY = tuple(status for status in _STATUSES if status not in (409, 502))
+BODY = (400, 401, 408, 413, 415, 503)
+"""The errors of whatever reads a request's body, beside its own."""
+_OF_A_MODEL = (*BODY, 403, 404, 429, 500)
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The errors of an endpoint that takes a body, or those given."""
+    """The errors given, or those of an endpoint that asks a model."""
     content = {"application/json": {"schema": _ERROR}}
-    return {status: {"description": _STATUSES[status], "content": content} for status in statuses or _OF_A_BODY}
+    return {status: {"description": _STATUSES[status], "content": content} for status in statuses or _OF_A_MODEL}
 
 
 def body(required: dict[str, Any], optional: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:

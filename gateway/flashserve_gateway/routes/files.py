@@ -35,7 +35,7 @@ def routes(gateway: Gateway, batches: Batches) -> APIRouter:
     router = APIRouter(tags=["batches"])
     uploads = Uploads(gateway.settings)
 
-    @router.post("/v1/files", openapi_extra=_UPLOAD, responses=documents.responses(400, 401, 403, 408, 413, 415, 503))
+    @router.post("/v1/files", openapi_extra=_UPLOAD, responses=documents.responses(*documents.BODY, 403, 500))
     async def upload(request: Request) -> FileObject:
         """A file of requests, one JSON object per line; its purpose is `batch`. It is kept for 30 days."""
         owner = gateway.caller(request).key.name
