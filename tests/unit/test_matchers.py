@@ -27,6 +27,9 @@ class Script:
     def is_done(self) -> bool:
         return len(self.taken) >= self.done_at
 
+    def forced(self, most: int) -> list[int]:
+        return []
+
     def mask(self) -> bytes:
         """Whose it is, and how far it is, can be read from it."""
         return (id(self) << 32 | len(self.taken)).to_bytes(16, "little")
