@@ -70,7 +70,11 @@ class FakeRunner:
         self.kv: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
         self.slots: dict[int, Slot] = {}
         self.sampled: Counter[Name] = Counter()
-        """Samples drawn per sequence, over all its admissions."""
+        """Tokens per sequence, over all its admissions: samples, and what was forced behind them."""
+        self.jumps = 0
+        """Rows with forced tokens."""
+        self.parts = 0
+        """Of those, rows that forced tokens did not fit."""
         self.lengths: set[int] = set()
         """How many samples rows gave."""
         self._on_plan = on_plan
@@ -225,6 +229,9 @@ class FakeRunner:
         check(end < slot.oracle.limit, "a row after the length limit", row)
         # A decode row brings no token: the runner reads its own last sample.
         tokens = row.token_ids[: row.num_tokens - drafts] or [slot.last_sample]
+        if slot.last_sample is not None and len(tokens) > 1:
+            self.jumps += 1
+            self.parts += not row.num_logits
         check(tokens == slot.oracle.tokens[row.start : end - drafts], "wrong tokens", row, slot.last_sample)
         check(
             not slot.admission.params.needs_known_tokens or bool(row.token_ids), "needs to be told its last token", row
@@ -264,7 +271,7 @@ class FakeRunner:
         if samples:
             slot.end = first + len(samples)
             slot.last_sample = samples[-1]
-            self.sampled[slot.name] += len(samples)
+            self.sampled[slot.name] = oracle.known_after.get(slot.end, slot.end + 1) - oracle.num_prompt
         return samples
 
     def _pool(self, row: ScheduledRow) -> np.ndarray:
