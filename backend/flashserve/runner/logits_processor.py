@@ -197,7 +197,7 @@ class LogitsProcessor:
 
     def _count_known(self, queue: DeviceQueue, slot: int, own: _Wishes) -> None:
         """Begin with what the host knows: the prompt, and after a preemption what was generated before it."""
-        own.is_uncounted, own.forced = False, []
+        own.is_uncounted = False
         counts, in_prompt = self._counts, self._in_prompt
         assert counts is not None and in_prompt is not None
         known = queue.to_device(own.known[: own.num_known])
