@@ -69,8 +69,12 @@ class FakeRunner:
         self.failed_in_a_row = 0
         self.kv: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
         self.slots: dict[int, Slot] = {}
-        self.sampled: Counter[Name] = Counter()
-        """Samples drawn per sequence, over all its admissions."""
+        self.generated: Counter[Name] = Counter()
+        """Tokens per sequence, over all its admissions: samples, and what was forced behind them."""
+        self.jumps = 0
+        """Rows with forced tokens."""
+        self.parts = 0
+        """Of those, rows that forced tokens did not fit."""
         self.lengths: set[int] = set()
         """How many samples rows gave."""
         self._on_plan = on_plan
@@ -151,8 +155,8 @@ class FakeRunner:
 
     def _check_known_tokens(self, admission: Admission, oracle: Oracle) -> None:
         """Of what looks back prompt and output, of all others nothing."""
-        params, sampled = admission.params, self.sampled[name_of(admission.request_id, admission.index)]
-        known = oracle.tokens[: oracle.num_prompt + sampled] if params.penalizes or params.needs_known_tokens else []
+        params, generated = admission.params, self.generated[name_of(admission.request_id, admission.index)]
+        known = oracle.tokens[: oracle.num_prompt + generated] if params.penalizes or params.needs_known_tokens else []
         check(admission.known_token_ids == known, "wrong known tokens", admission, known)
 
     def _check_shape(self, plan: SchedulerOutput) -> None:
@@ -212,7 +216,7 @@ class FakeRunner:
         else:
             check(row.start == slot.end, "positions are skipped or repeated", row, slot.end)
         check(row.num_tokens >= 1 and len(slot.table) * self.block_size >= end, "blocks are missing", row, slot.table)
-        known = slot.oracle.num_prompt + self.sampled[slot.name]
+        known = slot.oracle.num_prompt + self.generated[slot.name]
         drafts = max(0, row.num_logits - 1)
         check(drafts < row.num_tokens and end - drafts <= known, "tokens that nobody knows yet", row, known)
         if slot.oracle.message.pooling is not None:
@@ -225,6 +229,9 @@ class FakeRunner:
         check(end < slot.oracle.limit, "a row after the length limit", row)
         # A decode row brings no token: the runner reads its own last sample.
         tokens = row.token_ids[: row.num_tokens - drafts] or [slot.last_sample]
+        if slot.last_sample is not None and len(tokens) > 1:
+            self.jumps += 1
+            self.parts += not row.num_logits
         check(tokens == slot.oracle.tokens[row.start : end - drafts], "wrong tokens", row, slot.last_sample)
         check(
             not slot.admission.params.needs_known_tokens or bool(row.token_ids), "needs to be told its last token", row
@@ -237,7 +244,7 @@ class FakeRunner:
         check(
             parent.oracle.message is slot.oracle.message and parent.name != slot.name, "no child of this", row, parent
         )
-        check(slot.end == 0 and self.sampled[slot.name] == 0, "a fork of what has begun", row, slot)
+        check(slot.end == 0 and self.generated[slot.name] == 0, "a fork of what has begun", row, slot)
         check(row.start == parent.end == slot.oracle.num_prompt, "a fork within the prompt", row, parent.end)
         check((row.num_tokens, row.num_logits, row.token_ids) == (0, 1, []), "a fork samples and computes nothing", row)
         full = row.start // self.block_size
@@ -264,7 +271,7 @@ class FakeRunner:
         if samples:
             slot.end = first + len(samples)
             slot.last_sample = samples[-1]
-            self.sampled[slot.name] += len(samples)
+            self.generated[slot.name] = oracle.known_after.get(slot.end, slot.end + 1) - oracle.num_prompt
         return samples
 
     def _pool(self, row: ScheduledRow) -> np.ndarray:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fake_runner import FakeRunner
-from oracle import EOS, FakeDrafter, Name, Oracle, check, name_of
+from oracle import EOS, FakeDrafter, Forcing, Name, Oracle, check, name_of
 
 from flashserve.engine.core import EngineCore
 from flashserve.errors import INTERNAL
@@ -87,9 +87,11 @@ class MiniEngine:
         salt: str = "",
         holds: tuple[str, ...] = (),
         pooling: Pooling | None = None,
+        forces: bool = False,
         **params: object,
     ) -> int:
-        """Queue a request and return its id; an int as prompt gives that many tokens that no other prompt has."""
+        """Queue a request and return its id; an int as prompt gives that many tokens that no other prompt has. forces:
+        with a grammar that often forces several tokens."""
         request_id = self.num_requests
         self.num_requests += 1
         if isinstance(prompt, int):
@@ -109,10 +111,11 @@ class MiniEngine:
         )
         for index in range(message.params.n):
             name = name_of(request_id, index)
-            self.oracles[name] = Oracle(message, EOS, self.config.max_model_len, index)
+            self.oracles[name] = Oracle(message, EOS, self.config.max_model_len, index, forces)
             self.streams[name] = []
-        if holds:
-            self.scheduler.add(message, holds)
+        if holds or forces:
+            matcher = Forcing(self.oracles[request_id].chain[len(prompt) - 1]) if forces else None
+            self.scheduler.add(message, holds, matcher)
         else:
             self.core.handle(message)
         self._collect(self.scheduler.take_outputs())

@@ -39,6 +39,40 @@ def sample_after(prefix: int, index: int) -> int:
     return ((prefix >> 8) + index) % VOCAB_SIZE
 
 
+def forced_after(prefix: int) -> list[int]:
+    """What the fake grammar forces behind a sample, which ends this prefix: nothing, or up to nine tokens."""
+    return [(prefix >> (9 + index)) % VOCAB_SIZE for index in range((prefix >> 17) % 13 - 3)]
+
+
+class Forcing:
+    """Allows every sample, and forces what comes behind it. Implements Matcher."""
+
+    follows_samples = True
+    is_done = False
+    end_token = -1
+    least_tokens = 0
+
+    def __init__(self, prefix: int) -> None:
+        """prefix: the prompt's."""
+        self._prefix = prefix
+
+    def ends_with(self, token_id: int, num_left: int) -> list[int] | None:
+        return None
+
+    def forced(self, most: int) -> list[int]:
+        return forced_after(self._prefix)[:most]
+
+    def mask(self) -> bytes:
+        return bytes(16)
+
+    def take(self, token_id: int) -> bool:
+        self._prefix = hash((self._prefix, token_id))
+        return True
+
+    def copy(self) -> Forcing:
+        return Forcing(self._prefix)
+
+
 def hidden_state(prefix: int) -> int:
     """What the fake model makes of a prefix's last token; sums of a prompt's are exact in float32."""
     return prefix % 1009
@@ -48,8 +82,14 @@ class Oracle:
     """What a sequence must generate and why it must end, from its message alone."""
 
     def __init__(
-        self, message: GenerateRequest, eos_token_ids: tuple[int, ...], max_model_len: int, index: int = 0
+        self,
+        message: GenerateRequest,
+        eos_token_ids: tuple[int, ...],
+        max_model_len: int,
+        index: int = 0,
+        forces: bool = False,
     ) -> None:
+        """forces: whether it keeps to the fake grammar."""
         self.message = message
         self.index = index
         params = message.params
@@ -62,6 +102,8 @@ class Oracle:
         for token in self.tokens:
             prefix = hash((prefix, token))
             self.chain.append(prefix)
+        self.known_after: dict[int, int] = {}
+        """How many tokens are known when the sample at a place is, where more are forced behind it."""
         self.limit = max_model_len
         if params.max_tokens is not None:
             self.limit = min(max_model_len, self.num_prompt + params.max_tokens)
@@ -70,15 +112,24 @@ class Oracle:
             self.limit = self.num_prompt + 1  # no row is behind the prompt
             return
         self.reason = "length"
-        while True:
-            token = self.sample(len(self.tokens) - 1)
-            self.tokens.append(token)
-            self.chain.append(hash((self.chain[-1], token)))
-            if token in self.ends and len(self.generated) > params.min_tokens:
-                self.reason = "stop"
-                break
+        jumps = forces and params.logprobs is None and not params.bad_word_ids
+        while not self._append(self.sample(len(self.tokens) - 1)):
+            sampled = len(self.tokens) - 1
+            for token in forced_after(self.chain[-1]) if jumps else ():
+                if token in self.ends or self._append(token):
+                    break
+            self.known_after[sampled] = len(self.tokens)
             if len(self.tokens) >= self.limit:
                 break
+
+    def _append(self, token: int) -> bool:
+        """Whether the text ends with it."""
+        self.tokens.append(token)
+        self.chain.append(hash((self.chain[-1], token)))
+        if token in self.ends and len(self.generated) > self.message.params.min_tokens:
+            self.reason = "stop"
+            return True
+        return len(self.tokens) >= self.limit
 
     @property
     def generated(self) -> list[int]:

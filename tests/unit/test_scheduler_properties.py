@@ -181,6 +181,7 @@ class Life(RuleBasedStateMachine):
         holds=st.sampled_from([(), (), (), ("a grammar",), ("a grammar", "an image")]),
         presence_penalty=st.sampled_from([0.0, 0.0, 1.0]),
         dry_multiplier=st.sampled_from([0.0, 0.0, 1.0]),
+        forces=st.sampled_from([False, False, True]),
     )
     def add(self, max_tokens: int | None, min_tokens: int, wait: int | None, stops: list[int], **more: object) -> None:
         self.world.add(
@@ -245,6 +246,7 @@ TestLife = Life.TestCase
 def crowded_life(seed: int, steps: int, run_ahead: bool, caching: bool, drafts: bool) -> World:
     """Some hundred requests on few blocks; the rates change, so that queues fill and drain again."""
     rng, wishes, embeddings = random.Random(seed), random.Random(-seed), random.Random(-1 - seed)
+    grammars = random.Random(1000 + seed)
     seqs = rng.choice([2, 4, 8, 16])
     world = World(
         num_blocks=rng.choice([12, 20, 40]),
@@ -281,6 +283,7 @@ def crowded_life(seed: int, steps: int, run_ahead: bool, caching: bool, drafts: 
                 holds=rng.choice([(), (), (), ("a grammar",)]),
                 presence_penalty=wishes.choice([0, 0, 1]),
                 dry_multiplier=wishes.choice([0, 0, 1]),
+                forces=grammars.random() < 0.2,
             )
         if rate and embeddings.random() < 0.05:
             world.add(
@@ -306,7 +309,7 @@ def crowded_life(seed: int, steps: int, run_ahead: bool, caching: bool, drafts: 
 @pytest.mark.parametrize("caching", [False, True], ids=["uncached", "cached"])
 @pytest.mark.parametrize("drafts", [False, True], ids=["plain", "drafts"])
 def test_crowded_life(run_ahead: bool, caching: bool, drafts: bool) -> None:
-    chunks = hits = preemptions = copies = embedded = 0
+    chunks = hits = preemptions = copies = embedded = jumps = parts = 0
     lengths: set[int] = set()
     reasons: set[str] = set()
     for seed in range(10):
@@ -318,11 +321,14 @@ def test_crowded_life(run_ahead: bool, caching: bool, drafts: bool) -> None:
         preemptions += stats.preemptions
         copies += sum(len(plan.block_copies) for plan in world.engine.plans)
         lengths |= world.engine.runner.lengths
+        jumps += world.engine.runner.jumps
+        parts += world.engine.runner.parts
         embedded += sum(ended.output.embedding is not None for ended in world.engine.ended.values())
         reasons |= {ended.reason for ended in world.engine.ended.values()}
     # The test is worth something only if all of this happened.
     assert reasons == {"stop", "length", "abort", "deadline", "error"}
-    assert chunks > 100 and preemptions > 50 and copies > 50 and embedded > 50
+    assert chunks > 100 and preemptions > 50 and copies > 30 and embedded > 50
+    assert jumps > 150 and parts > 20
     assert lengths == ({0, 1, 2, 3, 4} if drafts else {0, 1})
     assert (hits > 500) == caching
 
@@ -344,10 +350,11 @@ def test_same_answers_however_they_are_computed() -> None:
                     max_model_len=56,
                 )
                 for i in range(24):
-                    world.add(text=i % 3, shared=i, own=i % 2, max_tokens=20, ignore_eos=i % 4 > 0)
+                    more = {"ignore_eos": i % 4 > 0, "forces": i % 5 > 2}
+                    world.add(text=i % 3, shared=i, own=i % 2, max_tokens=20, **more)
                 world.finish()
                 world.engine.check_answers()
-                answers.add(str(sorted(world.engine.streams.items())))
+                answers.add(str(sorted(world.engine.streams.items(), key=str)))
                 assert (world.engine.scheduler.stats().preemptions > 0) == (blocks == 14)
     assert len(answers) == 1
 

@@ -42,6 +42,10 @@ class _Wishes:
     num_known: int
     is_uncounted: bool
     """The device's counts are still those of the slot's last owner."""
+    forced: list[int] = field(default_factory=list)
+    """Known tokens that the device has neither sampled nor counted."""
+    has_sampled: bool = True
+    """Whether the last row did, and so counted the next one's first token."""
     biases: tuple[np.ndarray, np.ndarray] = field(init=False)
     """Those of every step: of ``logit_bias`` and of bad words of one token."""
 
@@ -69,7 +73,10 @@ class _Wishes:
             self.known = np.concatenate([self.known, np.zeros(end, np.int64)])  # doubled, so this is rare
         if end > self.num_known:
             self.known[row.start : end] = row.token_ids
+            if self.params.penalizes:
+                self.forced += row.token_ids[self.num_known + self.has_sampled - row.start :]
             self.num_known = end
+        self.has_sampled = row.num_logits > 0
 
     def phrase_ends(self) -> tuple[np.ndarray, np.ndarray]:
         """Last tokens of bad words of which the output ends with all others."""
@@ -110,7 +117,7 @@ class LogitsProcessor:
             return
         for row in plan.rows:
             own = self._wishes.get(row.slot) if row.token_ids else None
-            if own is not None and own.params.needs_known_tokens:
+            if own is not None and (own.params.needs_known_tokens or own.params.penalizes):
                 own.learn(row)
 
     def apply(self, queue: DeviceQueue, logits: Tensor, step: Arrangement) -> Tensor | None:
@@ -179,6 +186,7 @@ class LogitsProcessor:
             numbers[:, row] = repetition, params.presence_penalty, params.frequency_penalty
             if own.is_uncounted:
                 self._count_known(queue, int(slot), own)
+        self._count_forced(queue, step, [(row, own) for row, own in rows if own.forced])
         slots, columns = queue.to_device(places), queue.to_device(numbers)
         queue.run(
             lambda: self._ops.apply_penalties_(
@@ -200,6 +208,16 @@ class LogitsProcessor:
             counts[slot].zero_().index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
 
         queue.run(begin)
+
+    def _count_forced(self, queue: DeviceQueue, step: Arrangement, rows: list[tuple[int, _Wishes]]) -> None:
+        """Count tokens that came into the texts without being sampled."""
+        if not rows:
+            return
+        slots = np.concatenate([np.full(len(own.forced), step.sample_slots[row]) for row, own in rows])
+        tokens = np.concatenate([own.forced for _, own in rows])
+        self.count(queue, queue.to_device(slots), queue.to_device(tokens))
+        for _, own in rows:
+            own.forced = []
 
     def _exclude(self, queue: DeviceQueue, logits: Tensor, step: Arrangement, rows: list[tuple[int, _Wishes]]) -> None:
         if not rows:

@@ -10,7 +10,8 @@ class Matcher(Protocol):
 
     @property
     def follows_samples(self) -> bool:
-        """Whether the next mask depends on the last sample: then the sequence gets no row before that is known."""
+        """Whether the next mask depends on the last sample: then the sequence gets no row before that is known, which
+        brings it along, and what is forced behind it."""
         ...
 
     @property
@@ -31,6 +32,11 @@ class Matcher(Protocol):
     def ends_with(self, token_id: int, num_left: int) -> list[int] | None:
         """What the text must end with in place of a sample, which may come here, if behind that it would need more
         tokens than are left, so many. None: the sample is taken."""
+        ...
+
+    def forced(self, most: int) -> list[int]:
+        """The tokens that must come next, at most so many; none where there is a choice, or the text is complete. Of a
+        text that is several tokens in several ways, those that masks would leave, one by one."""
         ...
 
     def mask(self) -> bytes:

@@ -67,11 +67,11 @@ class Request:
             max_total_tokens=max_total_tokens(message, max_model_len),
             end_token_ids=frozenset(ends),
             hash_root=root,
-            needs_known_tokens=params.needs_known_tokens,
             reads_cache=message.pooling is None or message.pooling.pooling == "last",
         )
-        first = Sequence(terms, 0, list(message.prompt_token_ids))
-        forks = [Sequence(terms, index, []) for index in range(1, params.n)]
+        looks_back = params.needs_known_tokens
+        first = Sequence(terms, 0, list(message.prompt_token_ids), needs_known_tokens=looks_back)
+        forks = [Sequence(terms, index, [], needs_known_tokens=looks_back) for index in range(1, params.n)]
         pooling = message.pooling
         pooled = None if pooling is None else PooledPrompt(pooling.pooling, terms.num_prompt_tokens)
         return cls(
@@ -82,6 +82,7 @@ class Request:
         """Let its sequences, none of which has begun, keep to what a matcher says; each has its own."""
         for sequence in self.sequences:
             sequence.matcher = matcher if sequence.index == 0 else matcher.copy()
+            sequence.needs_known_tokens |= matcher.follows_samples
 
     @property
     def is_constrained(self) -> bool:

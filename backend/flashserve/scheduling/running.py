@@ -160,6 +160,19 @@ class RunningSequences:
         sequence.writable_end = len(held) * blocks.block_size
         return new
 
+    def bring_known(self, sequence: Sequence, max_tokens: int, max_blocks: int) -> tuple[list[int], list[int]]:
+        """The known tokens that its next row computes, and what is to be appended to its table, if it may have so many
+        blocks more for them. It can write at least one token."""
+        start, known, new = sequence.num_computed_tokens, sequence.token_ids, NO_IDS
+        if len(known) > sequence.writable_end and max_blocks > 0:
+            block_size, held = self.blocks.block_size, sequence.block_ids
+            new = self.blocks.allocate(min(max_blocks, -(-len(known) // block_size) - len(held)))
+            held += new
+            sequence.writable_end = len(held) * block_size
+        end = min(len(known), sequence.writable_end, start + max_tokens)
+        self.register(sequence, start, end)
+        return known[start:end], new
+
     def check_integrity(self, live: Iterable[Sequence]) -> None:
         """Raise RuntimeError if a slot or a block of the ``live`` sequences is lost or in two places."""
         holders = [sequence for sequence in live if sequence.slot is not None]

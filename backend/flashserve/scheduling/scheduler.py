@@ -201,30 +201,33 @@ class Scheduler:
         return masks
 
     def _add_decode_rows(self, rows: list[ScheduledRow]) -> int:
-        """A row for every decoding sequence; returns their tokens. Drafts take what the budget has beyond one each."""
-        self._make_room_for_decodes()
+        """A row for every decoding sequence; returns their tokens. Drafts and forced tokens take what is left."""
+        spare_blocks = self._make_room_for_decodes()
         running, has_drafter = self._running, self._drafter is not None
-        drafts_left = self.config.max_num_batched_tokens - len(running.decoding) if has_drafter else 0
-        num_drafts = 0
+        tokens_left = most = self.config.max_num_batched_tokens - len(running.decoding)
         for slot, sequence in running.decoding.items():
             if sequence.num_pending and (has_drafter or sequence.awaits_sample):
                 continue  # what is in flight would be drafted on, or must be known first
             terms, index = sequence.terms, sequence.index
             start = sequence.num_computed_tokens
             new_blocks = running.grow(sequence) if start == sequence.writable_end else NO_IDS
-            token_ids, count = NO_IDS, 1
-            if terms.needs_known_tokens:
-                token_ids = sequence.token_ids[-1:]
-                running.register(sequence, start, start + 1)
-            elif drafts_left and sequence.matcher is None and (drafts := self._draft(sequence, drafts_left)):
-                token_ids = [sequence.token_ids[-1], *drafts]
+            token_ids, count, num_logits = NO_IDS, 1, 1
+            if sequence.needs_known_tokens:
+                token_ids, more_blocks = running.bring_known(sequence, 1 + tokens_left, spare_blocks)
+                new_blocks = new_blocks + more_blocks
+                spare_blocks -= len(more_blocks)
                 count = len(token_ids)
-                num_drafts += len(drafts)
-                drafts_left -= len(drafts)
+                tokens_left -= count - 1
+                num_logits = int(count == sequence.num_remaining)
+            elif has_drafter and sequence.matcher is None and (drafts := self._draft(sequence, tokens_left)):
+                token_ids = [sequence.token_ids[-1], *drafts]
+                count = num_logits = len(token_ids)
+                tokens_left -= len(drafts)
             sequence.num_computed_tokens = start + count
-            sequence.num_pending += 1
-            rows.append(ScheduledRow(terms.request_id, slot, start, count, token_ids, new_blocks, count, index))
-        return len(rows) + num_drafts
+            if num_logits:
+                sequence.num_pending += 1
+            rows.append(ScheduledRow(terms.request_id, slot, start, count, token_ids, new_blocks, num_logits, index))
+        return len(rows) + most - tokens_left
 
     def _draft(self, sequence: Sequence, limit: int) -> list[int]:
         """Drafts that stay within the sequence's blocks and below its length limit: they cost nobody memory."""
@@ -233,8 +236,9 @@ class Scheduler:
         limit = min(limit, room, sequence.terms.max_total_tokens - len(sequence.token_ids) - 1)
         return self._drafter.draft(sequence.token_ids, limit) if limit > 0 else []
 
-    def _make_room_for_decodes(self) -> None:
-        """Preempt until every decoding sequence that enters a new block, or needs its own copy of one, can have it.
+    def _make_room_for_decodes(self) -> int:
+        """Preempt until every decoding sequence that enters a new block, or needs its own copy of one, can have it;
+        returns how many are free beyond those.
 
         The oldest request of the best priority is never the victim of another, and fits alone (max_model_len is
         at most what all blocks hold, and see ``AdmissionControl.refusal``), so there is always progress.
@@ -247,6 +251,7 @@ class Scheduler:
             victim = max(running, key=lambda s: (s.terms.priority, s.terms.arrival, s.terms.request_id)).terms
             needy = [sequence for sequence in needy if sequence.terms is not victim]
             self._preempt(self._requests[victim.request_id])
+        return self.blocks.num_free - len(needy)
 
     def _preempt(self, request: Request) -> None:
         """Back to the queue, all sequences; they are recomputed, through the prefix cache as far as blocks survive."""

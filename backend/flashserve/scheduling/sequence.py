@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 from flashserve.protocol import FinishReason, SamplingParams
 from flashserve.scheduling.block_manager import BlockHash, chain_hash
 from flashserve.scheduling.matcher import Matcher
 from flashserve.scheduling.output import Admission
 
+MAX_FORCED = 64
+"""Tokens that are taken behind a sample where a grammar leaves no choice: a row of more would keep others waiting."""
 MAX_PASSED_OVER = 16  # steps after which a prefill that shorter ones overtook goes first: 1/17 of the budget at worst
 
 
@@ -26,8 +30,6 @@ class Terms:
     """A sequence ends when it has this many tokens."""
     end_token_ids: frozenset[int]
     hash_root: BlockHash
-    needs_known_tokens: bool
-    """Of ``params``; asked for each step's row."""
     reads_cache: bool = True
     """Whether it may skip what the prefix cache holds: not where hidden states of all tokens are asked for."""
 
@@ -64,6 +66,9 @@ class Sequence:
     passed_over: int = 0
     """Steps in a row in which this prefill got no token."""
     finish_reason: FinishReason | None = None
+    needs_known_tokens: bool = False
+    """Whether a row needs the last sample, and brings along what is known: it is to look back on it, or a matcher
+    decides what may follow, and what must. Asked for each step's row."""
     matcher: Matcher | None = None
     """What its tokens must keep to."""
 
@@ -95,15 +100,10 @@ class Sequence:
 
     @property
     def awaits_sample(self) -> bool:
-        """Whether there can be no further row before the sample in flight is known: it is the last one, or decides
-        which tokens may follow, or the row is to look back on it."""
-        if not self.num_pending:
-            return False
-        matcher = self.matcher
-        return (
-            self.terms.needs_known_tokens
-            or self.num_computed_tokens + 1 >= self.terms.max_total_tokens
-            or (matcher is not None and matcher.follows_samples)
+        """Whether there can be no further row before the sample in flight is known: it is the last one, or the row
+        needs it."""
+        return self.num_pending > 0 and (
+            self.needs_known_tokens or self.num_computed_tokens + 1 >= self.terms.max_total_tokens
         )
 
     @property
@@ -128,25 +128,42 @@ class Sequence:
         return token_ids, None
 
     def _take_matched(self, token_ids: list[int], matcher: Matcher) -> tuple[list[int], FinishReason | None]:
-        known, most = self.token_ids, self.terms.max_total_tokens
-        for count, token_id in enumerate(token_ids, 1):
-            closing = matcher.ends_with(token_id, most - len(known) - 1)
-            if closing is not None:
-                known += closing
-                return [*token_ids[: count - 1], *closing], "length"
-            if not matcher.take(token_id):
-                return token_ids[: count - 1], "error"
-            known.append(token_id)
-            if matcher.is_done:
-                if token_id == matcher.end_token:
-                    return token_ids[:count], "stop"
-                if len(known) < most:
-                    known.append(matcher.end_token)
-                    return [*token_ids[:count], matcher.end_token], "stop"
-            reason = self._reason_to_end()
+        known = self.token_ids
+        num_known = len(known)
+        for token_id in chain(token_ids, self._forced(matcher)):  # which is asked when the samples are taken
+            reason = self._match(token_id, matcher)
             if reason is not None:
-                return token_ids[:count], reason
-        return token_ids, None
+                return known[num_known:], reason
+        return known[num_known:], None
+
+    def _match(self, token_id: int, matcher: Matcher) -> FinishReason | None:
+        """Append a token, or what its matcher says instead, and say why the sequence ends with it, if it does."""
+        known, most = self.token_ids, self.terms.max_total_tokens
+        closing = matcher.ends_with(token_id, most - len(known) - 1)
+        if closing is not None:
+            known += closing
+            return "length"
+        if not matcher.take(token_id):
+            return "error"
+        known.append(token_id)
+        if matcher.is_done:
+            if token_id == matcher.end_token:
+                return "stop"
+            if len(known) < most:
+                known.append(matcher.end_token)
+                return "stop"
+        return self._reason_to_end()
+
+    def _forced(self, matcher: Matcher) -> Iterator[int]:
+        """What follows without a choice, and so without steps of its own. Not where more is asked of a token than to
+        come next: how probable it is, or whether other parameters rule it out."""
+        params = self.terms.params
+        if params.logprobs is not None or params.bad_word_ids:
+            return
+        for token_id in matcher.forced(MAX_FORCED):
+            if token_id in self.terms.end_token_ids:
+                return
+            yield token_id
 
     def _reason_to_end(self) -> FinishReason | None:
         """Whether the last token ends the sequence, and why."""

@@ -31,6 +31,11 @@ class GrammarMatcher:
     def is_done(self) -> bool:
         return bool(self._matcher.is_stopped())
 
+    def forced(self, most: int) -> list[int]:
+        """llguidance writes what is forced as its tokenizer would, behind the token before it, and leaves out what may
+        become one token with what follows. Its masks allow just these tokens. Takes some 5 µs."""
+        return list(self._matcher.compute_ff_tokens()[:most])
+
     def mask(self) -> bytes:
         """A fault of the library must end this sequence, not the step of all."""
         try:
@@ -64,6 +69,9 @@ class AllowedTokens:
         for token_id in token_ids:
             bits[token_id >> 3] |= 1 << (token_id & 7)
         self._mask = bytes(bits)
+
+    def forced(self, most: int) -> list[int]:
+        return []
 
     def mask(self) -> bytes:
         return self._mask
