@@ -10,6 +10,7 @@ from flashserve.models.files import ModelFiles
 from flashserve.models.registry import load_model, read_model_facts
 from flashserve.runner.device import Device
 from flashserve.runner.kv_cache import kv_block_bytes
+from flashserve.runner.kv_scales import find_kv_scales
 from flashserve.runner.memory_profile import measure_memory
 from flashserve.runner.model_runner import ModelRunner
 
@@ -29,7 +30,8 @@ def load_runner(files: ModelFiles, config: EngineConfig, device: Device) -> Mode
     started = time.perf_counter()
     model = load_model(files, resolved, device.torch_device, ops)
     log.info("loaded %s in %.1f s; ops: %s", facts.architecture, time.perf_counter() - started, ops.name)
+    scaling = find_kv_scales(files, model, resolved, device, ops)
     left = measure_memory(model, resolved, device, ops)
-    runner = ModelRunner(model, resolve(config, facts, left, block_bytes), device, ops)
+    runner = ModelRunner(model, scaling.apply(resolve(config, facts, left, block_bytes)), device, ops)
     runner.warm_up()
     return runner
