@@ -87,6 +87,9 @@ class EngineConfig:
     """No metrics of this model in Triton's /metrics (vLLM's name)."""
     enable_log_requests: bool = False
     """A line of log for each request that ends: its id, why it ended, its tokens and times; no text."""
+    batch_invariant: bool = False
+    """On a GPU: a request's tokens and log-probabilities are the same to the bit whatever else runs, however its prompt
+    is cut and whatever of it was cached. Slower, and with weights in full. A mean of hidden states follows the cuts."""
     pin_threads: bool = False
     """Bind each of a CPU engine's threads to a core of its own; for machines that serve nothing else."""
     override_generation_config: dict[str, Any] | None = None

@@ -6,6 +6,7 @@ import logging
 import time
 
 from flashserve.config import EngineConfig, resolve
+from flashserve.errors import ConfigError
 from flashserve.models.files import ModelFiles
 from flashserve.models.registry import load_model, read_model_facts
 from flashserve.runner.device import Device
@@ -25,6 +26,8 @@ def load_runner(files: ModelFiles, config: EngineConfig, device: Device) -> Mode
     before = device.read_facts()
     facts = read_model_facts(files, config, before)
     ops = device.select_ops(config, facts.head_dim)
+    if config.batch_invariant and not ops.is_batch_invariant:
+        raise ConfigError(f"batch_invariant is not to be had with {ops.name} ops: it needs a GPU")
     block_bytes = kv_block_bytes(ops, config, facts)
     resolved = resolve(config, facts, before, block_bytes)
     started = time.perf_counter()
