@@ -80,10 +80,16 @@ class EngineConfig:
     8, but for int4 on a GPU."""
     kv_cache_dtype: str = "auto"
     """auto (the model's), int8 (on a CPU with the native kernels), fp8 (E4M3, on a GPU): half the memory."""
+    calculate_kv_scales: bool = False
+    """fp8 has a scale per layer for keys and for values: calibrate them at the start even where the checkpoint has its
+    own. Without: only where it has none (vLLM: then 1)."""
     disable_log_stats: bool = False
     """No metrics of this model in Triton's /metrics (vLLM's name)."""
     enable_log_requests: bool = False
     """A line of log for each request that ends: its id, why it ended, its tokens and times; no text."""
+    batch_invariant: bool = False
+    """On a GPU: a request's tokens and log-probabilities are the same to the bit whatever else runs, however its prompt
+    is cut and whatever of it was cached. Slower, and with weights in full. A mean of hidden states follows the cuts."""
     pin_threads: bool = False
     """Bind each of a CPU engine's threads to a core of its own; for machines that serve nothing else."""
     override_generation_config: dict[str, Any] | None = None
@@ -137,6 +143,8 @@ class EngineConfig:
         if self.quantization is not None:
             _one_of("quantization", self.quantization, QUANTIZATIONS)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "int8", "fp8"))
+        if self.calculate_kv_scales and self.kv_cache_dtype != "fp8":
+            raise ConfigError(f"calculate_kv_scales needs kv_cache_dtype fp8, not {self.kv_cache_dtype}")
         _one_of("generation_config", self.generation_config, ("auto", "vllm"))
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], not {self.gpu_memory_utilization}")
@@ -203,6 +211,8 @@ class ResolvedConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     num_blocks: int
+    kv_scales: tuple[tuple[float, float], ...] = ()
+    """Of an FP8 cache: each layer's, of keys and of values."""
     notes: tuple[str, ...] = field(default=())
     """What resolution changed against the defaults, in words, for the log."""
 
@@ -281,7 +291,7 @@ def resolve(config: EngineConfig, model: ModelFacts, device: DeviceFacts, block_
     if config.no_effect:
         notes.append(f"no effect here: {', '.join(config.no_effect)}")
     return ResolvedConfig(
-        config, model, device, block_bytes, max_model_len, max_num_seqs, budget, num_blocks, tuple(notes)
+        config, model, device, block_bytes, max_model_len, max_num_seqs, budget, num_blocks, notes=tuple(notes)
     )
 
 

@@ -68,7 +68,6 @@ ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "cpu_offload_gb": (0,),
     "num_scheduler_steps": (1,),
     "num_lookahead_slots": (0,),
-    "calculate_kv_scales": (False,),
     "otlp_traces_endpoint": (),
     # A request's priority always counts here; vLLM's "fcfs" is for requests that have none.
     "scheduling_policy": ("fcfs", "priority"),

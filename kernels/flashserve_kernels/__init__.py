@@ -6,7 +6,7 @@ Triton-lang, ``cpu/`` in C++; ``select`` chooses.
 
 from flashserve_kernels.activation import Activation
 from flashserve_kernels.attention import AttentionBatch
-from flashserve_kernels.kv_cache import KVCacheSpec
+from flashserve_kernels.kv_cache import KVCacheSpec, KVScales
 from flashserve_kernels.logprobs import MAX_TOP, Logprobs
 from flashserve_kernels.ops import CacheLayer, LinearWeight, Ops, SamplerColumns
 from flashserve_kernels.sampling import Stage
@@ -18,6 +18,7 @@ __all__ = [
     "AttentionBatch",
     "CacheLayer",
     "KVCacheSpec",
+    "KVScales",
     "LinearWeight",
     "Logprobs",
     "Ops",

@@ -15,6 +15,13 @@ import torch
 from torch import Tensor
 
 
+class KVScales(NamedTuple):
+    """What a layer's stored keys and values are multiplied with, where they are float8_e4m3fn."""
+
+    k: float = 1.0
+    v: float = 1.0
+
+
 @dataclass(frozen=True)
 class KVCacheSpec:
     """What a paged KV cache is made for, whatever its layout."""
@@ -28,6 +35,8 @@ class KVCacheSpec:
     """Of the keys and values that are written."""
     cache_dtype: torch.dtype
     """What is stored: the same, or 8 bits (int8 on a CPU, float8_e4m3fn on a GPU)."""
+    scales: tuple[KVScales, ...] = ()
+    """Of a float8_e4m3fn cache, per layer; none: all 1."""
 
 
 class KVLayer(NamedTuple):
@@ -61,7 +70,8 @@ def allocate_kv_cache(spec: KVCacheSpec, num_blocks: int, device: torch.device) 
     else:
         cache = torch.zeros((num_blocks, spec.num_layers, 2, *block_shape), dtype=spec.cache_dtype, device=device)
         cache = cache.permute(1, 2, 0, 3, 4, 5)
-    return [KVLayer(layer[0], layer[1]) for layer in cache.unbind(0)]
+    scales = spec.scales or (KVScales(),) * spec.num_layers
+    return [KVLayer(layer[0], layer[1], *own) for layer, own in zip(cache.unbind(0), scales, strict=True)]
 
 
 def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -54,6 +54,8 @@ class Ops:
     """Whether the device can capture a step of these ops (CUDA graphs): then no op looks at data on the host."""
     records = False
     """Whether :meth:`new_program` gives something to record steps into."""
+    is_batch_invariant = False
+    """Whether a token's numbers depend on its own sequence alone, to the last bit, and not on the rest of a step."""
     weight_formats: frozenset[str] = frozenset()
     """What :meth:`pack_linear` takes beside full weights. grouped: weights in groups; int8: full weights, which it
     quantises per output."""

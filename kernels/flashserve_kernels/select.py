@@ -15,10 +15,18 @@ OVERRIDE = "FLASHSERVE_KERNELS"
 """Environment variable: torch, triton, native, or native:ISA such as native:avx2. For tests and for finding faults."""
 
 
-def select_ops(device: torch.device, num_threads: int, head_dim: int, cpus: list[int] | None = None) -> Ops:
+def select_ops(
+    device: torch.device,
+    num_threads: int,
+    head_dim: int,
+    cpus: list[int] | None = None,
+    *,
+    batch_invariant: bool = False,
+) -> Ops:
     """Triton-lang on a GPU; on a CPU C++ where it can be built, else torch with a warning that says what is lost.
 
-    num_threads: compute threads on a CPU; head_dim: the model's; cpus: one CPU number per thread to pin it to. Raises
+    num_threads: compute threads on a CPU; head_dim: the model's; cpus: one CPU number per thread to pin it to;
+    batch_invariant: ops that are so, where there are any (``Ops.is_batch_invariant``). Raises
     ValueError for an override that names nothing, and NativeUnavailable where an override cannot be had.
     """
     wanted, _, isa = os.environ.get(OVERRIDE, "").partition(":")
@@ -27,10 +35,15 @@ def select_ops(device: torch.device, num_threads: int, head_dim: int, cpus: list
     if wanted == "torch":
         return Ops(device)
     if wanted == "triton" or (not wanted and device.type != "cpu"):
-        from flashserve_kernels.gpu.ops import TritonOps
-
-        return TritonOps(device)
+        return triton_ops(device, batch_invariant)
     return _native_ops(device, num_threads, head_dim, cpus, isa, must=bool(wanted))
+
+
+def triton_ops(device: torch.device, batch_invariant: bool) -> Ops:
+    """The ops in Triton-lang."""
+    from flashserve_kernels.gpu.ops import BatchInvariantOps, TritonOps
+
+    return (BatchInvariantOps if batch_invariant else TritonOps)(device)
 
 
 def _native_ops(

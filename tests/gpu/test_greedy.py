@@ -78,6 +78,13 @@ def test_16_bits(dtype, share, family, enforce_eager, folders, device):
     assert found.qualifying >= share, found
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_an_fp8_cache(family, folders, device):
+    """With scales that the start calibrates."""
+    found = judge(folders(family, "float16"), device, dtype="float16", kv_cache_dtype="fp8")
+    assert found.wrong == []
+
+
 @pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_trained_model(dtype, enforce_eager, device):

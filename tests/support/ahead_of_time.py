@@ -29,6 +29,7 @@ from flashserve_kernels.gpu import (
     embedding,
     few_rows,
     grouped,
+    invariant_linear,
     logprobs,
     noise,
     norm,
@@ -42,10 +43,10 @@ from flashserve_kernels.gpu.launch import ModelShape, Variant
 from flashserve_kernels.grouped import GroupedFormat
 
 MODULES = (
-    activation, block_copy, embedding, few_rows, grouped, logprobs, noise, norm, penalties, rope_cache, sampling,
-    token_mask,
+    activation, block_copy, embedding, few_rows, grouped, invariant_linear, logprobs, noise, norm, penalties,
+    rope_cache, sampling, token_mask,
 )  # fmt: skip
-PRODUCTS = ("attention", "few_rows", "grouped_linear")
+PRODUCTS = ("attention", "few_rows", "grouped_linear", "invariant_linear")
 WORKERS = 2
 
 
@@ -62,7 +63,8 @@ class Case:
     def variants(self, properties: GPUProperties) -> Iterator[Variant]:
         for module in MODULES:
             yield from module.variants(properties, self.shape)
-        yield from attention.variants(properties, self.shape, self.windows, self.softcap)
+        for batch_invariant in (False, True):
+            yield from attention.variants(properties, self.shape, self.windows, self.softcap, batch_invariant)
 
 
 Q4_1 = GroupedFormat(4, 32, "float16", None)

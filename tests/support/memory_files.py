@@ -63,6 +63,9 @@ class MemoryFiles:
     def same(self, one, other):
         return torch.equal(self._tensors[one], self._tensors[other])
 
+    def read_number(self, name):
+        return None
+
     def num_elements(self, ignored):
         return sum(tensor.numel() for tensor in self._tensors.values())
 

@@ -25,7 +25,8 @@ def load_engine(config: EngineConfig) -> tuple[ResolvedConfig, EngineCore]:
         files = open_model(config)
         runner = load_runner(files, config, device)
     resolved = runner.resolved
-    layout = f"block{config.block_size}-{kv_cache_spec(config, resolved.model).cache_dtype}-{config.quantization}"
+    spec = kv_cache_spec(config, resolved.model, resolved.kv_scales)
+    layout = f"block{config.block_size}-{spec.cache_dtype}{spec.scales}-{config.quantization}"
     return resolved, build_core(resolved, runner, files.fingerprint(resolved.dtype, layout))
 
 

@@ -95,6 +95,17 @@ class Checkpoint:
             stream.seek(entry.begin + max(0, num_bytes - size) // 2)
             return stream.read(min(size, num_bytes))
 
+    def read_number(self, name: str) -> float | None:
+        """A tensor of one number, exactly; None where there is no such tensor. Raises ConfigError for one of more."""
+        entry = self.entries.get(name)
+        if entry is None:
+            return None
+        dtype = DTYPES.get(entry.dtype)
+        if entry.num_elements != 1 or dtype is None:
+            kinds = ", ".join(DTYPES)
+            raise ConfigError(f"tensor {name} must be one number ({kinds}), not {entry.dtype} {list(entry.shape)}")
+        return float(torch.frombuffer(bytearray(self.sample(name, entry.num_bytes)), dtype=dtype))
+
     def num_elements(self, ignored: Iterable[str] = ()) -> int:
         """Numbers in all tensors whose names match none of the patterns."""
         return sum(entry.num_elements for name, entry in self.entries.items() if not matches(name, ignored))

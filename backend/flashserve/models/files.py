@@ -65,6 +65,10 @@ class ModelFiles(Protocol):
         """Whether two tensors hold the same numbers."""
         ...
 
+    def read_number(self, name: str) -> float | None:
+        """A tensor of one number, exactly; None where there is no such tensor. Raises ConfigError for one of more."""
+        ...
+
     def num_elements(self, ignored: Iterable[str]) -> int:
         """Numbers in all tensors whose names match none of the patterns."""
         ...
@@ -124,6 +128,9 @@ class SafetensorsFolder:
 
     def same(self, one: str, other: str) -> bool:
         return self._checkpoint.same(one, other)
+
+    def read_number(self, name: str) -> float | None:
+        return self._checkpoint.read_number(name)
 
     def num_elements(self, ignored: Iterable[str]) -> int:
         return self._checkpoint.num_elements(ignored)

@@ -15,6 +15,7 @@ from flashserve.models.files import ModelFiles, SafetensorsFolder
 from flashserve.models.gemma3 import Gemma3ForCausalLM
 from flashserve.models.gguf.files import GgufFiles
 from flashserve.models.gpt2 import GPT2LMHeadModel
+from flashserve.models.kv_scales import CACHE_SCALES, quantizes_weights
 from flashserve.models.llama import LlamaForCausalLM
 from flashserve.models.mistral import MistralForCausalLM
 from flashserve.models.model_input import CausalLM
@@ -76,7 +77,7 @@ def read_model_facts(files: ModelFiles, config: EngineConfig, device: DeviceFact
     architecture, model_class = find_architecture(files.config)
     try:
         shape = model_class.read_shape(files.config)
-        ignored = model_class.ignored_weights(files.config)
+        ignored = (*model_class.ignored_weights(files.config), *CACHE_SCALES)
     except KeyError as error:
         raise ConfigError(f"config.json of {folder.name} lacks {error.args[0]}") from error
     except (TypeError, ValueError, ArithmeticError) as error:
@@ -111,7 +112,7 @@ def load_model(files: ModelFiles, resolved: ResolvedConfig, device: torch.device
         )
     weights = files.weights(WEIGHT_DTYPES[resolved.dtype], device, ops, format)
     model = model_class(files.config, weights, resolved.max_model_len)
-    weights.finish(model_class.ignored_weights(files.config))
+    weights.finish((*model_class.ignored_weights(files.config), *CACHE_SCALES))
     return model
 
 
@@ -120,7 +121,8 @@ def find_architecture(model_config: dict[str, Any]) -> tuple[str, type[CausalLM]
     names = model_config.get("architectures") or []
     for name in names:
         if name in ARCHITECTURES:
-            if model_config.get("quantization_config"):
+            quantization = model_config.get("quantization_config")
+            if quantization and quantizes_weights(quantization):
                 raise ConfigError("quantised checkpoints are not supported; use the model's unquantised weights")
             return name, ARCHITECTURES[name]
     found = ", ".join(map(str, names)) or "none"

@@ -19,6 +19,7 @@ from flashserve.runner.loading import load_runner
 from flashserve_kernels import Ops
 from flashserve_kernels.gpu.device import PRESETS, GPUProperties, gpu_properties
 from flashserve_kernels.gpu.launch import Variant, record
+from flashserve_kernels.select import triton_ops
 
 MEMORY_BYTES = 1 << 40  # more than any model: nothing is allocated
 
@@ -58,9 +59,7 @@ class AheadDevice:
         return DeviceFacts("cuda", self._properties.name, MEMORY_BYTES, MEMORY_BYTES, supports_bfloat16=has_bfloat16)
 
     def select_ops(self, config: EngineConfig, head_dim: int) -> Ops:
-        from flashserve_kernels.gpu.ops import TritonOps
-
-        return TritonOps(self.torch_device)
+        return triton_ops(self.torch_device, config.batch_invariant)
 
     def measure(self, before: DeviceFacts, run_largest: Callable[[], Closable]) -> DeviceFacts:
         run_largest().close()

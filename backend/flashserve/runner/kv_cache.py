@@ -5,10 +5,10 @@ from __future__ import annotations
 from flashserve.config import EngineConfig, ModelFacts
 from flashserve.errors import ConfigError
 from flashserve.models.dtypes import CACHE_DTYPES, WEIGHT_DTYPES
-from flashserve_kernels import KVCacheSpec, Ops
+from flashserve_kernels import KVCacheSpec, KVScales, Ops
 
 
-def kv_cache_spec(config: EngineConfig, model: ModelFacts) -> KVCacheSpec:
+def kv_cache_spec(config: EngineConfig, model: ModelFacts, scales: tuple[tuple[float, float], ...] = ()) -> KVCacheSpec:
     """The cache that an engine of these settings has."""
     dtype = WEIGHT_DTYPES[model.dtype]
     return KVCacheSpec(
@@ -18,6 +18,7 @@ def kv_cache_spec(config: EngineConfig, model: ModelFacts) -> KVCacheSpec:
         model.head_dim,
         dtype,
         CACHE_DTYPES.get(config.kv_cache_dtype, dtype),
+        tuple(KVScales(*both) for both in scales),
     )
 
 

@@ -6,10 +6,12 @@ import logging
 import time
 
 from flashserve.config import EngineConfig, resolve
+from flashserve.errors import ConfigError
 from flashserve.models.files import ModelFiles
 from flashserve.models.registry import load_model, read_model_facts
 from flashserve.runner.device import Device
 from flashserve.runner.kv_cache import kv_block_bytes
+from flashserve.runner.kv_scales import find_kv_scales
 from flashserve.runner.memory_profile import measure_memory
 from flashserve.runner.model_runner import ModelRunner
 
@@ -24,12 +26,15 @@ def load_runner(files: ModelFiles, config: EngineConfig, device: Device) -> Mode
     before = device.read_facts()
     facts = read_model_facts(files, config, before)
     ops = device.select_ops(config, facts.head_dim)
+    if config.batch_invariant and not ops.is_batch_invariant:
+        raise ConfigError(f"batch_invariant is not to be had with {ops.name} ops: it needs a GPU")
     block_bytes = kv_block_bytes(ops, config, facts)
     resolved = resolve(config, facts, before, block_bytes)
     started = time.perf_counter()
     model = load_model(files, resolved, device.torch_device, ops)
     log.info("loaded %s in %.1f s; ops: %s", facts.architecture, time.perf_counter() - started, ops.name)
+    scaling = find_kv_scales(files, model, resolved, device, ops)
     left = measure_memory(model, resolved, device, ops)
-    runner = ModelRunner(model, resolve(config, facts, left, block_bytes), device, ops)
+    runner = ModelRunner(model, scaling.apply(resolve(config, facts, left, block_bytes)), device, ops)
     runner.warm_up()
     return runner

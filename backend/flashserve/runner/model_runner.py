@@ -67,7 +67,7 @@ class ModelRunner:
         self._logprobs = LogprobSlots(resolved.max_num_seqs)
         self._builder = InputBuilder(self._slots, resolved.block_size)
         self._processor = LogitsProcessor(resolved.max_num_seqs, resolved.model.vocab_size, ops, device.torch_device)
-        spec = kv_cache_spec(resolved.config, resolved.model)
+        spec = kv_cache_spec(resolved.config, resolved.model, resolved.kv_scales)
         self.step_model = StepModel.build(model, ops, spec, resolved.num_blocks, self._slots)
         device.synchronize()  # the queue's streams are older than the cache, whose zeros may still be on their way
         self._steps = self._make_steps(queue)

@@ -18,6 +18,7 @@ from flashserve_kernels.gpu.attention_config import (
     AttentionConfig,
     AttentionShape,
     choose_config,
+    invariant_config,
     max_split_tiles,
 )
 from flashserve_kernels.gpu.attention_kernel import attention_kernel
@@ -55,6 +56,7 @@ def paged_attention(
     softcap: float | None = None,
     *,
     arrivals: Tensor,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """``softmax(cap(q k^T * scale)) v`` of every token over its own sequence's earlier tokens and itself.
 
@@ -68,6 +70,7 @@ def paged_attention(
 
     arrivals: from :func:`new_arrivals`. The partial results of a decode that is split along its keys lie in two
     temporaries from torch's allocator: in a CUDA graph's pool they are allocated once, when it is captured.
+    batch_invariant: one tile, one loop and no splits, so that a token's sums have one order in any batch.
     """
     num_tokens, num_heads, head_dim = q.shape
     _, block_size, num_kv_heads, _ = cache.k.shape
@@ -80,12 +83,15 @@ def paged_attention(
     shape = AttentionShape(
         num_heads, num_kv_heads, head_dim, q.dtype, cache.k.dtype, block_size, window is not None, softcap is not None
     )
-    for part in _parts(batch):
+    for part in _parts(batch, apart=not batch_invariant):
         max_keys = table_width * block_size
         if window is not None:
             max_keys = min(max_keys, window + part.max_query_len)
         part_rows = part.end - part.first
-        config = choose_config(properties, shape, part_rows, part.max_query_len, max_keys)
+        if batch_invariant:
+            config = invariant_config(properties, shape)
+        else:
+            config = choose_config(properties, shape, part_rows, part.max_query_len, max_keys)
         splits = None
         if config.splits > 1:
             # At batch 64, 32 heads and 2 splits these are 2 MB per layer, next to 1 GB of keys and values of 4k tokens.
@@ -97,9 +103,10 @@ def paged_attention(
     return out
 
 
-def _parts(batch: AttentionBatch) -> list[_Part]:
+def _parts(batch: AttentionBatch, apart: bool) -> list[_Part]:
+    """apart: single tokens from prompts."""
     num_rows, longest = batch.block_tables.shape[0], max(1, batch.max_query_len)
-    if not batch.max_singles or longest <= MAX_SPLIT_QUERIES:  # then all rows are computed as decodes
+    if not apart or not batch.max_singles or longest <= MAX_SPLIT_QUERIES:  # then all rows are computed as decodes
         return [_Part(0, num_rows, 0, longest)]
     prompts = _Part(batch.min_singles, num_rows, 2, longest)
     singles = _Part(0, min(batch.max_singles, num_rows), 0, 1)
@@ -173,6 +180,7 @@ def _launch_attention(
         USE_WINDOW=shape.window,
         USE_SOFTCAP=shape.softcap,
         E4M3_BYTES=as_bytes,
+        MASK_ALL=config.mask_all,
         EDGE_STAGES=config.edge_stages,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -198,6 +206,7 @@ def variants(
     shape: ModelShape,
     windows: Sequence[int | None] = (None,),
     softcap: float | None = None,
+    batch_invariant: bool = False,
 ) -> Iterator[Variant]:
     """Whatever the launcher starts for a model with such windows (one per kind of layer), whatever the batch."""
     cache_shape = (2, shape.block_size, shape.num_kv_heads, shape.head_dim)
@@ -218,7 +227,8 @@ def variants(
             block_size=shape.block_size,
             max_query_len=max_query_len,
         )
-        paged_attention(qkv[:, : shape.num_heads], cache, batch, 1.0, window, softcap, arrivals=integers(16))
+        q, arrivals = qkv[:, : shape.num_heads], integers(16)
+        paged_attention(q, cache, batch, 1.0, window, softcap, arrivals=arrivals, batch_invariant=batch_invariant)
 
     group = shape.num_heads // shape.num_kv_heads
     longest_decode = max(MAX_SPLIT_QUERIES, MAX_DECODE_ROWS // group)

@@ -66,6 +66,9 @@ class AttentionConfig:
     num_stages: int
     edge_stages: int | None
     """Stages of the loops over keys that some query does not see; None: as many."""
+    mask_all: bool = False
+    """One loop for all keys of a prefill's tile: where it has two, a score's rounding tells which keys its neighbours
+    see."""
 
     @property
     def block_q(self) -> int:
@@ -96,10 +99,7 @@ def choose_config(
     """
     decode = max_query_len <= MAX_SPLIT_QUERIES or max_query_len * shape.group <= MAX_DECODE_ROWS
     candidates = _decode_tiles(properties, shape, max_query_len) if decode else _prefill_tiles(properties, shape)
-    tile = next(
-        (tile for tile in candidates if _shared_bytes(properties, shape, tile) <= properties.shared_memory_bytes),
-        candidates[-1],
-    )
+    tile = _first_that_fits(properties, shape, candidates)
     head_tiles = -(-shape.group // tile.block_m)
     tile_heads = -(-shape.group // head_tiles)
     splits = 1
@@ -110,6 +110,21 @@ def choose_config(
     return AttentionConfig(
         tile.block_m, tile.block_n, tile_heads, decode, splits, tile.num_warps, tile.num_stages, tile.edge_stages
     )
+
+
+def invariant_config(properties: GPUProperties, shape: AttentionShape) -> AttentionConfig:
+    """The one configuration of every batch: between a decode's 16 rows and a prompt's 128."""
+    tiles = [tile for tile in _prefill_tiles(properties, shape) if tile.block_m <= MAX_DECODE_ROWS]
+    tile = _first_that_fits(properties, shape, tiles)
+    head_tiles = -(-shape.group // tile.block_m)
+    tile_heads = -(-shape.group // head_tiles)
+    stages = tile.num_warps, tile.num_stages, tile.edge_stages
+    return AttentionConfig(tile.block_m, tile.block_n, tile_heads, False, 1, *stages, mask_all=True)
+
+
+def _first_that_fits(properties: GPUProperties, shape: AttentionShape, tiles: list[_Tile]) -> _Tile:
+    fitting = (tile for tile in tiles if _shared_bytes(properties, shape, tile) <= properties.shared_memory_bytes)
+    return next(fitting, tiles[-1])
 
 
 def _prefill_tiles(properties: GPUProperties, shape: AttentionShape) -> list[_Tile]:

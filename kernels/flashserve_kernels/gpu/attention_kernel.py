@@ -233,6 +233,7 @@ def attention_kernel(
     USE_WINDOW: tl.constexpr,
     USE_SOFTCAP: tl.constexpr,
     E4M3_BYTES: tl.constexpr,
+    MASK_ALL: tl.constexpr,  # without FIXED_TILES: as with them
     EDGE_STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -296,7 +297,7 @@ def attention_kernel(
     k_ptr += kv_head * stride_kv_head
     v_ptr += kv_head * stride_kv_head
     # fmt: off
-    if not FIXED_TILES:
+    if not FIXED_TILES and not MASK_ALL:
         # Keys that all queries of the tile see need no mask, which would cost a tenth of the time of a 128 x 128 tile.
         # (A decode waits for memory: it masks everything and keeps one loop, whose loads never drain in between.)
         if USE_WINDOW:

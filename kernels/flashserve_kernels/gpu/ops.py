@@ -16,6 +16,7 @@ from flashserve_kernels.gpu import (
     block_copy,
     embedding,
     grouped,
+    invariant_linear,
     logprobs,
     norm,
     penalties,
@@ -29,7 +30,7 @@ from flashserve_kernels.gpu.grouped import Panels
 from flashserve_kernels.grouped import GroupedRows
 from flashserve_kernels.kv_cache import KVCacheSpec, KVLayer
 from flashserve_kernels.logprobs import Logprobs
-from flashserve_kernels.ops import Ops
+from flashserve_kernels.ops import LinearWeight, Ops
 
 Weight = Tensor | tuple[Panels, ...]
 
@@ -151,7 +152,10 @@ class TritonOps(Ops):
         window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
-        return attention.paged_attention(q, cache, batch, scale, window, softcap, arrivals=self._arrivals)
+        invariant = self.is_batch_invariant
+        return attention.paged_attention(
+            q, cache, batch, scale, window, softcap, arrivals=self._arrivals, batch_invariant=invariant
+        )
 
     def apply_penalties_(
         self,
@@ -175,3 +179,29 @@ class TritonOps(Ops):
 
     def log_probabilities(self, logits: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
         return logprobs.log_probabilities(logits, tokens, num_top)
+
+
+class BatchInvariantOps(TritonOps):
+    """A token's numbers depend on nothing but its own sequence: products with one tile for any number of rows, and
+    attention with one tile for prompts and decodes, whose keys are never split. Norms, softmax and sampling of a row
+    are one program's, or slices of fixed size, in all ops."""
+
+    name = "Triton-lang, batch-invariant"
+    is_batch_invariant = True
+    weight_formats: frozenset[str] = frozenset()
+
+    def packs(self, dtype: torch.dtype) -> bool:
+        return False
+
+    def pack_linear(self, weight: Tensor | GroupedRows, *, gated: bool = False, int8: bool = False) -> Weight:
+        if int8 or not isinstance(weight, Tensor):
+            raise ValueError("batch-invariant products take full weights only")
+        return weight
+
+    def linear(self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tensor:
+        return invariant_linear.linear(x, weight, bias)
+
+    def linear_gated(
+        self, x: Tensor, weight: LinearWeight, activation: Activation, bias: Tensor | None = None
+    ) -> Tensor:
+        return activate_and_mul(self.linear(x, weight, bias), activation)

@@ -20,6 +20,7 @@ from flashserve_kernels.gpu import (
     block_copy,
     embedding,
     grouped,
+    invariant_linear,
     logprobs,
     norm,
     penalties,
@@ -126,6 +127,7 @@ def token_calls(shape: ModelShape, cache: KVLayer, count: int, device: str) -> l
         lambda: embedding.add_embedding_(hidden, table, ids),
         lambda: embedding.gather_tokens(ids, ids, ids),
         lambda: embedding.scatter_tokens_(ids, ids, ids),
+        lambda: invariant_linear.linear(hidden, table),
         lambda: norm.rms_norm(hidden, weight, 1e-6),
         lambda: norm.add_rms_norm(hidden, hidden.clone(), weight, 1e-5),
         lambda: norm.layer_norm(hidden, weight, weight, 1e-5),
@@ -174,10 +176,14 @@ def test_what_is_launched_was_foreseen(case: ahead_of_time.Case, properties: GPU
         assert set(launched) <= foreseen, set(launched) - foreseen
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("case, properties", CASES_AND_GPUS, ids=IDS)
-def test_attention_that_is_launched_was_foreseen(case: ahead_of_time.Case, properties: GPUProperties):
+def test_attention_that_is_launched_was_foreseen(
+    case: ahead_of_time.Case, properties: GPUProperties, batch_invariant: bool
+):
     shape = case.shape
-    foreseen = set(attention.variants(properties, shape, case.windows, case.softcap))
+    foreseen = set(attention.variants(properties, shape, case.windows, case.softcap, batch_invariant))
+    assert len(foreseen) == len(case.windows) or not batch_invariant
     blocks = torch.empty((4, shape.num_layers, 2, shape.block_size, shape.num_kv_heads, shape.head_dim), device="meta")
     blocks = blocks.to(shape.cache_dtype)
     cache = KVLayer(blocks[:, 0, 0], blocks[:, 0, 1])
@@ -207,7 +213,7 @@ def test_attention_that_is_launched_was_foreseen(case: ahead_of_time.Case, prope
             launched = record(
                 properties,
                 lambda q=q, batch=batch, window=window: attention.paged_attention(
-                    q, cache, batch, 0.1, window, case.softcap, arrivals=arrivals
+                    q, cache, batch, 0.1, window, case.softcap, arrivals=arrivals, batch_invariant=batch_invariant
                 ),
             )
             assert launched

@@ -128,6 +128,12 @@ class GgufFiles:
         rows = first.info.num_rows
         return torch.equal(first.blocks(0, rows), second.blocks(0, rows))
 
+    def read_number(self, name: str) -> float | None:
+        """No architecture has one in a GGUF file."""
+        if name in self._tensors:
+            raise ConfigError(f"tensor {name} must be one number")
+        return None
+
     def num_elements(self, ignored: Iterable[str]) -> int:
         return sum(one.info.num_elements for name, one in self._tensors.items() if not matches(name, ignored))
 

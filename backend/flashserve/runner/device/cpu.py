@@ -35,7 +35,7 @@ class CpuDevice:
         num_threads = config.num_threads or available_cores()
         torch.set_num_threads(num_threads)
         cpus = sorted(os.sched_getaffinity(0))[:num_threads] if config.pin_threads else None
-        return select_ops(self.torch_device, num_threads, head_dim, cpus)
+        return select_ops(self.torch_device, num_threads, head_dim, cpus, batch_invariant=config.batch_invariant)
 
     def measure(self, before: DeviceFacts, run_largest: Callable[[], Closable]) -> DeviceFacts:
         return before  # pages cost nothing before they are touched: a share of the free memory is what is left

@@ -58,7 +58,8 @@ class CudaDevice:
         return DeviceFacts("cuda", name, total, free, supports_bfloat16=has_bfloat16)
 
     def select_ops(self, config: EngineConfig, head_dim: int) -> Ops:
-        return select_ops(self.torch_device, config.num_threads or available_cores(), head_dim)
+        num_threads = config.num_threads or available_cores()
+        return select_ops(self.torch_device, num_threads, head_dim, batch_invariant=config.batch_invariant)
 
     def measure(self, before: DeviceFacts, run_largest: Callable[[], Closable]) -> DeviceFacts:
         return measure(CudaMemory(self.torch_device), before, run_largest)
