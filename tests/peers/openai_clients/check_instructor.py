@@ -8,10 +8,13 @@ import instructor
 import openai
 import pytest
 from instructor.core import InstructorRetryException
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 
 class Weather(BaseModel):
+    # instructor sends pydantic's schema as it is, and a small model fills an open object without end.
+    model_config = ConfigDict(extra="forbid")
+
     city: Literal["Rome", "Paris"]
 
 
