@@ -106,6 +106,22 @@ def test_a_deadline_ends_all_samples() -> None:
     engine.check_idle()
 
 
+def test_a_row_in_flight_of_a_sample_that_ended_holds_nobody_up() -> None:
+    """Its result is not taken in, and a preempted group waits for what is in flight before it is admitted again."""
+    engine = MiniEngine(run_ahead=True)
+    first = engine.add(6, 40, n=2, stop_token_ids=tuple(range(2, 12)))
+    request = engine.scheduler._requests[first]
+    while len(request.live) == 2:
+        engine.step()
+    (ended,) = [sequence for sequence in request.sequences if sequence not in request.live]
+    assert ended.num_pending == 1
+    engine.scheduler._preempt(request)
+    engine.add(3, 5)
+    engine.run()
+    engine.check_answers()
+    engine.check_idle()
+
+
 @BOTH_ORDERS
 def test_a_group_is_preempted_as_a_whole(run_ahead: bool) -> None:
     engine = MiniEngine(num_blocks=24, block_size=4, run_ahead=run_ahead, max_model_len=40)

@@ -99,8 +99,8 @@ class Request:
 
     @property
     def num_pending(self) -> int:
-        """Rows in flight."""
-        return sum(sequence.num_pending for sequence in self.sequences)
+        """Rows in flight whose results are still to be taken in: not those of sequences that have ended."""
+        return sum(sequence.num_pending for sequence in self.live)
 
     def admissions(self) -> list[Admission]:
         """What the runner is told when the sequences take their slots. One that has not forked off yet knows what the
