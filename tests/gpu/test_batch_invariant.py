@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from driver import Engine, SeenLogits, load, random_prompts
+from driver import Engine, load, random_prompts, sampled_logits
 from flashserve.runner.device import open_device
 from tiny_models import make_tiny_model
 
@@ -14,12 +14,7 @@ PROMPT, *OTHERS = random_prompts([150, 3, 70, 17, 300, 40, 9])
 
 
 def logits_of(engine: Engine, first_id: int, prompts: list[list[int]]) -> torch.Tensor:
-    """[NUM_TOKENS, V] from which the first prompt's tokens were sampled."""
-    seen = SeenLogits(engine.runner)
-    for number, prompt in enumerate(prompts):
-        engine.add(first_id + number, prompt)
-    engine.finish()
-    return torch.stack([seen[first_id, len(prompts[0]) - 1 + number] for number in range(NUM_TOKENS)])
+    return sampled_logits(engine, first_id, prompts, NUM_TOKENS)
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])

@@ -11,6 +11,9 @@ import torch
 
 import driver
 from driver import Driver
+from flashserve.runner.device import CpuDevice
+from flashserve.runner.model_runner import ModelRunner
+from lazy_device import LazyCpu
 from tiny_models import make_tiny_model
 
 
@@ -18,6 +21,23 @@ from tiny_models import make_tiny_model
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama, for tests that have no model of their own."""
     return make_tiny_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(params=["native", "torch", "late"])
+def on_each_device(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """``on_each_device(**model.json)``: a runner on each kind of ops, and on a device that is late."""
+    if request.param != "late":
+        monkeypatch.setenv("FLASHSERVE_KERNELS", request.param)
+    runners: list[ModelRunner] = []
+
+    def make(**settings: Any) -> ModelRunner:
+        device = LazyCpu(1) if request.param == "late" else CpuDevice()
+        runners.append(driver.load(folder, device, **settings))
+        return runners[-1]
+
+    yield make
+    for each in runners:
+        each.close()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from driver import Driver, Engine, load
+from driver import Driver, Engine
 from flashserve import LLM
 from flashserve.config import EngineConfig
 from flashserve.engine.core import EngineCore, build_core
@@ -17,10 +17,8 @@ from flashserve.engine.grammar.source import compile_grammar, grammar_source, ma
 from flashserve.model_card import read_model_card
 from flashserve.models.registry import open_model
 from flashserve.protocol import GenerateRequest, SamplingParams
-from flashserve.runner.device import CpuDevice
 from flashserve.structured_outputs import parse_structured_outputs
 from flashserve.text.tokenizer import Tokenizer
-from lazy_device import LazyCpu
 from random_grammars import random_regex, random_schema
 from real_models import smollm2
 from tiny_models import EOS_ID, VOCAB_SIZE
@@ -55,19 +53,10 @@ def reader(folder):
     return make_tokenizer(Tokenizer.from_card(read_model_card(folder)).to_json(), VOCAB_SIZE, [EOS_ID])
 
 
-@pytest.fixture(params=["native", "torch", "late"])
-def start(request, folder, monkeypatch):
-    """``start(**settings)``: an engine on each kind of ops, and on a device that is late."""
-    if request.param != "late":
-        monkeypatch.setenv("FLASHSERVE_KERNELS", request.param)
-
-    def make(**settings) -> Engine:
-        device = LazyCpu(1) if request.param == "late" else CpuDevice()
-        loaded = Engine(load(folder, device, **{**SETTINGS, **settings}), max_tokens=160, structured_outputs=COMPACT)
-        request.addfinalizer(loaded.runner.close)
-        return loaded
-
-    return make
+@pytest.fixture
+def start(on_each_device):
+    wishes = {"max_tokens": 160, "structured_outputs": COMPACT}
+    return lambda **settings: Engine(on_each_device(**{**SETTINGS, **settings}), **wishes)
 
 
 @pytest.fixture(scope="module")

@@ -93,6 +93,10 @@ SCHEME = {"num_bits": 8, "type": "float", "dynamic": False}
       "config_groups": {"group_0": {"targets": ["Linear"], "weights": SCHEME}}}, False),
     ({"quant_method": "compressed-tensors", "config_groups": {}}, False),
     ({"quant_method": "gptq", "kv_cache_scheme": SCHEME}, False),
+    ({"quant_method": "compressed-tensors", "config_groups": None, "kv_cache_scheme": SCHEME}, True),
+    ({"quant_method": "compressed-tensors", "config_groups": {"group_0": None}, "kv_cache_scheme": SCHEME}, True),
+    ({"quant_method": "compressed-tensors", "config_groups": [SCHEME], "kv_cache_scheme": SCHEME}, False),
+    ("fp8", False),
 ])  # fmt: skip
 def test_a_config_that_quantises_the_cache_alone(quantization, is_served, folder):
     file = folder / "config.json"

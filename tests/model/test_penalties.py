@@ -9,7 +9,6 @@ import pytest
 from driver import Engine, SeenLogits, load
 from flashserve.engine.core import EngineCore, build_core
 from flashserve.protocol import Abort, GenerateRequest, SamplingParams
-from flashserve.runner.device import CpuDevice
 from flashserve_kernels import Ops
 from lazy_device import CapturableOps, LazyCpu
 from plain_sampling import Case, plain_logits
@@ -22,17 +21,9 @@ XTC = {"xtc_probability": 0.5, "xtc_threshold": 0.01}
 SETTINGS = {"dtype": "float32", "max_num_seqs": 6, "max_num_batched_tokens": 32, "max_model_len": 128}
 
 
-@pytest.fixture(params=["native", "torch", "late"])
-def start(request, folder, monkeypatch):
-    """``start(**settings)``: an engine on each kind of ops, and on a device that is late."""
-    if request.param != "late":
-        monkeypatch.setenv("FLASHSERVE_KERNELS", request.param)
-
-    def make(**settings) -> Engine:
-        device = LazyCpu(1) if request.param == "late" else CpuDevice()
-        return Engine(load(folder, device, **{**SETTINGS, **settings}), max_tokens=NUM_TOKENS)
-
-    return make
+@pytest.fixture
+def start(on_each_device):
+    return lambda **settings: Engine(on_each_device(**{**SETTINGS, **settings}), max_tokens=NUM_TOKENS)
 
 
 @pytest.fixture

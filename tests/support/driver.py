@@ -173,3 +173,13 @@ class Engine:
             self.add(index, prompt, **params)
         self.finish()
         return [self.tokens[index] for index in range(len(prompts))]
+
+
+def sampled_logits(engine: Engine, first_id: int, prompts: Sequence[Sequence[int]], num_tokens: int) -> Tensor:
+    """[num_tokens, V] from which the first prompt's tokens were sampled, while the others ran beside it."""
+    seen = SeenLogits(engine.runner)
+    for number, prompt in enumerate(prompts):
+        engine.add(first_id + number, prompt)
+    engine.finish()
+    last = len(prompts[0]) - 1
+    return torch.stack([seen[first_id, last + number] for number in range(num_tokens)])

@@ -344,8 +344,8 @@ async def test_kept_answers_are_shared(peer: RedisPeer) -> None:
         assert not second.engine.asked
 
 
-@pytest.mark.parametrize("url", ["localhost:6379", "http://localhost", "redis://", "redis://:pw@host:99999", "redis://:pw@[",
-                                 "redis://host?retry=1", "unix://"])  # fmt: skip
+@pytest.mark.parametrize("url", ["localhost:6379", "http://localhost", "redis://", "redis://:pw@host:99999",
+                                 "redis://:pw@[", "redis://host?retry=1", "unix://"])  # fmt: skip
 def test_a_url_that_cannot_be_used_is_told_without_its_password(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     from flashserve_gateway.command import main
 

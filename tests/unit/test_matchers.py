@@ -6,6 +6,7 @@ import pytest
 from mini_engine import MiniEngine
 from oracle import EOS, VOCAB_SIZE
 
+from flashserve.engine.grammar.matcher import GrammarMatcher
 from flashserve.errors import INVALID_ARG
 from flashserve.protocol import ErrorInfo, GenerateRequest, SamplingParams
 from flashserve.scheduling.request import Request
@@ -197,6 +198,24 @@ def test_allowed_tokens_are_a_mask_of_their_own():
     engine.add(5, 3, allowed_token_ids=tuple(range(VOCAB_SIZE)))
     engine.run()
     assert [mask for plan in engine.plans for _, mask in plan.token_masks] == [EVERYTHING.to_bytes(16, "little")] * 3
+
+
+class Broken:
+    """A library that fails."""
+
+    def compute_bitmask(self) -> bytes:
+        raise RuntimeError("panic")
+
+    def compute_ff_tokens(self) -> list[int]:
+        raise RuntimeError("panic")
+
+
+@pytest.mark.parametrize("ask", [lambda matcher: matcher.mask(), lambda matcher: matcher.forced(5)])
+def test_a_library_that_fails_ends_its_own_sequence_only(ask, caplog: pytest.LogCaptureFixture):
+    matcher = GrammarMatcher(Broken(), 0)  # type: ignore[arg-type]
+    assert not any(ask(matcher))
+    assert not matcher.take(5)
+    assert "could not be computed" in caplog.text
 
 
 # --- what a matcher forces -----------------------------------------------------------------------------------------

@@ -54,10 +54,13 @@ def _read(files: ModelFiles, prefix: str, kind: str) -> float | None:
     return None
 
 
-def quantizes_weights(quantization: dict[str, Any]) -> bool:
+def quantizes_weights(quantization: Any) -> bool:
     """Whether config.json's quantization_config is about more than the KV cache, as llm-compressor and ModelOpt
-    write it."""
-    if quantization.get("quant_method") not in ("compressed-tensors", "modelopt"):
+    write it. What is of no form of theirs is."""
+    if not isinstance(quantization, dict) or quantization.get("quant_method") not in ("compressed-tensors", "modelopt"):
         return True
-    of_weights = any(group.get("weights") for group in quantization.get("config_groups", {}).values())
+    groups = quantization.get("config_groups") or {}
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+        return True
+    of_weights = any(group.get("weights") for group in groups.values())
     return of_weights or bool(quantization.get("quant_algo")) or "kv_cache_scheme" not in quantization

@@ -28,7 +28,7 @@ _STATUSES = {
     413: "the body is too large",
     415: "the body is of another type than this takes, or is compressed",
     429: "the key's limits; Retry-After says when to ask again",
-    500: "a bug; the log has the reason under x-request-id",
+    500: "a bug, or a data folder that cannot be written; the log has the reason under x-request-id",
     502: "the hub answered with an error",
     503: "the engine is full, starting or gone; Retry-After says when to ask again",
 }

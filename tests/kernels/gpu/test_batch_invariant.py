@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from driver import Engine, SeenLogits, load, random_prompts
+from driver import Engine, random_prompts, sampled_logits
 from flashserve.errors import ConfigError
-from flashserve.runner.model_runner import ModelRunner
 from flashserve_kernels.gpu import attention, invariant_linear
 from flashserve_kernels.gpu.device import PRESETS
 from flashserve_kernels.gpu.launch import ModelShape
@@ -38,27 +37,16 @@ def products_as_on_a_gpu(monkeypatch):
 
 
 @pytest.fixture
-def start(monkeypatch):
-    """An engine on the kernels, without the steps that warm up: they take most of the time here."""
-    monkeypatch.setenv("FLASHSERVE_KERNELS", "triton")
-    monkeypatch.setattr(ModelRunner, "warm_up", lambda self: None)
-
+def start(load_on_kernels):
     def make(folder, **settings) -> Engine:
-        defaults = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 48}
-        settings = {"batch_invariant": True, "kv_cache_memory_bytes": 1 << 20, **settings}
-        return Engine(load(folder, **{**defaults, **settings}), max_tokens=NUM_TOKENS, logprobs=1)
+        settings = {"batch_invariant": True, "max_num_batched_tokens": 48, **settings}
+        return Engine(load_on_kernels(folder, **settings), max_tokens=NUM_TOKENS, logprobs=1)
 
     return make
 
 
 def logits_of(engine: Engine, first_id: int, prompts: list[list[int]]) -> torch.Tensor:
-    """[NUM_TOKENS, V] from which the first prompt's tokens were sampled, while the others ran beside it."""
-    seen = SeenLogits(engine.runner)
-    for number, prompt in enumerate(prompts):
-        engine.add(first_id + number, prompt)
-    engine.finish()
-    position = len(prompts[0]) - 1
-    return torch.stack([seen[first_id, position + number] for number in range(NUM_TOKENS)])
+    return sampled_logits(engine, first_id, prompts, NUM_TOKENS)
 
 
 def in_any_company(folder, start, **settings) -> list[torch.Tensor]:

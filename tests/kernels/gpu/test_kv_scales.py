@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from driver import Engine, SeenLogits, load, random_prompts
+from driver import Engine, SeenLogits, random_prompts
 from flashserve.errors import ConfigError
 from flashserve.runner.model_runner import ModelRunner
 from flashserve_kernels.kv_cache import KVLayer
@@ -33,16 +34,8 @@ def llama(tmp_path):
 
 
 @pytest.fixture
-def start(monkeypatch):
-    """A runner on the kernels, without the steps that warm up: they take most of the time here."""
-    monkeypatch.setenv("FLASHSERVE_KERNELS", "triton")
-    monkeypatch.setattr(ModelRunner, "warm_up", lambda self: None)
-
-    def make(folder, **settings) -> ModelRunner:
-        defaults = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 32}
-        return load(folder, **{**defaults, "kv_cache_memory_bytes": 1 << 20, **settings})
-
-    return make
+def start(load_on_kernels):
+    return partial(load_on_kernels, max_num_batched_tokens=32)
 
 
 def generate(runner: ModelRunner) -> tuple[list[list[int]], SeenLogits]:

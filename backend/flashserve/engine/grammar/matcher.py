@@ -32,9 +32,17 @@ class GrammarMatcher:
         return bool(self._matcher.is_stopped())
 
     def forced(self, most: int) -> list[int]:
-        """llguidance writes what is forced as its tokenizer would, behind the token before it, and leaves out what may
-        become one token with what follows. Its masks allow just these tokens. Takes some 5 µs."""
-        return list(self._matcher.compute_ff_tokens()[:most])
+        """As with masks, a fault of the library ends this sequence alone.
+
+        llguidance writes what is forced as its tokenizer would, behind the token before it, and leaves out what may
+        become one token with what follows. Its masks allow just these tokens. Takes some 5 µs.
+        """
+        try:
+            return list(self._matcher.compute_ff_tokens()[:most])
+        except Exception:
+            log.exception("what a grammar forces could not be computed")
+            self._has_failed = True
+            return []
 
     def mask(self) -> bytes:
         """A fault of the library must end this sequence, not the step of all."""
