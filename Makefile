@@ -40,7 +40,7 @@ gemma: $(VENV)/.dev  ## also Gemma 3 270M (253 MB, under Gemma's terms), whose t
 test: lint  ## lint, then every test that is not slow (make test ARGS="tests/unit -x"; WORKERS=0: in one process)
 	@exec $(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: $(VENV)/.dev  ## the slow ones: load tests, sanitizers, kernels compiled for GPUs, chaos (10 minutes)
+test-slow: $(VENV)/.dev  ## the slow ones: load tests, sanitizers, kernels compiled for GPUs, chaos (16 minutes on two cores)
 	@exec $(PYTEST) -m slow $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy
